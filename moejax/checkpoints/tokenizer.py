@@ -1,0 +1,58 @@
+"""The model's own tokenizer, read from ``tokenizer.json``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import tokenizers
+
+from moejax.errors import CheckpointError, PromptError
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self | None:
+        """The folder's tokenizer, or ``None`` if it has no ``tokenizer.json``.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{path}: not a tokenizer file: {error}") from error
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(backend)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids; ``special`` adds what the model's template adds, such as a start token."""
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        return self.backend.decode(list(ids))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each id's text by itself, special tokens shown."""
+        return [self.backend.decode([i], skip_special_tokens=False) for i in ids]
+
+    def token_id(self, text: str) -> int:
+        """The id of a text that is exactly one token.
+
+        Raises:
+            PromptError: it is several tokens, or none.
+        """
+        ids = self.encode(text, special=False)
+        if len(ids) != 1:
+            shown = ", ".join(repr(p) for p in self.pieces(ids)) or "none"
+            raise PromptError(f"{text!r} is {len(ids)} tokens, not one: {shown}. Name a single token, or its id.")
+        return ids[0]

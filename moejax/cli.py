@@ -1,0 +1,120 @@
+"""The ``moejax`` command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Load, explain and train Mixture-of-Experts language models in JAX.",
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Bundled name, Hugging Face folder, or hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
+_RULES = ("attnlrp", "attnlrp-uniform", "cplrp", "plain")
+
+
+def main() -> None:
+    """Run the command; what a person can mend is one line on stderr and exit code 1."""
+    from moejax.errors import MoejaxError
+
+    try:
+        app()
+    except MoejaxError as error:
+        Console(stderr=True, soft_wrap=True).print(f"moejax: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
+@app.callback()
+def _main() -> None:
+    """Keeps subcommands named even while there is only one."""
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="Text to explain.")],
+    model: Model = "tiny-olmoe",
+    rule: Annotated[str, typer.Option(help=f"How relevance propagates: {', '.join(_RULES)}.")] = "attnlrp",
+    target: Annotated[
+        str | None, typer.Option(help="Explain this token's logit instead of the most likely one's.")
+    ] = None,
+    contrast: Annotated[str | None, typer.Option(help="Explain TARGET minus this token (needs --target).")] = None,
+    answer: Annotated[str | None, typer.Option(help="Explain every token of this continuation.")] = None,
+    generate: Annotated[int, typer.Option(help="Explain each of this many generated tokens.")] = 0,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
+) -> None:
+    """Show which tokens and experts caused the next token."""
+    import moejax
+    from moejax import report
+
+    chosen = _target(target, contrast, answer, generate)
+    relevance = moejax.explain(moejax.load(model), prompt, target=chosen, rule=_rule(rule))
+    if html is not None:
+        _writable(html)
+        relevance.save_html(html)
+    if as_json:
+        print(json.dumps(relevance.to_dict()))
+    else:
+        report.render(relevance.to_dict())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: Model = "tiny-olmoe",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k best tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the best tokens up to this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text."""
+    import moejax
+
+    text = moejax.load(model).generate(
+        prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    print(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)
+
+
+def _target(target: str | None, contrast: str | None, answer: str | None, generate: int) -> Any:
+    import moejax
+
+    given = [name for name, value in [("--target", target), ("--answer", answer), ("--generate", generate)] if value]
+    if len(given) > 1:
+        raise moejax.PromptError(f"{' and '.join(given)} exclude each other.")
+    if contrast is not None:
+        if target is None:
+            raise moejax.PromptError("--contrast needs --target: the token that it is set against.")
+        return moejax.Contrast(target, contrast)
+    if target is not None:
+        return moejax.Token(target)
+    if answer is not None:
+        return moejax.Continuation(answer)
+    return moejax.Generated(generate) if generate else moejax.Argmax()
+
+
+def _rule(name: str) -> Any:
+    from moejax import MoejaxError, rules
+
+    known = dict(
+        zip(_RULES, (rules.AttnLRP(), rules.AttnLRP(router="uniform"), rules.CPLRP(), rules.Plain()), strict=True)
+    )
+    if name not in known:
+        raise MoejaxError(f"rule {name!r} is unknown; choose from {', '.join(known)}.")
+    return known[name]
+
+
+def _writable(path: Path) -> None:
+    from moejax import MoejaxError
+
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise MoejaxError(f"cannot write {path}: its folder does not exist, or it is a folder itself.")

@@ -1,0 +1,42 @@
+"""Linear map in the published layout ``[out, in]``, so that loading and exporting move no data."""
+
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from moejax.rules import Reading
+
+
+def matmul(x: Float[Array, "*b D"], weight: Float[Array, "M D"]) -> Float[Array, "*b M"]:
+    """``x @ weight.T`` in the dtype of ``x``."""
+    return jnp.einsum("...d,md->...m", x, weight)
+
+
+def wide_matmul(x: Float[Array, "*b D"], weight: Float[Array, "M D"]) -> Float[Array, "*b M"]:
+    """``x @ weight.T`` with the result left in the accumulator's float32 (or wider, if the inputs are)."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("...d,md->...m", x, weight, preferred_element_type=wide)
+
+
+def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype, std: float = 0.02) -> Float[Array, "..."]:
+    """Initial weights: normal with the standard deviation that the supported families publish."""
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+@nnx.dataclass
+class Linear(nnx.Module):
+    """``y = weight x + bias``."""
+
+    weight: Float[Array, "M D"] = nnx.data()
+    bias: Float[Array, " M"] | None = nnx.data(default=None)
+
+    @classmethod
+    def init(cls, key: PRNGKeyArray, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype) -> Self:
+        """Random weights, zero bias."""
+        return cls(normal(key, (outputs, inputs), dtype), jnp.zeros(outputs, dtype) if bias else None)
+
+    def __call__(self, x: Float[Array, "B *s D"], reading: Reading) -> Float[Array, "B *s M"]:
+        return reading.add_bias(reading.rule.linear(matmul, x, self.weight), self.bias)

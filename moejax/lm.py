@@ -1,0 +1,171 @@
+"""A language model as a user holds it: decoder, configuration and tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.checkpoints import download, load_folder, load_torch
+from moejax.checkpoints.tokenizer import Tokenizer
+from moejax.errors import MoejaxError, PromptError
+from moejax.generation import Sampling, generate_tokens
+from moejax.models import Config, Decoder
+from moejax.rules import Gates, Reading
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+Prompt = str | Sequence[int] | Int[Array, " T"]
+
+
+@jax.jit
+def _logits(decoder: Decoder, tokens: Array, valid: Array, gates: Gates) -> Array:
+    return decoder(tokens, valid=valid, reading=Reading(gates=gates))
+
+
+@dataclass(frozen=True)
+class LM:
+    """A loaded model. ``decoder`` is the pytree of weights; everything else is host-side convenience."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer | None = None
+    name: str = "model"
+
+    @property
+    def config(self) -> Config:
+        """The architecture."""
+        return self.decoder.config
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"] | Int[Array, " T"],
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        gates: Gates | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits, float32. One row without a batch axis is taken as a batch of one.
+
+        Raises:
+            PromptError: no tokens, or an id outside the vocabulary.
+        """
+        tokens = jnp.atleast_2d(self.check(tokens))
+        valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid, bool)
+        return _logits(self.decoder, tokens, valid, gates or Gates())
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
+        """Continue a prompt, or each of several; returns the new text only. Options as in :meth:`generate_ids`."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        tokenizer = self._need_tokenizer()
+        rows = self.generate_ids([self.encode(p) for p in prompts], **options)
+        texts = [tokenizer.decode(row) for row in rows]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        gates: Gates | None = None,
+    ) -> list[list[int]]:
+        """New token ids of each prompt, up to and without the token that ended it.
+
+        Greedy at temperature 0; otherwise a draw that ``seed`` determines. ``gates`` must broadcast over tokens.
+
+        Raises:
+            PromptError: an empty prompt, or an id outside the vocabulary.
+            MoejaxError: a sampling option out of range.
+        """
+        if max_new_tokens < 1:
+            raise MoejaxError(f"max_new_tokens={max_new_tokens}: at least 1 is needed.")
+        tokens, valid = left_pad([self.check(p) for p in prompts], self.config.pad_id)
+        new = generate_tokens(
+            self.decoder,
+            tokens,
+            valid,
+            jax.random.key(seed),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            eos_ids=self.config.eos_ids,
+            pad_id=self.config.pad_id,
+            reading=Reading(gates=gates or Gates()),
+        )
+        return [_until(row, self.config.eos_ids) for row in np.asarray(new).tolist()]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, checked.
+
+        Raises:
+            PromptError: it is empty, or an id lies outside the vocabulary.
+        """
+        ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+        return self.check(ids).tolist()
+
+    def check(self, tokens: Any) -> np.ndarray:
+        """Token ids as an int32 array.
+
+        Raises:
+            PromptError: it is empty, or an id lies outside the vocabulary.
+        """
+        ids = np.asarray(tokens)
+        if ids.size == 0:
+            raise PromptError("the prompt is empty: there is no token to predict from.")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise PromptError(f"token ids must be integers, not {ids.dtype}.")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            worst = ids.min() if ids.min() < 0 else ids.max()
+            raise PromptError(f"token id {worst} is outside the vocabulary of {self.config.vocab_size}.")
+        return ids.astype(np.int32)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token's text, or its id where there is no tokenizer."""
+        return self.tokenizer.pieces(ids) if self.tokenizer else [f"[{i}]" for i in ids]
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise PromptError(f"{self.name} has no tokenizer.json; pass token ids instead of text.")
+        return self.tokenizer
+
+
+def left_pad(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Rows of unequal length, aligned at their ends, and where they hold real tokens."""
+    width = max(len(row) for row in rows)
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    for out, row in zip(tokens, rows, strict=True):
+        out[width - len(row) :] = row
+    lengths = np.array([len(row) for row in rows])
+    return jnp.asarray(tokens), jnp.asarray(np.arange(width) >= width - lengths[:, None])
+
+
+def _until(row: list[int], ends: tuple[int, ...]) -> list[int]:
+    stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+    return row[:stop]
+
+
+def load(source: Any, *, dtype: jnp.dtype | None = None) -> LM:
+    """Load a model: a bundled name, a Hugging Face folder, a hub id, or a ``transformers`` model in memory.
+
+    Weights keep the checkpoint's dtype unless ``dtype`` is given.
+
+    Raises:
+        ConfigError: the configuration is missing or not supported.
+        CheckpointError: the weights are missing, truncated, or do not fit the configuration.
+    """
+    if hasattr(source, "state_dict"):
+        return LM(load_torch(source, dtype), name=source.config.model_type)
+    folder = Path(source)
+    if not folder.is_dir():
+        bundled = BUNDLED / str(source)
+        folder = bundled if bundled.is_dir() else download(str(source))
+    return LM(load_folder(folder, dtype), Tokenizer.from_folder(folder), str(source))

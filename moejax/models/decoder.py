@@ -1,0 +1,153 @@
+"""The only decoder: embedding, blocks, final norm, head."""
+
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from moejax.layers import Block, Context, KeyValue, RMSNorm
+from moejax.layers.attention import Attention
+from moejax.layers.linear import normal, wide_matmul
+from moejax.layers.moe import MoE
+from moejax.models.config import Config
+from moejax.ops.rope import rope_angles
+from moejax.routing import Routing
+from moejax.rules import Reading
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer for ``S`` slots.
+
+    Attributes:
+        layers: one entry per layer.
+        valid: slots that hold a token that may be seen (not padding).
+        length: slots written so far, padding included; the next token goes there.
+    """
+
+    layers: list[KeyValue]
+    valid: Bool[Array, "B S"]
+    length: Int[Array, ""]
+
+
+class Hidden(NamedTuple):
+    """What a forward pass computes before the head.
+
+    Attributes:
+        stream: residual stream after the last layer, before the final norm.
+        cache: the given cache with this pass's keys and values, or ``None``.
+        routing: of every layer.
+    """
+
+    stream: Float[Array, "B T D"]
+    cache: Cache | None
+    routing: list[Routing]
+
+
+# Layers of equal shape share one trace; XLA inlines the calls.
+_run_block = jax.jit(Block.__call__)
+
+
+@nnx.dataclass
+class Decoder(nnx.Module):
+    """Mixture-of-Experts decoder as an immutable pytree; its layers are a list."""
+
+    embedding: Float[Array, "V D"] = nnx.data()
+    layers: list[Block] = nnx.data()
+    norm: RMSNorm = nnx.data()
+    head: Float[Array, "V D"] | None = nnx.data()
+    config: Config = nnx.static()
+
+    @classmethod
+    def init(cls, config: Config, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32) -> Self:
+        """Random weights: normal with standard deviation 0.02, unit norms."""
+        c, (k_embed, k_head, *k_layers) = config, jax.random.split(key, 2 + config.num_layers)
+
+        def block(key: PRNGKeyArray) -> Block:
+            k_attention, k_moe = jax.random.split(key)
+            return Block(
+                RMSNorm.init(c.model_dim, c.norm_eps, dtype),
+                Attention.init(k_attention, c.attention, dtype),
+                RMSNorm.init(c.model_dim, c.norm_eps, dtype),
+                MoE.init(k_moe, c.moe, dtype),
+            )
+
+        return cls(
+            normal(k_embed, (c.vocab_size, c.model_dim), dtype),
+            [block(k) for k in k_layers],
+            RMSNorm.init(c.model_dim, c.norm_eps, dtype),
+            None if c.tied else normal(k_head, (c.vocab_size, c.model_dim), dtype),
+            c,
+        )
+
+    @classmethod
+    def abstract(cls, config: Config, dtype: jnp.dtype = jnp.float32) -> Self:
+        """The decoder's tree with ``jax.ShapeDtypeStruct`` leaves; allocates nothing."""
+        return jax.eval_shape(lambda: cls.init(config, jax.random.key(0), dtype))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        reading: Reading = Reading(),
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits in float32 of every position; ``valid`` is false at padding."""
+        return self.logits(self.hidden(tokens, valid=valid, reading=reading).stream, reading)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        reading: Reading = Reading(),
+    ) -> Hidden:
+        """Run all layers. Positions count valid tokens only, so padding may stand on either side."""
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        context, cache = self._context(valid, cache)
+        x = self.embedding[tokens]
+        stored, routing = [], []
+        for i, layer in enumerate(self.layers):
+            x, kv, route = _run_block(layer, x, context, cache and cache.layers[i], reading.at(i))
+            stored.append(kv)
+            routing.append(route)
+        x = reading.at(-1).gate("tokens", x)
+        return Hidden(x, cache and cache._replace(layers=stored), routing)
+
+    def logits(
+        self,
+        stream: Float[Array, "B *s D"],
+        reading: Reading = Reading(),
+    ) -> Float[Array, "B *s V"]:
+        """Final norm and head, the product accumulated and left in float32."""
+        return reading.rule.linear(wide_matmul, self.norm(stream, reading.at(-1)), self.output_embedding)
+
+    @property
+    def output_embedding(self) -> Float[Array, "V D"]:
+        """The head's matrix: a vector for each vocabulary entry."""
+        return self.embedding if self.head is None else self.head
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache for ``slots`` tokens in the dtype of the weights."""
+        c = self.config.attention
+        zeros = jnp.zeros((batch, slots, c.num_kv_heads, c.head_dim), self.embedding.dtype)
+        layers = [KeyValue(zeros, zeros) for _ in self.layers]
+        return Cache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+    def _context(self, valid: Array, cache: Cache | None) -> tuple[Context, Cache | None]:
+        """Rotations, mask and write position of this pass, and the cache with its bookkeeping advanced."""
+        tokens = valid.shape[1]
+        if cache is None:
+            start, seen, before = 0, valid, 0
+        else:
+            start = cache.length
+            before = cache.valid.sum(1, keepdims=True)
+            seen = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, start, axis=1)
+            cache = cache._replace(valid=seen, length=start + tokens)
+        positions = jnp.maximum(before + jnp.cumsum(valid, axis=1) - 1, 0)
+        query_slot = start + jnp.arange(tokens)
+        causal = jnp.arange(seen.shape[1]) <= query_slot[:, None]
+        angles = rope_angles(positions, self.config.attention.head_dim, self.config.rope_theta)
+        return Context(*angles, causal & seen[:, None], start), cache

@@ -1,0 +1,1 @@
+"""Operations on arrays: each a plain reference and its implementations."""

@@ -1,0 +1,181 @@
+"""``explain``: one forward pass, one vector-Jacobian product per target, read at the gates."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import stop_gradient
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.lm import LM, Prompt, left_pad
+from moejax.models import Decoder
+from moejax.relevance.ledger import Ledger
+from moejax.relevance.result import Candidate, Relevance
+from moejax.relevance.targets import BEST, Aim, Argmax, Target
+from moejax.rules import AttnLRP, Gates, Reading, Rule
+
+_CANDIDATES = 5
+
+
+class Seeds(NamedTuple):
+    """N targets for each of B sequences: the sum over J of sign times logit of ``ids`` (:data:`BEST`: the largest)."""
+
+    positions: Int[Array, "B N"]
+    ids: Int[Array, "B N J"]
+    signs: Float[Array, "B N J"]
+
+
+class Readout(NamedTuple):
+    """All that one call reads. ``ids`` are the seeds' with the best token filled in."""
+
+    gates: Gates
+    leaks: dict[str, Float[Array, "N L+1 B"]]
+    target: Float[Array, "B N"]
+    ids: Int[Array, "B N J"]
+    logits: Float[Array, "B N V"]
+    expert_ids: Int[Array, "L B T K"]
+    expert_weights: Float[Array, "L B T K"]
+
+
+@partial(jax.jit, static_argnames=("rule", "chunk"))
+def relevance(
+    decoder: Decoder,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    seeds: Seeds,
+    knobs: Gates,
+    *,
+    rule: Rule,
+    chunk: int | None = None,
+) -> Readout:
+    """Relevance at every gate for all seeds, in one forward pass and one backward pass over a batch of seeds.
+
+    Args:
+        knobs: interventions that hold during the pass.
+        chunk: how many seeds to propagate at a time; all by default.
+    """
+    dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
+    probes = {name: jnp.zeros((decoder.config.num_layers + 1, len(tokens)), dtype) for name in sorted(rule.leaks)}
+    readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
+
+    def targets(gates: Gates, probes: dict[str, Array]) -> tuple[Array, tuple]:
+        reading = Reading(rule, gates.over(knobs), probes)
+        hidden = decoder.hidden(tokens, valid=valid, reading=reading)
+        stream = jnp.take_along_axis(hidden.stream, seeds.positions[..., None], axis=1)
+        logits = stop_gradient(decoder.logits(stream))
+        ids = jnp.where(seeds.ids == BEST, jnp.argmax(logits, axis=-1, keepdims=True), seeds.ids)
+        # only the head's rows that a seed names take part in the backward pass
+        normed = decoder.norm(stream, reading.at(-1))
+        rows = reading.rule.linear(_rows, normed, decoder.output_embedding[ids])
+        return (rows * seeds.signs).sum(-1), (ids, logits, hidden.routing)
+
+    target, pull, (ids, logits, routing) = jax.vjp(targets, readout, probes, has_aux=True)
+    seed_count = target.shape[1]
+    one_hot = jnp.broadcast_to(jnp.eye(seed_count, dtype=target.dtype)[:, None], (seed_count, *target.shape))
+    gates, leaks = jax.vmap(pull)(one_hot) if chunk is None else jax.lax.map(pull, one_hot, batch_size=chunk)
+    stack = lambda name: jnp.stack([getattr(r, name) for r in routing])  # noqa: E731
+    return Readout(gates, leaks, target, ids, logits, stack("ids"), stack("weights"))
+
+
+def _rows(x: Float[Array, "B N D"], weight: Float[Array, "B N J D"]) -> Float[Array, "B N J"]:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("bnd,bnjd->bnj", x, weight, preferred_element_type=wide)
+
+
+@overload
+def explain(lm: LM, prompt: Prompt, **options) -> Relevance: ...
+@overload
+def explain(lm: LM, prompt: list[str], **options) -> list[Relevance]: ...
+def explain(
+    lm: LM,
+    prompt: Prompt | list[str],
+    *,
+    target: Target = Argmax(),
+    rule: Rule = AttnLRP(),
+    gates: Gates | None = None,
+    chunk: int | None = None,
+) -> Relevance | list[Relevance]:
+    """Which tokens, experts, heads and layers caused an output.
+
+    Args:
+        prompt: text or token ids; a list of texts is run as one padded batch and answered by a list.
+        target: what to explain; by default the logit of the most likely next token.
+        rule: how relevance propagates.
+        gates: interventions that hold during the pass; must broadcast over the batch.
+        chunk: how many targets to propagate at a time, to bound memory; all by default.
+
+    Raises:
+        PromptError: an empty prompt, an id out of range, a named token that is several tokens.
+    """
+    many = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str)
+    prompts: Sequence[Prompt] = prompt if many else [prompt]
+    resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
+    tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)
+    offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
+    seeds = _seeds([aims for _, aims in resolved], offsets, decoder_dtype(lm))
+    out = jax.device_get(relevance(lm.decoder, tokens, valid, seeds, gates or Gates(), rule=rule, chunk=chunk))
+    results = [
+        _result(lm, repr(rule), ids, aims, out, row, offset)
+        for row, ((ids, aims), offset) in enumerate(zip(resolved, offsets, strict=True))
+    ]
+    return results if many else results[0]
+
+
+def decoder_dtype(lm: LM) -> jnp.dtype:
+    """The dtype that logits of ``lm`` are computed in: float32 or wider."""
+    return jnp.promote_types(lm.decoder.embedding.dtype, jnp.float32)
+
+
+def _seeds(rows: list[list[Aim]], offsets: list[int], dtype: jnp.dtype) -> Seeds:
+    """Aims as arrays; rows with fewer aims repeat their last one, terms are filled up with sign zero."""
+    count, terms = max(map(len, rows)), max(len(aim.terms) for aims in rows for aim in aims)
+    positions = np.zeros((len(rows), count), np.int32)
+    ids, signs = np.zeros((2, len(rows), count, terms))
+    for row, (aims, offset) in enumerate(zip(rows, offsets, strict=True)):
+        for n in range(count):
+            aim = aims[min(n, len(aims) - 1)]
+            positions[row, n] = aim.position + offset
+            for j, (token, sign) in enumerate(aim.terms):
+                ids[row, n, j], signs[row, n, j] = token, sign
+    return Seeds(jnp.asarray(positions), jnp.asarray(ids, jnp.int32), jnp.asarray(signs, dtype))
+
+
+def _result(lm: LM, rule: str, token_ids: list[int], aims: list[Aim], out: Readout, row: int, offset: int) -> Relevance:
+    """One batch row of the readout, without its padding."""
+    n = len(aims)
+    layers = out.gates.tokens[:n, :, row, offset:]
+    leaks = {name: leak[:n, :, row].astype(np.float64) for name, leak in out.leaks.items()}
+    ledger = Ledger(out.target[row, :n].astype(np.float64), layers[:, 0].sum(-1, dtype=np.float64), leaks)
+    return Relevance(
+        model=lm.name,
+        rule=rule,
+        prompt=lm.tokenizer.decode(token_ids) if lm.tokenizer else " ".join(map(str, token_ids)),
+        token_ids=np.array(token_ids),
+        pieces=lm.pieces(token_ids),
+        labels=[_label(lm, aim, out.ids[row, i]) for i, aim in enumerate(aims)],
+        positions=np.array([aim.position for aim in aims]),
+        layers=layers,
+        experts=out.gates.slots[:n, :, row, offset:],
+        expert_ids=out.expert_ids[:, row, offset:],
+        expert_weights=out.expert_weights[:, row, offset:],
+        heads=out.gates.heads[:n, :, row, offset:],
+        ledger=ledger,
+        candidates=[_candidates(lm, logits) for logits in out.logits[row, :n]],
+        num_experts=lm.config.num_experts,
+    )
+
+
+def _label(lm: LM, aim: Aim, ids: np.ndarray) -> str:
+    pieces = lm.pieces(ids[: len(aim.terms)].tolist())
+    return " ".join(f"{'-' if sign < 0 else '+'} {p!r}" for p, (_, sign) in zip(pieces, aim.terms, strict=True))[2:]
+
+
+def _candidates(lm: LM, logits: np.ndarray) -> list[Candidate]:
+    ids = np.argsort(-logits)[:_CANDIDATES].tolist()
+    shifted = np.exp(logits - logits.max())
+    probability = shifted / shifted.sum()
+    pieces = lm.pieces(ids)
+    return [Candidate(p, i, float(logits[i]), float(probability[i])) for p, i in zip(pieces, ids, strict=True)]

@@ -1,0 +1,131 @@
+"""A relevance report in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.color import Color
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from moejax.report import aggregate
+from moejax.report.aggregate import ExpertUse, Report
+
+_LEGEND_STEPS = 21
+_STRONGEST = 5
+
+
+def render(report: Report, console: Console | None = None, top: int = 3) -> None:
+    """Print a report: coloured tokens, next-token candidates, the top experts of each layer and the ledger.
+
+    Where the console shows no colour, every token is followed by its signed relevance.
+    """
+    aggregate.check(report)
+    console = console or Console()
+    targets = report["targets"]
+    console.print(_text(console, f"{report['model']}  {report['rule']}", "bold"))
+    for index, target in enumerate(targets):
+        console.print()
+        console.print(_header(console, report, index))
+        console.print(_tokens(console, report, target))
+        console.print(_legend(console, target))
+        console.print(_strongest(console, report, target))
+        console.print(_candidates(console, target))
+        console.print(_labelled(console, "top experts per layer", ["relevance, share of the layer, tokens routed"]))
+        console.print(_experts(report, index, top))
+        # Not wrapped here: a pipe gets the equation in one line, a terminal folds it by itself.
+        console.print(_text(console, aggregate.summary_line(report, index)), soft_wrap=True)
+
+
+def _header(console: Console, report: Report, index: int) -> Text:
+    target, total = report["targets"][index], len(report["targets"])
+    count = f"target {index + 1}/{total}" if total > 1 else "target"
+    after = aggregate.quoted(report["tokens"][target["position"]])
+    line = _text(console, f"{count}  ")
+    line.append_text(_text(console, aggregate.visible(target["label"]), "bold"))
+    where = f"  {target['value']:.3f}  predicted at position {target['position']}, after {after}"
+    return line.append_text(_text(console, where))
+
+
+def _tokens(console: Console, report: Report, target: dict[str, Any]) -> Text:
+    values = aggregate.floats(target["tokens"])
+    scale = aggregate.scale_of(values)
+    plain = not _has_colour(console)
+    flow = Text()
+    for token, value in zip(report["tokens"], values, strict=True):
+        flow.append_text(_text(console, aggregate.visible(token), _style(value, scale)))
+        if plain:
+            flow.append(f"[{value:+.2g}]")
+        flow.append("\n" * token.count("\n"))
+    return flow
+
+
+def _legend(console: Console, target: dict[str, Any]) -> Text:
+    scale = aggregate.scale_of(aggregate.floats(target["tokens"]))
+    if not _has_colour(console):
+        return Text(f"[signed relevance of each token, largest magnitude {scale:.3g}]")
+    legend = Text(f"{-scale:+.3g} ")
+    for value in np.linspace(-scale, scale, _LEGEND_STEPS):
+        legend.append(" ", _style(float(value), scale))
+    return legend.append(f" {scale:+.3g}")
+
+
+def _strongest(console: Console, report: Report, target: dict[str, Any]) -> Text:
+    values = aggregate.floats(target["tokens"])
+    order = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:_STRONGEST]
+    parts = [f"{aggregate.quoted(report['tokens'][t])}@{t} {values[t]:+.3g}" for t in order if values[t]]
+    return _labelled(console, "strongest tokens", parts or ["none, every relevance is zero"])
+
+
+def _candidates(console: Console, target: dict[str, Any]) -> Text:
+    parts = [f"{aggregate.quoted(c['token'])} {c['probability']:.1%}" for c in target["candidates"]]
+    return _labelled(console, "next token", parts or ["no candidates"])
+
+
+def _experts(report: Report, index: int, top: int) -> Table:
+    layers = aggregate.top_experts(report, index, top)
+    scale = aggregate.scale_of(aggregate.expert_map(report, index))
+    # One width for every number of a kind, so that the columns can be read downwards.
+    uses = [use for layer in layers for use in layer]
+    id_width = max((len(str(use.expert)) for use in uses), default=1)
+    count_width = max((len(str(use.tokens)) for use in uses), default=1)
+    number_width = max((len(f"{use.relevance:+.3g}") for use in uses), default=1)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", justify="right", no_wrap=True)
+    for rank in range(max((len(layer) for layer in layers), default=0)):
+        table.add_column(f"#{rank + 1}", no_wrap=True)
+    for number, layer in enumerate(layers):
+        cells = [_expert_cell(use, scale, id_width, number_width, count_width) for use in layer]
+        table.add_row(Text(str(number)), *cells)
+    return table
+
+
+def _expert_cell(use: ExpertUse, scale: float, id_width: int, number_width: int, count_width: int) -> Text:
+    cell = Text(f"E{use.expert:<{id_width}} ")
+    cell.append(f"{f'{use.relevance:+.3g}':>{number_width}}", _style(use.relevance, scale))
+    return cell.append(f" {use.share:4.0%} {use.tokens:>{count_width}}t")
+
+
+def _labelled(console: Console, label: str, parts: list[str]) -> Text:
+    return _text(console, f"{label}: ", "bold").append_text(_text(console, "  ".join(parts), ""))
+
+
+def _style(value: float, scale: float) -> Style:
+    # Both colours are always set: the text then reads the same on a dark and on a light terminal.
+    background = aggregate.colour(value, scale)
+    return Style(color=Color.from_rgb(*aggregate.ink(background)), bgcolor=Color.from_rgb(*background))
+
+
+def _text(console: Console, content: str, style: str | Style = "") -> Text:
+    """Text that is never read as markup and that the console's encoding can always carry."""
+    text = Text(content.encode(console.encoding, "backslashreplace").decode(console.encoding))
+    text.stylize(style)
+    return text
+
+
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color

@@ -1,0 +1,73 @@
+"""AttnLRP (Achtibat et al., ICML 2024, arXiv 2402.05602) in the gradient convention of Arras et al. (arXiv 2502.15886),
+and CP-LRP, which holds the attention pattern constant.
+
+With ``c = R / x`` the epsilon rule on a linear map is its ordinary VJP, so that five methods are the whole of AttnLRP.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from moejax.rules.primitives import elementwise_identity, scale_cotangent
+from moejax.rules.rule import Rule, Slope
+
+
+@dataclass(frozen=True)
+class AttnLRP(Rule):
+    """AttnLRP: identity rule on norms and activations, uniform rule on products, Taylor rule on the attention softmax.
+
+    ``router`` says what flows from an expert's weighted output into its routing weight:
+    ``"constant"`` nothing, all goes to the expert's output (conserves);
+    ``"uniform"`` one half to each factor, and the ordinary VJP through softmax and top-k (as LXT ships for Qwen3-MoE;
+    what the router's softmax does not conserve is booked as ``router`` in the ledger).
+    """
+
+    router: Literal["constant", "uniform"] = "constant"
+
+    def __post_init__(self) -> None:
+        if self.router not in ("constant", "uniform"):
+            raise ValueError(f"router={self.router!r} is not a router rule; choose 'constant' or 'uniform'.")
+
+    @property
+    def leaks(self) -> frozenset[str]:
+        return frozenset({"softmax", "bias"} | ({"router"} if self.router == "uniform" else set()))
+
+    def norm(self, x: Float[Array, "*b D"], inverse_rms: Float[Array, "*b 1"]) -> Float[Array, "*b D"]:
+        """Identity rule (Prop. 3.4): the statistic is a constant."""
+        return x * stop_gradient(inverse_rms)
+
+    def gated(self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Identity rule on ``a(g) = g * slope(g)``, uniform rule (Prop. 3.3) on its product with ``up``."""
+        return scale_cotangent(super().gated(lambda g: stop_gradient(slope(g)), gate, up), 0.5)
+
+    def attention_inputs(
+        self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"]
+    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S G C"], Float[Array, "B S G C"]]:
+        """Uniform rule on both matrix products: the pattern gets one half, which queries and keys share."""
+        return scale_cotangent(q, 0.25), scale_cotangent(k, 0.25), scale_cotangent(v, 0.5)
+
+    def mix(self, weights: Float[Array, "*b K"], outputs: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
+        if self.router == "constant":
+            return super().mix(stop_gradient(weights), outputs)
+        return scale_cotangent(super().mix(weights, outputs), 0.5)
+
+    def clamp(self, x: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
+        """Identity rule, so that saturated units keep their relevance."""
+        return elementwise_identity(x, jnp.clip(x, low, high))
+
+
+@dataclass(frozen=True)
+class CPLRP(AttnLRP):
+    """AttnLRP with the attention pattern held constant: all relevance of a head flows to its values (conserves)."""
+
+    @property
+    def leaks(self) -> frozenset[str]:
+        return super().leaks - {"softmax"}
+
+    def attention_inputs(
+        self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"]
+    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S G C"], Float[Array, "B S G C"]]:
+        return stop_gradient(q), stop_gradient(k), v

@@ -1,0 +1,99 @@
+"""The differentiable atoms that rules, gates and the ledger are made of.
+
+Each returns its first argument's value bit for bit and differs from the identity only in what flows back. They are
+written in the gradient convention: the cotangent of a tensor ``x`` is ``c = R / x`` with ``R`` its relevance, so the
+relevance of anything is read as ``sum(x * c)`` and no rule ever divides by an activation.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def accumulation_dtype(x: Array) -> jnp.dtype:
+    """The dtype in which statistics and relevance of ``x`` are accumulated: at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def scale_cotangent(x: Float[Array, "*s"], factor: float) -> Float[Array, "*s"]:
+    """``x``, whose cotangent is multiplied by ``factor`` on the way back."""
+    return x
+
+
+def _scale_forward(x, factor):
+    return x, None
+
+
+def _scale_backward(factor, _, cotangent):
+    return (cotangent * factor,)
+
+
+scale_cotangent.defvjp(_scale_forward, _scale_backward)
+
+
+@jax.custom_vjp
+def gate(x: Float[Array, "*s"], g: Float[Array, "*r"]) -> Float[Array, "*s"]:
+    """``x * g``; the cotangent of ``g`` is the relevance ``sum(x * c)`` of what it multiplies, accumulated in float32.
+
+    ``g`` has as many axes as ``x``; its axes of size 1 broadcast.
+    """
+    return (x * g.astype(accumulation_dtype(x))).astype(x.dtype)
+
+
+def _gate_forward(x, g):
+    return gate(x, g), (x, g)
+
+
+def _gate_backward(saved, cotangent):
+    x, g = saved
+    wide = accumulation_dtype(x)
+    relevance = x.astype(wide) * cotangent.astype(wide)
+    broadcast = tuple(i for i, (n, m) in enumerate(zip(x.shape, g.shape, strict=True)) if m == 1 and n != 1)
+    relevance = relevance.sum(broadcast, keepdims=True)
+    return (cotangent * g.astype(wide)).astype(x.dtype), relevance.astype(g.dtype)
+
+
+gate.defvjp(_gate_forward, _gate_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def probe(x: Float[Array, "B *s"], entry: Float[Array, " B"], sign: float) -> Float[Array, "B *s"]:
+    """``x`` itself; ``sign * sum(x * c)`` of every batch row is added to the cotangent of ``entry``."""
+    return x
+
+
+def _probe_forward(x, entry, sign):
+    return x, (x, entry)
+
+
+def _probe_backward(sign, saved, cotangent):
+    x, entry = saved
+    wide = accumulation_dtype(x)
+    relevance = (x.astype(wide) * cotangent.astype(wide)).sum(tuple(range(1, x.ndim)))
+    return cotangent, (sign * relevance).astype(entry.dtype)
+
+
+probe.defvjp(_probe_forward, _probe_backward)
+
+
+@jax.custom_vjp
+def elementwise_identity(x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """``y``, an elementwise function of ``x``, whose relevance goes to ``x`` unchanged: ``c_x = c_y * y / x``.
+
+    Where ``x`` is zero the ratio is taken as one. Meant for functions with ``|y| <= |x|``, such as a clamp.
+    """
+    return y
+
+
+def _identity_forward(x, y):
+    return y, jnp.where(x == 0, 1, y / jnp.where(x == 0, 1, x))
+
+
+def _identity_backward(ratio, cotangent):
+    return cotangent * ratio, None
+
+
+elementwise_identity.defvjp(_identity_forward, _identity_backward)

@@ -1,0 +1,71 @@
+"""A reading of the forward pass: the rule for its cotangents, the gates on what it computes, its ledger's probes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.rules.gates import Gates
+from moejax.rules.primitives import gate, probe
+from moejax.rules.rule import Plain, Rule
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reading:
+    """How one forward pass is read. The default reading is plain inference and costs nothing.
+
+    Attributes:
+        rule: what differs from calculus on the way back (static).
+        gates: multiplicative gates, of all layers, or of one layer after :meth:`at`.
+        probes: zeros, one entry per ledger name, layer and batch row; the cotangent of an entry is what the operation
+            it names fails to conserve, ``R(outputs) - R(inputs)``.
+    """
+
+    rule: Rule = field(default=Plain(), metadata={"static": True})
+    gates: Gates = Gates()
+    probes: dict[str, Float[Array, "L+1 B"]] = field(default_factory=dict)
+
+    def at(self, layer: int) -> Self:
+        """The reading of one layer."""
+        return replace(self, gates=self.gates.at(layer), probes={k: p[layer] for k, p in self.probes.items()})
+
+    def gate(self, name: str, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """``x`` times its gate of that name, if there is one; the gate's missing last axes broadcast."""
+        g = getattr(self.gates, name)
+        return x if g is None else gate(x, g.reshape(*g.shape, *[1] * (x.ndim - g.ndim)))
+
+    def gate_experts(self, x: Float[Array, "B T K D"], ids: Int[Array, "B T K"]) -> Float[Array, "B T K D"]:
+        """Each routed slot's contribution ``x`` times the gate of the expert that it was routed to."""
+        x = self.gate("slots", x)
+        experts = self.gates.experts
+        if experts is None:
+            return x
+        experts = jnp.broadcast_to(experts, (*ids.shape[:-1], experts.shape[-1]))
+        return gate(x, jnp.take_along_axis(experts, ids, axis=-1)[..., None])
+
+    def enter(self, name: str, x: Float[Array, "B *s"]) -> Float[Array, "B *s"]:
+        """``x`` as an input of the operation that the ledger books under ``name``."""
+        return self._probe(name, x, -1.0)
+
+    def leave(self, name: str, x: Float[Array, "B *s"]) -> Float[Array, "B *s"]:
+        """``x`` as the output of the operation that the ledger books under ``name``."""
+        return self._probe(name, x, 1.0)
+
+    def _probe(self, name: str, x: Array, sign: float) -> Array:
+        return probe(x, self.probes[name], sign) if name in self.probes else x
+
+    def book(self, name: str, operation: Callable[..., Array], *inputs: Array) -> Array:
+        """``operation(*inputs)``, with the relevance that it does not conserve booked under ``name``."""
+        return self.leave(name, operation(*(self.enter(name, x) for x in inputs)))
+
+    def add_bias(self, x: Float[Array, "B *s M"], bias: Float[Array, " M"] | None) -> Float[Array, "B *s M"]:
+        """``x + bias``, with the relevance that the bias takes booked under ``bias``."""
+        if bias is None:
+            return x
+        if "bias" not in self.probes:
+            return x + bias
+        return x + self.leave("bias", jnp.broadcast_to(bias, x.shape))

@@ -1,0 +1,65 @@
+"""What a rule is: one method for every place where relevance propagation differs from calculus."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+MatMul = Callable[[Array, Array], Array]
+Slope = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How cotangents flow back through the places where relevance may differ from calculus.
+
+    A rule never changes a value: every method returns what ordinary calculus returns, to the bit. This base class *is*
+    ordinary calculus. A new rule is a subclass that overrides the methods it treats differently, and names in ``leaks``
+    the operations at which it does not conserve relevance. Rules are hashable and static under ``jit``.
+    """
+
+    @property
+    def leaks(self) -> frozenset[str]:
+        """Operations whose relevance out differs from their relevance in; the ledger books the difference by name.
+
+        Names: ``norm``, ``activation``, ``clamp``, ``softmax`` (attention, from queries, keys and values to heads),
+        ``router`` (from router logits and expert outputs to weighted expert outputs), ``bias``.
+        """
+        return frozenset({"norm", "activation", "clamp", "softmax", "router", "bias"})
+
+    def norm(self, x: Float[Array, "*b D"], inverse_rms: Float[Array, "*b 1"]) -> Float[Array, "*b D"]:
+        """Normalisation before its weight: ``x * inverse_rms``, where ``inverse_rms`` is a function of ``x``."""
+        return x * inverse_rms
+
+    def gated(self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Gated activation ``a(gate) * up`` with ``a(g) = g * slope(g)`` (SiLU: ``slope`` is the sigmoid)."""
+        wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+        return (wide * slope(wide)).astype(gate.dtype) * up
+
+    def attention_inputs(
+        self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"]
+    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S G C"], Float[Array, "B S G C"]]:
+        """Queries, keys and values as they enter the attention product, whatever kernel computes it."""
+        return q, k, v
+
+    def mix(self, weights: Float[Array, "*b K"], outputs: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
+        """Routing weight times expert output, for each routed slot and before their sum."""
+        return weights[..., None] * outputs
+
+    def clamp(self, x: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
+        """``x`` limited to ``[low, high]``."""
+        return jnp.clip(x, low, high)
+
+    def linear(self, matmul: MatMul, x: Float[Array, "*b D"], weight: Array) -> Float[Array, "*b M"]:
+        """``matmul(x, weight)``, linear in both; dense, per-expert and head products all come through here."""
+        return matmul(x, weight)
+
+    def add(self, stream: Float[Array, "*b D"], branch: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """The residual sum."""
+        return stream + branch
+
+
+@dataclass(frozen=True)
+class Plain(Rule):
+    """Ordinary calculus. Read at the gates it is gradient times input."""

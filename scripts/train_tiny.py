@@ -1,0 +1,229 @@
+"""Train ``tiny-olmoe``, the model that comes with the package, and write it as Hugging Face files.
+
+    python scripts/prepare_corpus.py
+    python scripts/train_tiny.py --corpus data/corpus --out runs/tiny --export moejax/bundled/tiny-olmoe
+
+The run saves its state every ``--save-every`` steps and goes on from the newest complete one when it is started again,
+however it was stopped. Prints held-out loss per domain beside the 5-gram baseline, expert load per layer, and samples.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from moejax.checkpoints import save_folder
+from moejax.checkpoints.tokenizer import Tokenizer
+from moejax.lm import LM
+from moejax.models import Decoder, family
+from moejax.training import Checkpoints, Corpus, TrainState, make_train_steps
+
+HUGGING_FACE = {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "vocab_size": 4096,
+    "hidden_size": 192,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "clip_qkv": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+console = Console()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("data/corpus"))
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints and metrics of the run")
+    parser.add_argument("--export", type=Path, help="write the trained model here as Hugging Face files")
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--compute-dtype", default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def optimiser(args: argparse.Namespace) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine decay; norms and the embedding are not decayed."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, args.learning_rate, min(500, args.steps // 10), args.steps, args.learning_rate / 20
+    )
+
+    def decayed(decoder: Decoder) -> Decoder:
+        return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and "embedding" not in str(path[0]), decoder)
+
+    adam = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=args.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(1.0), adam)
+
+
+def train(args: argparse.Namespace, decoder: Decoder) -> Decoder:
+    corpus = jnp.asarray(Corpus.read(args.corpus / "train.npz").tokens)
+    heldout = Corpus.read(args.corpus / "heldout.npz")
+    transform = optimiser(args)
+    state = TrainState(decoder, transform.init(decoder), jnp.zeros((), jnp.int32))
+    checkpoints = Checkpoints(args.out / "checkpoints")
+    if (restored := checkpoints.restore(state)) is not None:
+        state = restored
+        console.print(f"resumed from step {int(state.step)}")
+    steps = make_train_steps(
+        transform,
+        batch=args.batch,
+        length=args.length,
+        count=min(args.save_every, args.steps),
+        seed=args.seed,
+        compute_dtype=jnp.dtype(args.compute_dtype),
+    )
+    log = (args.out / "metrics.jsonl").open("a")
+    with Progress(console=console) as progress:
+        task = progress.add_task("training", total=args.steps, completed=int(state.step))
+        while int(state.step) < args.steps:
+            start = time.perf_counter()
+            state, metrics = steps(state, corpus)
+            row = {k: float(v.mean()) for k, v in metrics.items() if k != "load"}
+            row |= {"step": int(state.step), "seconds": time.perf_counter() - start}
+            nats, count, _ = evaluate(state.decoder, heldout, args.length)
+            row["heldout"] = nats.sum() / count.sum()
+            checkpoints.save(state)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            progress.update(task, completed=row["step"])
+            progress.console.print("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+    return state.decoder
+
+
+@partial(jax.jit, static_argnames="experts")
+def _score(decoder: Decoder, inputs: jax.Array, targets: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    hidden = decoder.hidden(inputs)
+    logits = decoder.logits(hidden.stream)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    load = jnp.stack([(r.ids[..., None] == jnp.arange(experts)).sum((1, 2)) for r in hidden.routing], 1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked, load
+
+
+def evaluate(
+    decoder: Decoder, corpus: Corpus, length: int, batch: int = 64
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nats and tokens per domain, and expert load ``[domain L E]``, over every token of every held-out document.
+
+    A document is preceded by end-of-text and its own end is scored, as the n-gram baseline does. Windows overlap by
+    half; a token is scored in the first that holds it, so with ``length / 2`` tokens of context or all there are.
+    """
+    inputs, targets, scored, domains = [], [], [], []
+    stride = length // 2
+    for document, domain in zip(corpus.documents(), corpus.domains, strict=True):
+        context = np.concatenate([[0], document[:-1]])
+        for begin in range(0, max(len(document) - stride, 1), stride):
+            piece = slice(begin, begin + length)
+            fill = length - len(document[piece])
+            inputs.append(np.pad(context[piece], (0, fill)))
+            targets.append(np.pad(document[piece], (0, fill)))
+            fresh = np.arange(length) >= (stride if begin else 0)
+            scored.append(fresh & (np.arange(length) < length - fill))
+            domains.append(domain)
+    count = int(max(domains)) + 1
+    config = decoder.config
+    nats, tokens = np.zeros(count), np.zeros(count)
+    load = np.zeros((count, config.num_layers, config.num_experts))
+    fill = -len(inputs) % batch
+    blocks = [np.pad(np.array(a, np.int32), ((0, fill), (0, 0))).reshape(-1, batch, length) for a in (inputs, targets)]
+    mask = np.pad(np.array(scored), ((0, fill), (0, 0))).reshape(-1, batch, length)
+    labels = np.pad(np.array(domains), (0, fill)).reshape(-1, batch)
+    for x, y, m, label in zip(*blocks, mask, labels, strict=True):
+        loss, used = jax.device_get(_score(decoder, x, y, config.num_experts))
+        np.add.at(nats, label, (loss * m).sum(1))
+        np.add.at(tokens, label, m.sum(1))
+        np.add.at(load, label, used * (m.any(1))[:, None, None])
+    return nats, tokens, load
+
+
+def report(decoder: Decoder, args: argparse.Namespace) -> None:
+    """Print held-out loss per domain beside the baseline, and expert load per layer."""
+    about = json.loads((args.corpus / "corpus.json").read_text())
+    nats, tokens, load = evaluate(decoder, Corpus.read(args.corpus / "heldout.npz"), args.length)
+    baseline = args.corpus / "ngram.json"
+    five_gram = json.loads(baseline.read_text()) if baseline.exists() else {}
+    table = Table("domain", "held-out tokens", "nats/token", "5-gram", title="held-out loss")
+    names = [d["name"] for d in about["domains"]]
+    for i, name in enumerate([*names, "all"]):
+        loss, count = (nats.sum() / tokens.sum(), tokens.sum()) if name == "all" else (nats[i] / tokens[i], tokens[i])
+        table.add_row(name, f"{count:.0f}", f"{loss:.3f}", _baseline(five_gram, name))
+    console.print(table)
+    share = load.sum(0) / load.sum((0, 2))[:, None] * decoder.config.num_experts
+    usage = Table("layer", "least used", "most used", "entropy / log E", title="expert load (1 is the fair share)")
+    for layer, row in enumerate(share):
+        p = row / row.sum()
+        entropy = -(p * np.log(np.maximum(p, 1e-12))).sum() / np.log(len(p))
+        usage.add_row(str(layer), f"{row.min():.2f}", f"{row.max():.2f}", f"{entropy:.3f}")
+    console.print(usage)
+
+
+def _baseline(results: dict, name: str) -> str:
+    row = results.get("overall" if name == "all" else "domains", {})
+    row = row if name == "all" else row.get(name, {})
+    return f"{row['nats_per_token']:.3f}" if "nats_per_token" in row else "-"
+
+
+def samples(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    lm = LM(decoder, tokenizer, "tiny-olmoe")
+    prompts = [
+        "My fellow citizens,",
+        "And the LORD said unto",
+        "It is a truth universally",
+        "ROMEO.\n",
+        "whale: ",
+        "Return the",
+    ]
+    for prompt, text in zip(prompts, lm.generate(prompts, max_new_tokens=48, temperature=0.8, top_p=0.9), strict=True):
+        console.print(f"[bold]{prompt!r}[/bold] {text!r}", highlight=False)
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    console.print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
+    config = family("olmoe").config(HUGGING_FACE)
+    decoder = Decoder.init(config, jax.random.key(args.seed))
+    console.print(f"{sum(p.size for p in jax.tree.leaves(decoder)) / 1e6:.2f} M parameters")
+    decoder = train(args, decoder)
+    # what is published is bfloat16, so that is what is measured
+    published = jax.tree.map(lambda p: p.astype(jnp.bfloat16), decoder)
+    report(published, args)
+    tokenizer = Tokenizer.from_folder(args.corpus)
+    assert tokenizer is not None, "prepare_corpus.py writes a tokenizer"
+    samples(published, tokenizer)
+    if args.export:
+        save_folder(published, HUGGING_FACE, args.export)
+        shutil.copy(args.corpus / "tokenizer.json", args.export / "tokenizer.json")
+        size = sum(f.stat().st_size for f in args.export.iterdir()) / 1e6
+        console.print(f"wrote {args.export}: {size:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
