@@ -3,7 +3,7 @@
 from moejax import rules
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
 from moejax.lm import LM, load
-from moejax.relevance import Argmax, Continuation, Contrast, Generated, Relevance, Token, explain
+from moejax.relevance import Argmax, Continuation, Contrast, Generated, Relevance, Token, explain, explain_batch
 from moejax.rules import Gates
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "Relevance",
     "Token",
     "explain",
+    "explain_batch",
     "load",
     "rules",
 ]

@@ -59,11 +59,11 @@ class LM:
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
-    def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
+    def generate(self, prompt: list[str], **options: Any) -> list[str]: ...
+    def generate(self, prompt: str | list[str], **options: Any) -> str | list[str]:
         """Continue a prompt, or each of several; returns the new text only. Options as in :meth:`generate_ids`."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        tokenizer = self._need_tokenizer()
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        tokenizer = self.need_tokenizer()
         rows = self.generate_ids([self.encode(p) for p in prompts], **options)
         texts = [tokenizer.decode(row) for row in rows]
         return texts[0] if isinstance(prompt, str) else texts
@@ -109,7 +109,7 @@ class LM:
         Raises:
             PromptError: it is empty, or an id lies outside the vocabulary.
         """
-        ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self.need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
         return self.check(ids).tolist()
 
     def check(self, tokens: Any) -> np.ndarray:
@@ -132,7 +132,12 @@ class LM:
         """Each token's text, or its id where there is no tokenizer."""
         return self.tokenizer.pieces(ids) if self.tokenizer else [f"[{i}]" for i in ids]
 
-    def _need_tokenizer(self) -> Tokenizer:
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            PromptError: the model came without one.
+        """
         if self.tokenizer is None:
             raise PromptError(f"{self.name} has no tokenizer.json; pass token ids instead of text.")
         return self.tokenizer

@@ -75,9 +75,9 @@ class Attention(nnx.Module):
         c, keys = config, jax.random.split(key, 4)
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         shapes = [(c.model_dim, q_width), (c.model_dim, kv_width), (c.model_dim, kv_width), (q_width, c.model_dim)]
-        linears = [Linear.init(k, *shape, bias=c.bias, dtype=dtype) for k, shape in zip(keys, shapes, strict=True)]
-        norms = [RMSNorm.init(w, c.norm_eps, dtype) if c.qk_norm else None for w in (q_width, kv_width)]
-        return cls(*linears, *norms, config)
+        q, k, v, o = (Linear.init(k, *shape, bias=c.bias, dtype=dtype) for k, shape in zip(keys, shapes, strict=True))
+        q_norm, k_norm = (RMSNorm.init(w, c.norm_eps, dtype) if c.qk_norm else None for w in (q_width, kv_width))
+        return cls(q, k, v, o, q_norm, k_norm, config)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValue | None, reading: Reading
@@ -104,4 +104,5 @@ class Attention(nnx.Module):
         if c.clip is not None:
             limit = c.clip
             q, k, v = (reading.book("clamp", lambda t: reading.rule.clamp(t, -limit, limit), t) for t in (q, k, v))
-        return tuple(t.reshape(*t.shape[:2], -1, c.head_dim) for t in (q, k, v))
+        q, k, v = (t.reshape(*t.shape[:2], -1, c.head_dim) for t in (q, k, v))
+        return q, k, v

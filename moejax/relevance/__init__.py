@@ -1,6 +1,6 @@
 """Relevance: targets, ``explain``, and the conservation ledger."""
 
-from moejax.relevance.explain import explain
+from moejax.relevance.explain import explain, explain_batch
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, Relevance
 from moejax.relevance.targets import Argmax, Continuation, Contrast, Generated, Target, Token
@@ -16,4 +16,5 @@ __all__ = [
     "Target",
     "Token",
     "explain",
+    "explain_batch",
 ]

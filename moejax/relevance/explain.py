@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,20 @@ class Seeds(NamedTuple):
 
 
 class Readout(NamedTuple):
-    """All that one call reads. ``ids`` are the seeds' with the best token filled in."""
+    """All that one call reads, on the device or, once fetched, on the host.
 
-    gates: Gates
-    leaks: dict[str, Float[Array, "N L+1 B"]]
-    target: Float[Array, "B N"]
-    ids: Int[Array, "B N J"]
-    logits: Float[Array, "B N V"]
-    expert_ids: Int[Array, "L B T K"]
-    expert_weights: Float[Array, "L B T K"]
+    ``ids`` are the seeds' with the best token filled in.
+    """
+
+    layers: Float[Any, "N L+1 B T"]
+    experts: Float[Any, "N L B T K"]
+    heads: Float[Any, "N L B T H"]
+    leaks: dict[str, Float[Any, "N L+1 B"]]
+    target: Float[Any, "B N"]
+    ids: Int[Any, "B N J"]
+    logits: Float[Any, "B N V"]
+    expert_ids: Int[Any, "L B T K"]
+    expert_weights: Float[Any, "L B T K"]
 
 
 @partial(jax.jit, static_argnames=("rule", "chunk"))
@@ -77,7 +82,8 @@ def relevance(
     one_hot = jnp.broadcast_to(jnp.eye(seed_count, dtype=target.dtype)[:, None], (seed_count, *target.shape))
     gates, leaks = jax.vmap(pull)(one_hot) if chunk is None else jax.lax.map(pull, one_hot, batch_size=chunk)
     stack = lambda name: jnp.stack([getattr(r, name) for r in routing])  # noqa: E731
-    return Readout(gates, leaks, target, ids, logits, stack("ids"), stack("weights"))
+    routes = stack("ids"), stack("weights")
+    return Readout(gates.tokens, gates.slots, gates.heads, leaks, target, ids, logits, *routes)
 
 
 def _rows(x: Float[Array, "B N D"], weight: Float[Array, "B N J D"]) -> Float[Array, "B N J"]:
@@ -85,43 +91,50 @@ def _rows(x: Float[Array, "B N D"], weight: Float[Array, "B N J D"]) -> Float[Ar
     return jnp.einsum("bnd,bnjd->bnj", x, weight, preferred_element_type=wide)
 
 
-@overload
-def explain(lm: LM, prompt: Prompt, **options) -> Relevance: ...
-@overload
-def explain(lm: LM, prompt: list[str], **options) -> list[Relevance]: ...
 def explain(
     lm: LM,
-    prompt: Prompt | list[str],
+    prompt: Prompt,
     *,
     target: Target = Argmax(),
     rule: Rule = AttnLRP(),
     gates: Gates | None = None,
     chunk: int | None = None,
-) -> Relevance | list[Relevance]:
+) -> Relevance:
     """Which tokens, experts, heads and layers caused an output.
 
     Args:
-        prompt: text or token ids; a list of texts is run as one padded batch and answered by a list.
+        prompt: text or token ids.
         target: what to explain; by default the logit of the most likely next token.
         rule: how relevance propagates.
-        gates: interventions that hold during the pass; must broadcast over the batch.
+        gates: interventions that hold during the pass.
         chunk: how many targets to propagate at a time, to bound memory; all by default.
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens.
     """
-    many = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str)
-    prompts: Sequence[Prompt] = prompt if many else [prompt]
+    return explain_batch(lm, [prompt], target=target, rule=rule, gates=gates, chunk=chunk)[0]
+
+
+def explain_batch(
+    lm: LM,
+    prompts: Sequence[Prompt],
+    *,
+    target: Target = Argmax(),
+    rule: Rule = AttnLRP(),
+    gates: Gates | None = None,
+    chunk: int | None = None,
+) -> list[Relevance]:
+    """:func:`explain` for several prompts as one padded batch; ``gates`` must broadcast over it."""
     resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
     tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
     seeds = _seeds([aims for _, aims in resolved], offsets, decoder_dtype(lm))
-    out = jax.device_get(relevance(lm.decoder, tokens, valid, seeds, gates or Gates(), rule=rule, chunk=chunk))
-    results = [
+    out = relevance(lm.decoder, tokens, valid, seeds, gates or Gates(), rule=rule, chunk=chunk)
+    out = jax.tree.map(np.asarray, out)
+    return [
         _result(lm, repr(rule), ids, aims, out, row, offset)
         for row, ((ids, aims), offset) in enumerate(zip(resolved, offsets, strict=True))
     ]
-    return results if many else results[0]
 
 
 def decoder_dtype(lm: LM) -> jnp.dtype:
@@ -146,9 +159,8 @@ def _seeds(rows: list[list[Aim]], offsets: list[int], dtype: jnp.dtype) -> Seeds
 def _result(lm: LM, rule: str, token_ids: list[int], aims: list[Aim], out: Readout, row: int, offset: int) -> Relevance:
     """One batch row of the readout, without its padding."""
     n = len(aims)
-    layers = out.gates.tokens[:n, :, row, offset:]
+    layers = out.layers[:n, :, row, offset:]
     leaks = {name: leak[:n, :, row].astype(np.float64) for name, leak in out.leaks.items()}
-    ledger = Ledger(out.target[row, :n].astype(np.float64), layers[:, 0].sum(-1, dtype=np.float64), leaks)
     return Relevance(
         model=lm.name,
         rule=rule,
@@ -158,11 +170,16 @@ def _result(lm: LM, rule: str, token_ids: list[int], aims: list[Aim], out: Reado
         labels=[_label(lm, aim, out.ids[row, i]) for i, aim in enumerate(aims)],
         positions=np.array([aim.position for aim in aims]),
         layers=layers,
-        experts=out.gates.slots[:n, :, row, offset:],
+        experts=out.experts[:n, :, row, offset:],
         expert_ids=out.expert_ids[:, row, offset:],
         expert_weights=out.expert_weights[:, row, offset:],
-        heads=out.gates.heads[:n, :, row, offset:],
-        ledger=ledger,
+        heads=out.heads[:n, :, row, offset:],
+        ledger=Ledger(
+            target=out.target[row, :n].astype(np.float64),
+            tokens=layers[:, 0].sum(-1, dtype=np.float64),
+            # an operation that the model does not have leaks exactly nothing
+            leaks={name: leak for name, leak in leaks.items() if leak.any()},
+        ),
         candidates=[_candidates(lm, logits) for logits in out.logits[row, :n]],
         num_experts=lm.config.num_experts,
     )

@@ -41,7 +41,7 @@ class Target(ABC):
 
 def _token_id(lm: "LM", token: str | int) -> int:
     if isinstance(token, str):
-        return lm._need_tokenizer().token_id(token)
+        return lm.need_tokenizer().token_id(token)
     return int(lm.check([token])[0])
 
 
@@ -92,8 +92,8 @@ class Continuation(Target):
     answer: str | Sequence[int]
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
-        text = isinstance(self.answer, str)
-        ids = lm._need_tokenizer().encode(self.answer, special=False) if text else list(self.answer)
+        answer = self.answer
+        ids = lm.need_tokenizer().encode(answer, special=False) if isinstance(answer, str) else list(answer)
         return _teacher_forced(prompt, lm.check(ids).tolist())
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,10 @@ def make_train_steps(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch_windows = windows(tokens, key, batch, length + 1)
         gradient, metrics = jax.grad(loss, has_aux=True)(state.decoder, batch_windows)
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.decoder)
-        decoder = optax.apply_updates(state.decoder, updates)
+        # optax types its trees as nested containers of arrays; a module is one all the same
+        parameters: Any = state.decoder
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, parameters)
+        decoder: Any = optax.apply_updates(parameters, updates)
         metrics["gradient_norm"] = optax.global_norm(gradient)
         return TrainState(decoder, optimiser_state, state.step + 1), metrics
 

@@ -1,6 +1,7 @@
 """``y[t, k] = W[ids[t, k]] @ x[t, k]``: implementations, their choice, and the gradient as the transposed product."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -100,7 +101,9 @@ def _weight_gradient(x: Array, cotangent: Array, weight: Array, assignment: Assi
     return _by_capacity(single, passes, assignment, x, cotangent).astype(weight.dtype)
 
 
-def _by_capacity(single, passes, assignment: Assignment, *operands: Array) -> Array:
+def _by_capacity(
+    single: Callable[..., Array], passes: Callable[..., Array], assignment: Assignment, *operands: Array
+) -> Array:
     """Run ``single`` with the smallest capacity that holds the largest load; several passes if none does."""
     tokens, slots = assignment.ids.shape
     steps = capacities(tokens, slots, assignment.load.shape[0])
@@ -139,7 +142,7 @@ _IMPLEMENTATIONS = {"gather": _gather, "padded": _padded}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _expert_matmul(name: str, transpose: bool, x: Array, weight: Array, assignment: Assignment) -> Array:
+def _expert_matmul(name: Implementation, transpose: bool, x: Array, weight: Array, assignment: Assignment) -> Array:
     return _IMPLEMENTATIONS[name](x, weight, assignment, transpose)
 
 
@@ -149,7 +152,7 @@ def _forward(name, transpose, x, weight, assignment):
 
 def _backward(name, transpose, saved, cotangent):
     x, weight, assignment = saved
-    dx = _expert_matmul(name, not transpose, cotangent, weight, assignment)
+    dx: Array = _expert_matmul(name, not transpose, cotangent, weight, assignment)
     if x.shape[1] == 1:
         dx = dx.sum(1, keepdims=True)
     return dx, _weight_gradient(x, cotangent, weight, assignment, transpose), None
