@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +15,7 @@ from moejax.checkpoints import download, load_folder, load_torch
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import MoejaxError, PromptError
 from moejax.generation import Sampling, generate_tokens
-from moejax.models import Config, Decoder
+from moejax.models import Config, Decoder, Packed, unpack
 from moejax.rules import Gates, Reading
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -23,8 +24,8 @@ Prompt = str | Sequence[int] | Int[Array, " T"]
 
 
 @jax.jit
-def _logits(decoder: Decoder, tokens: Array, valid: Array, gates: Gates) -> Array:
-    return decoder(tokens, valid=valid, reading=Reading(gates=gates))
+def _logits(weights: Packed, tokens: Array, valid: Array, gates: Gates) -> Array:
+    return unpack(weights)(tokens, valid=valid, reading=Reading(gates=gates))
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class LM:
         """The architecture."""
         return self.decoder.config
 
+    @cached_property
+    def packed(self) -> Packed:
+        """The decoder as compiled functions take it at the least cost."""
+        return Packed.of(self.decoder)
+
     def __call__(
         self,
         tokens: Int[Array, "B T"] | Int[Array, " T"],
@@ -54,7 +60,7 @@ class LM:
         """
         tokens = jnp.atleast_2d(self.check(tokens))
         valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid, bool)
-        return _logits(self.decoder, tokens, valid, gates or Gates())
+        return _logits(self.packed, tokens, valid, gates or Gates())
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
@@ -91,7 +97,7 @@ class LM:
             raise MoejaxError(f"max_new_tokens={max_new_tokens}: at least 1 is needed.")
         tokens, valid = left_pad([self.check(p) for p in prompts], self.config.pad_id)
         new = generate_tokens(
-            self.decoder,
+            self.packed,
             tokens,
             valid,
             jax.random.key(seed),

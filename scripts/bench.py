@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moejax.checkpoints.plan import leaf_paths
-from moejax.models import Config, Decoder, family
+from moejax.models import Config, Decoder, Packed, family, unpack
 from moejax.relevance.explain import Seeds, relevance
 from moejax.rules import AttnLRP, Gates, Plain, Reading, Rule
 
@@ -150,6 +150,7 @@ def main() -> None:
     console, device = Console(width=150), jax.devices()[0]
     bandwidth, rate = ceilings(args.toy)
     decoder = random_decoder(family("olmoe").config(TOY if args.toy else OLMOE_1B_7B))
+    packed = Packed.of(decoder)
     weights = sum(p.nbytes for p in jax.tree.leaves(decoder)) / 1e9
     tokens = jax.random.randint(jax.random.key(1), (1, args.tokens), 0, decoder.config.vocab_size)
     title = (
@@ -161,10 +162,10 @@ def main() -> None:
     rows = []
     for case in CASES:
         start = time.perf_counter()
-        function = jax.jit(case.function)
-        memory = function.lower(decoder, tokens).compile().memory_analysis()
+        function = jax.jit(lambda weights, tokens, case=case: case.function(unpack(weights), tokens))
+        memory = function.lower(packed, tokens).compile().memory_analysis()
         seconds = time.perf_counter() - start
-        ms = median_ms(partial(function, decoder, tokens), args.repeats)
+        ms = median_ms(partial(function, packed, tokens), args.repeats)
         floor = floor_ms(decoder, case, args.tokens, bandwidth, rate)
         peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
         rows.append({"case": case.name, "ms": ms, "floor_ms": floor, "compile_s": seconds, "peak_gb": peak})

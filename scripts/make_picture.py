@@ -1,6 +1,6 @@
 """Draw the README's picture: what the bundled model reads to predict the next word.
 
-    python scripts/make_picture.py notebooks/explain.png
+python scripts/make_picture.py notebooks/explain.png
 """
 
 import sys

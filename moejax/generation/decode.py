@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax.generation.sampling import Sampling
-from moejax.models import Cache, Decoder
+from moejax.models import Cache, Decoder, Packed, unpack
 from moejax.rules import Reading
 
 
@@ -23,7 +23,7 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "eos_ids", "pad_id"))
 def generate_tokens(
-    decoder: Decoder,
+    weights: Decoder | Packed,
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     key: PRNGKeyArray,
@@ -39,6 +39,7 @@ def generate_tokens(
     A row that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it. The gates of ``reading`` apply to the
     prompt and must broadcast over tokens (size 1 there) to apply to the new tokens as well.
     """
+    decoder = unpack(weights)
     batch, prompt = tokens.shape
 
     def advance(new: Array, valid: Array, cache: Cache) -> tuple[Array, Cache]:

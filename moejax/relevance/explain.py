@@ -11,7 +11,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.lm import LM, Prompt, left_pad
-from moejax.models import Decoder
+from moejax.models import Decoder, Packed, unpack
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, Relevance
 from moejax.relevance.targets import BEST, Aim, Argmax, Target
@@ -47,7 +47,7 @@ class Readout(NamedTuple):
 
 @partial(jax.jit, static_argnames=("rule", "chunk"))
 def relevance(
-    decoder: Decoder,
+    weights: Decoder | Packed,
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     seeds: Seeds,
@@ -62,6 +62,7 @@ def relevance(
         knobs: interventions that hold during the pass.
         chunk: how many seeds to propagate at a time; all by default.
     """
+    decoder = unpack(weights)
     dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
     probes = {name: jnp.zeros((decoder.config.num_layers + 1, len(tokens)), dtype) for name in sorted(rule.leaks)}
     readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
@@ -129,7 +130,7 @@ def explain_batch(
     tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
     seeds = _seeds([aims for _, aims in resolved], offsets, decoder_dtype(lm))
-    out = relevance(lm.decoder, tokens, valid, seeds, gates or Gates(), rule=rule, chunk=chunk)
+    out = relevance(lm.packed, tokens, valid, seeds, gates or Gates(), rule=rule, chunk=chunk)
     out = jax.tree.map(np.asarray, out)
     return [
         _result(lm, repr(rule), ids, aims, out, row, offset)
