@@ -9,6 +9,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.checkpoints import download, load_folder, load_torch
@@ -17,10 +18,11 @@ from moejax.errors import MoejaxError, PromptError
 from moejax.generation import Sampling, generate_tokens
 from moejax.models import Config, Decoder, Packed, unpack
 from moejax.rules import Gates, Reading
+from moejax.rules.gates import TokenIds
 
 BUNDLED = Path(__file__).parent / "bundled"
 
-Prompt = str | Sequence[int] | Int[Array, " T"]
+Prompt = str | Sequence[int] | Int[Array | np.ndarray, " T"]
 
 
 @jax.jit
@@ -48,9 +50,9 @@ class LM:
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"] | Int[Array, " T"],
+        tokens: TokenIds,
         *,
-        valid: Bool[Array, "B T"] | None = None,
+        valid: Bool[Array | np.ndarray, "B T"] | None = None,
         gates: Gates | None = None,
     ) -> Float[Array, "B T V"]:
         """Next-token logits, float32. One row without a batch axis is taken as a batch of one.
@@ -95,6 +97,8 @@ class LM:
         """
         if max_new_tokens < 1:
             raise MoejaxError(f"max_new_tokens={max_new_tokens}: at least 1 is needed.")
+        if not prompts:
+            return []
         tokens, valid = left_pad([self.check(p) for p in prompts], self.config.pad_id)
         new = generate_tokens(
             self.packed,
@@ -113,10 +117,12 @@ class LM:
         """Token ids of a prompt, checked.
 
         Raises:
-            PromptError: it is empty, or an id lies outside the vocabulary.
+            PromptError: it is empty, an id lies outside the vocabulary, or it is no single row.
         """
-        ids = self.need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
-        return self.check(ids).tolist()
+        ids = self.check(self.need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
+        if ids.ndim != 1:
+            raise PromptError(f"a prompt is one row of token ids, not an array of shape {ids.shape}.")
+        return ids.tolist()
 
     def check(self, tokens: Any) -> np.ndarray:
         """Token ids as an int32 array.
@@ -124,7 +130,10 @@ class LM:
         Raises:
             PromptError: it is empty, or an id lies outside the vocabulary.
         """
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError as error:
+            raise PromptError("token ids of unequal length: pad the rows and say so with `valid`.") from error
         if ids.size == 0:
             raise PromptError("the prompt is empty: there is no token to predict from.")
         if not np.issubdtype(ids.dtype, np.integer):
@@ -164,7 +173,7 @@ def _until(row: list[int], ends: tuple[int, ...]) -> list[int]:
     return row[:stop]
 
 
-def load(source: Any, *, dtype: jnp.dtype | None = None) -> LM:
+def load(source: Any, *, dtype: DTypeLike | None = None) -> LM:
     """Load a model: a bundled name, a Hugging Face folder, a hub id, or a ``transformers`` model in memory.
 
     Weights keep the checkpoint's dtype unless ``dtype`` is given.

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moejax.checkpoints.plan import make_plan
 from moejax.checkpoints.safetensors import SafetensorsFolder, TensorSource
@@ -32,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_decoder(hugging_face: dict[str, Any], source: TensorSource, dtype: jnp.dtype | None = None) -> Decoder:
+def load_decoder(hugging_face: dict[str, Any], source: TensorSource, dtype: DTypeLike | None = None) -> Decoder:
     """Build the decoder that ``hugging_face`` describes and fill it from ``source``, whose dtype it keeps by default.
 
     Raises:
@@ -45,12 +46,12 @@ def load_decoder(hugging_face: dict[str, Any], source: TensorSource, dtype: jnp.
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def load_folder(folder: Path, dtype: jnp.dtype | None = None) -> Decoder:
+def load_folder(folder: Path, dtype: DTypeLike | None = None) -> Decoder:
     """Load a Hugging Face folder: ``config.json`` and safetensors, sharded or not."""
     return load_decoder(read_config(folder), SafetensorsFolder(folder), dtype)
 
 
-def load_torch(model: Any, dtype: jnp.dtype | None = None) -> Decoder:
+def load_torch(model: Any, dtype: DTypeLike | None = None) -> Decoder:
     """Load a ``transformers`` model that is in memory."""
     return load_decoder(model.config.to_dict(), TorchModel(model), dtype)
 

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from moejax.checkpoints.safetensors import Entry, TensorSource
 from moejax.errors import CheckpointError
@@ -22,7 +24,7 @@ class LeafPlan:
     shape: tuple[int, ...]
     keys: tuple[str, ...]
 
-    def read(self, source: TensorSource, dtype: np.dtype | None) -> np.ndarray:
+    def read(self, source: TensorSource, dtype: DTypeLike | None) -> np.ndarray:
         """Assemble the leaf in ``dtype``, or in its tensors' own."""
         parts = [source.read(key) for key in self.keys]
         if len(parts) == 1:
@@ -56,12 +58,23 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
             for key, shape in tensors
             if key in entries and entries[key].shape != shape
         ]
+        problems += _dtype_problems([(key, entries[key].dtype) for key, _ in tensors if key in entries])
         plans.append(LeafPlan(path, leaf.shape, tuple(key for key, _ in tensors)))
     problems += [f"unused {key} {list(entries[key].shape)}" for key in entries if key not in used]
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise CheckpointError(f"the checkpoint does not fit its config: {'; '.join(problems[:_LISTED])}{more}.")
     return plans
+
+
+def _dtype_problems(tensors: Sequence[tuple[str, np.dtype]]) -> list[str]:
+    """Tensors that hold no floats, or another kind of float than the first of the same leaf."""
+    problems = [f"no floats in {key}: {dtype}" for key, dtype in tensors if not jnp.issubdtype(dtype, jnp.floating)]
+    return problems or [
+        f"dtype of {key} is {dtype}, that of {tensors[0][0]} is {tensors[0][1]}"
+        for key, dtype in tensors
+        if dtype != tensors[0][1]
+    ]
 
 
 def table_sources(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[list[tuple[str, tuple[int, ...]]]]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +32,7 @@ class Entry:
     dtype: np.dtype
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors to load a model from."""
 
@@ -82,16 +83,22 @@ def _header(path: Path, size: int) -> tuple[dict, int]:
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header of {length}).")
         try:
-            return json.loads(file.read(length)), 8 + length
+            header = json.loads(file.read(length))
         except ValueError as error:
             raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object.")
+    return header, 8 + length
 
 
-def _entry(path: Path, key: str, item: dict) -> tuple[Entry, tuple[int, int]]:
+def _entry(path: Path, key: str, item: Any) -> tuple[Entry, tuple[int, int]]:
     try:
         (begin, end), dtype, shape = item["data_offsets"], item["dtype"], tuple(item["shape"])
+        sound = all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header's entry for {key} is malformed.") from error
+    if not sound:
+        raise CheckpointError(f"{path}: the header's entry for {key} has an offset or size that is no natural number.")
     if dtype not in DTYPES:
         raise CheckpointError(f"{path}: {key} has dtype {dtype}; known are {', '.join(DTYPES)}.")
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
@@ -135,6 +142,9 @@ class SafetensorsFolder:
 
 def _index(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text())["weight_map"]
+        placed = json.loads(path.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a shard index: no 'weight_map'.") from error
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise CheckpointError(f"{path}: not a shard index: its 'weight_map' does not map keys to file names.")
+    return placed

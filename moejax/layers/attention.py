@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax.layers.linear import Linear
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
     config: AttentionConfig = nnx.static()
 
     @classmethod
-    def init(cls, key: PRNGKeyArray, config: AttentionConfig, dtype: jnp.dtype) -> Self:
+    def init(cls, key: PRNGKeyArray, config: AttentionConfig, dtype: DTypeLike) -> Self:
         """Random projections, unit norms."""
         c, keys = config, jax.random.split(key, 4)
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim

@@ -5,6 +5,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.rules import Reading
@@ -21,7 +22,7 @@ def wide_matmul(x: Float[Array, "*b D"], weight: Float[Array, "M D"]) -> Float[A
     return jnp.einsum("...d,md->...m", x, weight, preferred_element_type=wide)
 
 
-def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype, std: float = 0.02) -> Float[Array, "..."]:
+def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike, std: float = 0.02) -> Float[Array, "..."]:
     """Initial weights: normal with the standard deviation that the supported families publish."""
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
@@ -34,7 +35,7 @@ class Linear(nnx.Module):
     bias: Float[Array, " M"] | None = nnx.data(default=None)
 
     @classmethod
-    def init(cls, key: PRNGKeyArray, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype) -> Self:
+    def init(cls, key: PRNGKeyArray, inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike) -> Self:
         """Random weights, zero bias."""
         return cls(normal(key, (outputs, inputs), dtype), jnp.zeros(outputs, dtype) if bias else None)
 

@@ -6,6 +6,7 @@ from typing import Literal, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.linear import Linear, normal, wide_matmul
@@ -44,7 +45,7 @@ class MoE(nnx.Module):
     config: MoEConfig = nnx.static()
 
     @classmethod
-    def init(cls, key: PRNGKeyArray, config: MoEConfig, dtype: jnp.dtype) -> Self:
+    def init(cls, key: PRNGKeyArray, config: MoEConfig, dtype: DTypeLike) -> Self:
         """Random weights."""
         c, (k1, k2, k3) = config, jax.random.split(key, 3)
         return cls(

@@ -5,6 +5,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moejax.rules import Reading
@@ -18,7 +19,7 @@ class RMSNorm(nnx.Module):
     eps: float = nnx.static(default=1e-5)
 
     @classmethod
-    def init(cls, dim: int, eps: float, dtype: jnp.dtype) -> Self:
+    def init(cls, dim: int, eps: float, dtype: DTypeLike) -> Self:
         """Unit weight."""
         return cls(jnp.ones(dim, dtype), eps)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax.layers import Block, Context, KeyValue, RMSNorm
@@ -60,7 +61,7 @@ class Decoder(nnx.Module):
     config: Config = nnx.static()
 
     @classmethod
-    def init(cls, config: Config, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32) -> Self:
+    def init(cls, config: Config, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Self:
         """Random weights: normal with standard deviation 0.02, unit norms."""
         c, (k_embed, k_head, *k_layers) = config, jax.random.split(key, 2 + config.num_layers)
 
@@ -82,7 +83,7 @@ class Decoder(nnx.Module):
         )
 
     @classmethod
-    def abstract(cls, config: Config, dtype: jnp.dtype = jnp.float32) -> Self:
+    def abstract(cls, config: Config, dtype: DTypeLike = jnp.float32) -> Self:
         """The decoder's tree with ``jax.ShapeDtypeStruct`` leaves; allocates nothing."""
         return jax.eval_shape(lambda: cls.init(config, jax.random.key(0), dtype))
 

@@ -55,6 +55,17 @@ class Fields:
             raise ConfigError(f"the model's config has no {name!r}; it is incomplete or of another family.")
         return default
 
+    def size(self, name: str, default: Any = _REQUIRED) -> int:
+        """The field ``name``, a positive integer.
+
+        Raises:
+            ConfigError: it is something else, or absent and no default is given.
+        """
+        value = self(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"config field {name}={value!r} must be a positive integer.")
+        return value
+
     def must_be(self, name: str, expected: Any) -> None:
         """Accept ``name`` only if absent or equal to ``expected``.
 

@@ -4,7 +4,9 @@ Flattening a tree of modules takes Python 3 microseconds a module, 0.4 ms for 16
 call. A packed decoder hands ``jit`` its leaves and one object that stands for their structure.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -43,7 +45,7 @@ class Packed:
         return self.leaves, self.structure
 
     @classmethod
-    def tree_unflatten(cls, structure: _Structure, leaves: list[Array]) -> "Packed":
+    def tree_unflatten(cls, structure: _Structure, leaves: Iterable[Any]) -> "Packed":
         return cls(list(leaves), structure)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.lm import LM, Prompt, left_pad
@@ -126,6 +127,8 @@ def explain_batch(
     chunk: int | None = None,
 ) -> list[Relevance]:
     """:func:`explain` for several prompts as one padded batch; ``gates`` must broadcast over it."""
+    if not prompts:
+        return []
     resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
     tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
@@ -143,7 +146,7 @@ def decoder_dtype(lm: LM) -> jnp.dtype:
     return jnp.promote_types(lm.decoder.embedding.dtype, jnp.float32)
 
 
-def _seeds(rows: list[list[Aim]], offsets: list[int], dtype: jnp.dtype) -> Seeds:
+def _seeds(rows: list[list[Aim]], offsets: list[int], dtype: DTypeLike) -> Seeds:
     """Aims as arrays; rows with fewer aims repeat their last one, terms are filled up with sign zero."""
     count, terms = max(map(len, rows)), max(len(aim.terms) for aims in rows for aim in aims)
     positions = np.zeros((len(rows), count), np.int32)

@@ -11,8 +11,8 @@ class Ledger:
     """``target = tokens + sum of leaks + residual``, where every operation that does not conserve is named.
 
     A rule names the operations at which it does not conserve; each is measured where it happens, as relevance of its
-    outputs minus relevance of its inputs. Everything else must conserve, so the residual is zero up to rounding,
-    and is not if any rule, gate or kernel is wrong.
+    outputs minus relevance of its inputs. Everything else must conserve, so the residual is zero up to rounding, and is
+    not if a rule, gate or kernel outside the named operations is wrong. What goes wrong inside one changes its entry.
 
     Attributes:
         target: the explained logit or difference of logits.
@@ -22,7 +22,7 @@ class Ledger:
 
     target: Float[np.ndarray, " N"]
     tokens: Float[np.ndarray, " N"]
-    leaks: dict[str, Float[np.ndarray, "N L+1"]]
+    leaks: dict[str, Float[np.ndarray, "N L1"]]
 
     @property
     def residual(self) -> Float[np.ndarray, " N"]:

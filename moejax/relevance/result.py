@@ -44,7 +44,7 @@ class Relevance:
     pieces: list[str]
     labels: list[str]
     positions: Int[np.ndarray, " N"]
-    layers: Float[np.ndarray, "N L+1 T"]
+    layers: Float[np.ndarray, "N L1 T"]
     experts: Float[np.ndarray, "N L T K"]
     expert_ids: Int[np.ndarray, "L T K"]
     expert_weights: Float[np.ndarray, "L T K"]

@@ -4,14 +4,19 @@ Differentiated under a rule, a gate's cotangent is the relevance of what it mult
 the intervention that switches it off.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+TokenIds = Int[Array | np.ndarray, "B T"] | Int[Array | np.ndarray, " T"] | Sequence[int] | Sequence[Sequence[int]]
 
+
+@runtime_checkable
 class _Sizes(Protocol):
     """What :meth:`Gates.ones` needs to know of a model."""
 
@@ -43,9 +48,9 @@ class Gates:
     heads: Float[Array, "L B T H"] | None = None
 
     @classmethod
-    def ones(cls, config: _Sizes, tokens: Int[Array, "B T"] | Int[Array, " T"]) -> Self:
+    def ones(cls, config: _Sizes, tokens: TokenIds) -> Self:
         """Gates that change nothing, as knobs for ``tokens``: every field but ``slots``."""
-        shape = (1, *jnp.shape(tokens))[-2:]
+        shape = (1, *np.shape(tokens))[-2:]
         layers = config.num_layers
         return cls(
             tokens=jnp.ones((layers + 1, *shape)),

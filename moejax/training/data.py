@@ -7,7 +7,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, Integer, PRNGKeyArray
 
 from moejax.errors import MoejaxError
 
@@ -21,7 +21,7 @@ class Corpus:
         domains: label of each document.
     """
 
-    tokens: Int[np.ndarray, " n"]
+    tokens: Integer[np.ndarray, " n"]
     starts: Int[np.ndarray, " d"]
     domains: Int[np.ndarray, " d"]
 
@@ -45,7 +45,7 @@ class Corpus:
         return np.split(self.tokens, self.starts[1:])
 
 
-def windows(tokens: Int[Array, " n"], key: PRNGKeyArray, count: int, length: int) -> Int[Array, "B T"]:
+def windows(tokens: Integer[Array, " n"], key: PRNGKeyArray, count: int, length: int) -> Int[Array, "B T"]:
     """``count`` windows of ``length`` tokens at uniformly random places; ``key`` determines them."""
     starts = jax.random.randint(key, (count,), 0, len(tokens) - length + 1)
     return tokens[starts[:, None] + jnp.arange(length)].astype(jnp.int32)

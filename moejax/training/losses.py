@@ -19,7 +19,7 @@ class LossWeights:
 
 
 def language_model_loss(
-    decoder: Decoder, windows: Int[Array, "B T+1"], weights: LossWeights
+    decoder: Decoder, windows: Int[Array, "B T1"], weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross-entropy in nats of predicting each next token, plus weighted auxiliary losses.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from moejax.models import Decoder
@@ -33,7 +34,7 @@ def make_train_steps(
     count: int,
     seed: int,
     weights: LossWeights = LossWeights(),
-    compute_dtype: jnp.dtype = jnp.float32,
+    compute_dtype: DTypeLike = jnp.float32,
 ) -> TrainSteps:
     """A compiled function of (state, corpus tokens) that runs ``count`` steps and returns their metrics, stacked.
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from moejax.ops.experts.assignment import Assignment
@@ -142,8 +143,8 @@ _IMPLEMENTATIONS = {"gather": _gather, "padded": _padded}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _expert_matmul(name: Implementation, transpose: bool, x: Array, weight: Array, assignment: Assignment) -> Array:
-    return _IMPLEMENTATIONS[name](x, weight, assignment, transpose)
+def _expert_matmul(name: Implementation, transpose: bool, x: ArrayLike, weight: Array, assignment: Assignment) -> Array:
+    return _IMPLEMENTATIONS[name](jnp.asarray(x), weight, assignment, transpose)
 
 
 def _forward(name, transpose, x, weight, assignment):
@@ -152,6 +153,8 @@ def _forward(name, transpose, x, weight, assignment):
 
 def _backward(name, transpose, saved, cotangent):
     x, weight, assignment = saved
+    # outside jit a cotangent may be a numpy array, which cannot be indexed as the products do
+    cotangent = jnp.asarray(cotangent)
     dx: Array = _expert_matmul(name, not transpose, cotangent, weight, assignment)
     if x.shape[1] == 1:
         dx = dx.sum(1, keepdims=True)

@@ -1,0 +1,84 @@
+"""The limits on sampling against an independent reading of them in numpy, and the draws against their distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from moejax.generation import Sampling
+
+B, V = 3, 11
+
+
+def expected_limits(row: np.ndarray, temperature: float, top_k: int, top_p: float) -> tuple[np.ndarray, float]:
+    """Tempered logits with -inf outside the limits, and how close the choice is to falling the other way.
+
+    Walks from the best token down, one at a time.
+    """
+    scaled = row.astype(np.float64) / temperature
+    kept = np.full(V, True)
+    if top_k:
+        kept = np.array([(scaled > s).sum() < top_k for s in scaled])
+    weights = np.where(kept, np.exp(scaled - scaled.max()), 0)
+    probability = weights / weights.sum()
+    reached, margin = 0.0, np.inf
+    for token in np.argsort(-scaled, kind="stable"):
+        margin = min(margin, abs(reached - top_p))
+        if reached >= top_p:
+            kept[token] = False
+        reached += probability[token]
+    return np.where(kept, scaled, -np.inf), margin
+
+
+# multiples of 1/64: ties are likely, and no number is so small that XLA takes it for zero
+LOGITS = hnp.arrays(np.int32, (B, V), elements=st.integers(-512, 512)).map(lambda a: (a / 64).astype(np.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=LOGITS,
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.integers(0, V + 2),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+)
+def test_limits_equal_numpy(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> None:
+    rows, margins = zip(*(expected_limits(row, temperature, top_k, top_p) for row in logits), strict=True)
+    assume(top_p == 1 or min(margins) > 1e-5)
+    limited = np.asarray(Sampling(temperature, top_k, top_p).limited(jnp.asarray(logits)))
+    np.testing.assert_array_equal(np.isfinite(limited), np.isfinite(rows))
+    np.testing.assert_allclose(limited, rows, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(logits=LOGITS, top_p=st.floats(1e-6, 1))
+def test_the_best_token_is_always_kept(logits: np.ndarray, top_p: float) -> None:
+    limited = Sampling(1.0, 0, top_p).limited(jnp.asarray(logits))
+    assert np.isfinite(np.take_along_axis(np.asarray(limited), logits.argmax(-1)[:, None], 1)).all()
+
+
+def test_tokens_tied_with_the_last_are_kept() -> None:
+    limited = Sampling(1.0, top_k=2).limited(jnp.array([[3.0, 1.0, 2.0, 2.0, 2.0]]))
+    assert np.isfinite(limited).tolist() == [[True, False, True, True, True]]
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    assert Sampling().draw(jnp.array([[1.0, 4.0, 4.0], [0.0, 0.0, 0.0]]), jax.random.key(0)).tolist() == [1, 0]
+
+
+def test_draws_follow_the_limited_distribution() -> None:
+    """40 000 draws: each token's count within 4.5 standard deviations, none of what the limits left out."""
+    logits, sampling, draws = jnp.array([0.0, 1.0, 2.0, 2.5, -1.0, 0.5, -3.0]), Sampling(1.5, 5, 0.9), 40_000
+    rows = jnp.tile(logits, (draws, 1))
+    counts = np.bincount(np.asarray(sampling.draw(rows, jax.random.key(7))), minlength=7)
+    probability = np.asarray(jax.nn.softmax(sampling.limited(logits[None])[0]), np.float64)
+    assert 2 < (probability > 0).sum() < 6
+    assert not counts[probability == 0].any()
+    deviation = np.sqrt(draws * probability * (1 - probability))
+    assert (np.abs(counts - draws * probability) <= 4.5 * deviation).all()
+
+
+def test_rows_are_drawn_independently() -> None:
+    drawn = Sampling(1.0).draw(jnp.zeros((200, 50)), jax.random.key(1))
+    assert len(set(drawn.tolist())) > 30

@@ -1,0 +1,143 @@
+"""What every rule keeps: values to the bit, being hashable and static; and that `Plain` is calculus."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from moejax.layers import AttentionConfig, MoEConfig
+from moejax.models import Config, Decoder
+from moejax.ops.activation import SLOPES
+from moejax.rules import CPLRP, AttnLRP, Gates, Plain, Reading, Rule
+
+T, D, F, E, K, H, G, C, L, V = 7, 40, 20, 6, 2, 4, 2, 10, 3, 97
+
+LRP = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), CPLRP(router="uniform")]
+every_rule = pytest.mark.parametrize("rule", LRP, ids=repr)
+
+
+def make_decoder(dtype: jnp.dtype) -> Decoder:
+    config = Config(
+        model_type="olmoe",
+        vocab_size=V,
+        model_dim=D,
+        num_layers=L,
+        attention=AttentionConfig(D, H, G, C, norm_eps=1e-5, qk_norm="full", clip=0.8, bias=True),
+        moe=MoEConfig(D, F, E, K, weigh="renormalised"),
+        rope_theta=100.0,
+        norm_eps=1e-5,
+        tied=False,
+        max_positions=64,
+    )
+    rng = np.random.default_rng(0)
+    decoder = Decoder.init(config, jax.random.key(0))
+    return jax.tree.map(lambda w: jnp.asarray(w + rng.normal(0, 0.2, w.shape), dtype), decoder)
+
+
+TOKENS = jnp.asarray([[5, 80, 33, 96, 0, 33, 12], [1, 2, 3, 4, 5, 6, 7]])
+
+
+@jax.jit
+def logits(decoder: Decoder, tokens: jax.Array, reading: Reading) -> jax.Array:
+    return decoder(tokens, reading=reading)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+class TestValuesToTheBit:
+    def test_logits_under_every_rule(self, dtype):
+        decoder = make_decoder(dtype)
+        plain = np.asarray(logits(decoder, TOKENS, Reading()))
+        assert plain.dtype == np.float32
+        assert np.ptp(plain) > 1
+        for rule in LRP:
+            np.testing.assert_array_equal(logits(decoder, TOKENS, Reading(rule)), plain, err_msg=repr(rule))
+
+    def test_probes_change_no_bit(self, dtype):
+        decoder = make_decoder(dtype)
+        rule = AttnLRP(router="uniform")
+        probes = {name: jnp.zeros((L + 1, 2)) for name in sorted(rule.leaks)}
+        read = logits(decoder, TOKENS, Reading(rule, probes=probes))
+        np.testing.assert_array_equal(read, logits(decoder, TOKENS, Reading()))
+
+    def test_gates_of_one_change_rounding_only(self, dtype):
+        """A gate multiplies at run time, so the compiler may fuse differently around it."""
+        decoder = make_decoder(dtype)
+        plain, close = logits(decoder, TOKENS, Reading()), 1e-5 if dtype == jnp.float32 else 0.1
+        for gates in (Gates.readout(decoder.config, TOKENS), Gates.ones(decoder.config, TOKENS)):
+            np.testing.assert_allclose(logits(decoder, TOKENS, Reading(gates=gates)), plain, atol=close)
+
+    @every_rule
+    def test_every_method(self, dtype, rule):
+        rng = np.random.default_rng(0)
+        normal = lambda *shape: jnp.asarray(2 * rng.normal(size=shape), dtype)  # noqa: E731
+        x, y, scale = normal(T, D), normal(T, D), jnp.abs(normal(T, 1)).astype(jnp.float32)
+        q, k, v = normal(1, T, H, C), normal(1, T, G, C), normal(1, T, G, C)
+        weights, outputs, matrix = normal(T, K), normal(T, K, D), normal(F, D)
+        calls: list[Callable[[Rule], object]] = [
+            lambda r: r.norm(x.astype(jnp.float32), scale),
+            lambda r: r.gated(SLOPES["silu"], x, y),
+            lambda r: r.attention_inputs(q, k, v),
+            lambda r: r.mix(weights, outputs),
+            lambda r: r.clamp(x, -0.8, 0.8),
+            lambda r: r.linear(lambda a, w: a @ w.T, x, matrix),
+            lambda r: r.add(x, y),
+        ]
+        for call in calls:
+            ours, plain = jax.tree.leaves(call(rule)), jax.tree.leaves(call(Plain()))
+            for a, b in zip(ours, plain, strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(a, b)
+
+
+class TestPlainIsCalculus:
+    @pytest.mark.parametrize("name", ["norm", "gated", "mix", "clamp", "linear", "add"])
+    def test_each_method_has_the_gradient_of_its_formula(self, name):
+        rng = np.random.default_rng(0)
+        normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+        plain, rms = Plain(), lambda x: jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+        x, y, weights, outputs = normal(T, D), normal(T, D), normal(T, K), normal(T, K, D)
+        matmul = lambda a, w: a @ w.T  # noqa: E731
+        ours, formula, inputs = {
+            "norm": (lambda x: plain.norm(x, rms(x)), lambda x: x * rms(x), (x,)),
+            "gated": (lambda g, u: plain.gated(SLOPES["silu"], g, u), lambda g, u: jax.nn.silu(g) * u, (x, y)),
+            "mix": (plain.mix, lambda w, f: w[..., None] * f, (weights, outputs)),
+            "clamp": (lambda x: plain.clamp(x, -0.8, 0.8), lambda x: jnp.clip(x, -0.8, 0.8), (x,)),
+            "linear": (lambda x: plain.linear(matmul, x, y), lambda x: x @ y.T, (x,)),
+            "add": (plain.add, jnp.add, (x, y)),
+        }[name]
+        total = lambda f: lambda *a: (f(*a) * jnp.cos(f(*a))).sum()  # noqa: E731
+        wrt = tuple(range(len(inputs)))
+        for a, b in zip(jax.grad(total(ours), wrt)(*inputs), jax.grad(total(formula), wrt)(*inputs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+class TestRulesAreStatic:
+    @pytest.mark.parametrize("rule", [*LRP, Plain()], ids=repr)
+    def test_hashable_equal_and_frozen(self, rule):
+        assert hash(rule) == hash(dataclasses.replace(rule))
+        assert rule == dataclasses.replace(rule)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            rule.anything = 1
+
+    def test_all_differ(self):
+        assert len({*LRP, Plain()}) == 5
+
+    def test_static_under_jit(self):
+        leaves = jax.tree.leaves(Reading(AttnLRP()))
+        assert leaves == []
+
+    @pytest.mark.parametrize("rule", [AttnLRP, CPLRP])
+    def test_unknown_router(self, rule):
+        with pytest.raises((ValueError, TypeCheckError), match="lxt"):
+            rule(router="lxt")
+
+    def test_declared_leaks(self):
+        assert AttnLRP().leaks == {"softmax", "bias"}
+        assert AttnLRP(router="uniform").leaks == {"softmax", "bias", "router"}
+        assert CPLRP().leaks == {"bias"}
+        assert CPLRP(router="uniform").leaks == {"bias", "router"}
+        assert Plain().leaks == {"norm", "activation", "clamp", "softmax", "router", "bias"}

@@ -1,0 +1,31 @@
+"""Checks every annotated argument, result and field of ``moejax`` at run time: jaxtyping's shapes, beartype's types.
+
+``conftest.py`` names :func:`check` to jaxtyping's import hook, which applies it to every function of the package.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+from beartype import BeartypeConf, FrozenDict, beartype
+
+# JAX rebuilds these from leaves that are no arrays yet (placeholders, avals) or that have grown an axis under ``vmap``,
+# and calls their constructors to do so.
+PYTREE_CONSTRUCTORS = {
+    "moejax.models.packed.Packed.__init__",
+    "moejax.rules.gates.Gates.__init__",
+    "moejax.rules.reading.Reading.__init__",
+}
+
+
+def check(function: Callable) -> Callable:
+    """``function`` with its types checked at every call."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    if name in PYTREE_CONSTRUCTORS:
+        return function
+    return beartype(conf=_resolving_self(name))(function)
+
+
+def _resolving_self(name: str) -> BeartypeConf:
+    """The hook decorates methods one by one, so beartype has to be told which class ``Self`` is."""
+    owner = name.rpartition(".")[0]
+    return BeartypeConf() if "<locals>" in owner else BeartypeConf(hint_overrides=FrozenDict({Self: owner}))
