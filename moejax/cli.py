@@ -55,9 +55,10 @@ def explain(
     from moejax import report
 
     chosen = _target(target, contrast, answer, generate)
-    relevance = moejax.explain(moejax.load(model), prompt, target=chosen, rule=_rule(rule))
     if html is not None:
         _writable(html)
+    relevance = moejax.explain(moejax.load(model), prompt, target=chosen, rule=_rule(rule))
+    if html is not None:
         relevance.save_html(html)
     if as_json:
         print(json.dumps(relevance.to_dict()))

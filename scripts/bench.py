@@ -82,7 +82,7 @@ def random_decoder(config: Config) -> Decoder:
     make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     filled = []
     for i, (path, leaf) in enumerate(leaf_paths(abstract)):
-        is_output = path.endswith(("attention.output.weight", "moe.down"))
+        is_output = path.endswith(("attention.output.weight", ".down"))
         scale = 1.0 if path == "embedding" else 0.02 / (2 * config.num_layers) ** 0.5 if is_output else 0.02
         random = make(jax.random.fold_in(jax.random.key(0), i), leaf.shape)
         filled.append(jnp.ones(leaf.shape, leaf.dtype) if leaf.ndim == 1 else random * scale)
@@ -91,7 +91,7 @@ def random_decoder(config: Config) -> Decoder:
 
 def largest_load(decoder: Decoder, tokens: jax.Array) -> float:
     """Slots of the most loaded expert of any layer, over the mean."""
-    ids = jnp.stack([r.ids for r in jax.jit(Decoder.hidden)(decoder, tokens).routing])
+    ids = jnp.stack([r.feed_forward.ids for r in jax.jit(Decoder.hidden)(decoder, tokens).routing])
     counts = jax.vmap(lambda i: jnp.bincount(i.ravel(), length=decoder.config.num_experts))(ids)
     return float(counts.max() / counts.mean())
 
@@ -101,7 +101,7 @@ def floor_ms(decoder: Decoder, case: Case, tokens: int, bandwidth: float, rate: 
     config = decoder.config
     sizes = {path: leaf.size for path, leaf in leaf_paths(decoder) if path != "embedding"}
     share = config.num_selected / config.num_experts
-    per_token = sum(n * (share if ".moe.gate_up" in p or ".moe.down" in p else p != "head") for p, n in sizes.items())
+    per_token = sum(n * (share if p.endswith((".gate_up", ".down")) else p != "head") for p, n in sizes.items())
     reading = case.passes * 2 * sum(sizes.values()) / bandwidth
     # a forward pass multiplies every token once, a backward pass once for each target
     multiplying = 2 * per_token * tokens * (1 + (case.passes - 1) * case.targets) / rate

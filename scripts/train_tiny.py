@@ -92,11 +92,13 @@ def train(args: argparse.Namespace, decoder: Decoder) -> Decoder:
     if (restored := checkpoints.restore(state)) is not None:
         state = restored
         console.print(f"resumed from step {int(state.step)}")
+    if args.steps % args.save_every:
+        raise SystemExit(f"--steps {args.steps} must be a multiple of --save-every {args.save_every}.")
     steps = make_train_steps(
         transform,
         batch=args.batch,
         length=args.length,
-        count=min(args.save_every, args.steps),
+        count=args.save_every,
         seed=args.seed,
         compute_dtype=jnp.dtype(args.compute_dtype),
     )
@@ -123,7 +125,7 @@ def _score(decoder: Decoder, inputs: jax.Array, targets: jax.Array, experts: int
     hidden = decoder.hidden(inputs)
     logits = decoder.logits(hidden.stream)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    load = jnp.stack([(r.ids[..., None] == jnp.arange(experts)).sum((1, 2)) for r in hidden.routing], 1)
+    load = jnp.stack([(r.feed_forward.ids[..., None] == jnp.arange(experts)).sum((1, 2)) for r in hidden.routing], 1)
     return jax.nn.logsumexp(logits, axis=-1) - picked, load
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from moejax.checkpoints.plan import leaf_paths, table_sources
+from moejax.checkpoints.plan import layouts, leaf_paths
 from moejax.models import Decoder, family
 
 
@@ -18,9 +18,7 @@ def to_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in leaf_paths(decoder):
         data = np.asarray(leaf)
-        pieces = table_sources(table, path, data.shape)[-1]
-        flat = data.reshape(len(pieces), -1)
-        tensors |= {key: part.reshape(shape) for part, (key, shape) in zip(flat, pieces, strict=True)}
+        tensors |= layouts(table, path, data.shape)[-1].split(data)
     return tensors
 
 

@@ -11,29 +11,23 @@ from jax.typing import DTypeLike
 from moejax.checkpoints.safetensors import Entry, TensorSource
 from moejax.errors import CheckpointError
 from moejax.models import Decoder
-from moejax.models.keys import KeyTable, Source
+from moejax.models.keys import KeyTable, Layout
 
 _LISTED = 8
 
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """One leaf: its path, shape, and the source tensors whose concatenated data it is."""
+    """One leaf: its path, its shape, and the layout in which the source has it."""
 
     path: str
     shape: tuple[int, ...]
-    keys: tuple[str, ...]
+    layout: Layout
 
     def read(self, source: TensorSource, dtype: DTypeLike | None) -> np.ndarray:
         """Assemble the leaf in ``dtype``, or in its tensors' own."""
-        parts = [source.read(key) for key in self.keys]
-        if len(parts) == 1:
-            whole = parts[0].reshape(self.shape)
-            return whole if dtype is None else whole.astype(dtype)
-        out = np.empty(self.shape, dtype or parts[0].dtype)
-        for row, part in zip(out.reshape(len(parts), *parts[0].shape), parts, strict=True):
-            row[...] = part
-        return out
+        leaf = self.layout.assemble([source.read(key) for key, _ in self.layout.tensors], self.shape)
+        return leaf if dtype is None else leaf.astype(dtype)
 
 
 def leaf_paths(tree: Decoder) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
@@ -50,7 +44,8 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
     """
     plans, problems, used = [], [], set()
     for path, leaf in leaf_paths(abstract):
-        tensors = _choose(path, leaf.shape, table, entries)
+        layout = _choose(path, leaf.shape, table, entries)
+        tensors = layout.tensors
         used |= {key for key, _ in tensors}
         problems += [f"missing {key} {list(shape)}" for key, shape in tensors if key not in entries]
         problems += [
@@ -58,8 +53,9 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
             for key, shape in tensors
             if key in entries and entries[key].shape != shape
         ]
-        problems += _dtype_problems([(key, entries[key].dtype) for key, _ in tensors if key in entries])
-        plans.append(LeafPlan(path, leaf.shape, tuple(key for key, _ in tensors)))
+        if layout.decode is None:
+            problems += _dtype_problems([(key, entries[key].dtype) for key, _ in tensors if key in entries])
+        plans.append(LeafPlan(path, leaf.shape, layout))
     problems += [f"unused {key} {list(entries[key].shape)}" for key in entries if key not in used]
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
@@ -77,15 +73,15 @@ def _dtype_problems(tensors: Sequence[tuple[str, np.dtype]]) -> list[str]:
     ]
 
 
-def table_sources(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """The layouts in which a leaf may be published: for each, the keys and shapes of its tensors in order."""
+def layouts(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[Layout]:
+    """The layouts in which a leaf may be published."""
     parts = path.split(".")
     layer = parts[1] if parts[0] == "layers" else ""
-    sources: Sequence[Source] = table[path.replace(f"layers.{layer}.", "layers.{layer}.", 1) if layer else path]
-    return [[(key.replace("{layer}", layer), s) for key, s in source(shape)] for source in sources]
+    sources = table[path.replace(f"layers.{layer}.", "layers.{layer}.", 1) if layer else path]
+    return [source(shape).in_layer(layer) for source in sources]
 
 
-def _choose(path: str, shape: tuple[int, ...], table: KeyTable, entries: Mapping[str, Entry]) -> list:
-    """The tensors of the first layout that the checkpoint holds a part of, else of the last."""
-    layouts = table_sources(table, path, shape)
-    return next((layout for layout in layouts if any(key in entries for key, _ in layout)), layouts[-1])
+def _choose(path: str, shape: tuple[int, ...], table: KeyTable, entries: Mapping[str, Entry]) -> Layout:
+    """The first layout that the checkpoint holds a part of, else the last."""
+    choices = layouts(table, path, shape)
+    return next((choice for choice in choices if any(key in entries for key, _ in choice.tensors)), choices[-1])

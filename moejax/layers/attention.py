@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from moejax.errors import ConfigError
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
 from moejax.ops.attention import attention
@@ -20,9 +22,12 @@ class AttentionConfig:
     """Architecture of one attention layer.
 
     Attributes:
-        qk_norm: RMSNorm of queries and keys over the whole projected width (``"full"``) or none.
+        qk_norm: RMSNorm of queries and keys over the whole projected width (``"full"``) or each head (``"head"``).
         clip: symmetric limit on queries, keys and values, after their norms and before rotation.
-        bias: the four projections have biases.
+        bias: queries, keys and values have biases.
+        output_bias: the output projection has a bias.
+        window: how many tokens back a token sees, itself included; all by default.
+        sinks: one learned logit for each head takes part in its softmax.
     """
 
     model_dim: int
@@ -30,9 +35,18 @@ class AttentionConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    qk_norm: Literal["full"] | None = None
+    qk_norm: Literal["full", "head"] | None = None
     clip: float | None = None
     bias: bool = False
+    output_bias: bool = False
+    window: int | None = None
+    sinks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_attention_heads={self.num_heads} is not divisible by num_key_value_heads={self.num_kv_heads}."
+            )
 
 
 class KeyValue(NamedTuple):
@@ -48,18 +62,45 @@ class Context(NamedTuple):
     Attributes:
         cosine, sine: rotation of each token.
         mask: which cache slots (or tokens, without a cache) each token may see.
+        distance: how many slots back each slot lies.
         start: first cache slot to write; unused without a cache.
     """
 
     cosine: Float[Array, "B T C"]
     sine: Float[Array, "B T C"]
     mask: Bool[Array, "B T S"]
+    distance: Int[Array, "T S"]
     start: Int[Array, ""] | int = 0
+
+
+def attend(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T G C"],
+    v: Float[Array, "B T G C"],
+    context: Context,
+    cache: KeyValue | None,
+    reading: Reading,
+    *,
+    window: int | None = None,
+    sinks: Float[Array, " H"] | None = None,
+) -> tuple[Float[Array, "B T H C"], KeyValue]:
+    """Rotate, write the cache if there is one, attend. Returns the heads, and the keys and values attended to."""
+    q, k = rotate(q, context.cosine, context.sine), rotate(k, context.cosine, context.sine)
+    if cache is not None:
+        k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), context.start, axis=1)
+        v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), context.start, axis=1)
+    mask = context.mask if window is None else context.mask & (context.distance < window)
+
+    def product(q: Array, k: Array, v: Array) -> Array:
+        q, k, v = reading.rule.attention_inputs(q, k, v)
+        return attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, sinks=sinks)
+
+    return reading.book("softmax", product, q, k, v), KeyValue(k, v)
 
 
 @nnx.dataclass
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions, optional q/k norms and clipping."""
+    """Grouped-query attention with rotary positions and what else its configuration asks for."""
 
     query: Linear = nnx.data()
     key: Linear = nnx.data()
@@ -67,42 +108,51 @@ class Attention(nnx.Module):
     output: Linear = nnx.data()
     query_norm: RMSNorm | None = nnx.data()
     key_norm: RMSNorm | None = nnx.data()
+    sinks: Float[Array, " H"] | None = nnx.data()
     config: AttentionConfig = nnx.static()
 
     @classmethod
     def init(cls, key: PRNGKeyArray, config: AttentionConfig, dtype: DTypeLike) -> Self:
-        """Random projections, unit norms."""
-        c, keys = config, jax.random.split(key, 4)
+        """Random projections, unit norms, zero biases and sinks."""
+        c, (k1, k2, k3, k4) = config, jax.random.split(key, 4)
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        shapes = [(c.model_dim, q_width), (c.model_dim, kv_width), (c.model_dim, kv_width), (q_width, c.model_dim)]
-        q, k, v, o = (Linear.init(k, *shape, bias=c.bias, dtype=dtype) for k, shape in zip(keys, shapes, strict=True))
-        q_norm, k_norm = (RMSNorm.init(w, c.norm_eps, dtype) if c.qk_norm else None for w in (q_width, kv_width))
-        return cls(q, k, v, o, q_norm, k_norm, config)
+        norm_widths = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (q_width, kv_width)
+        q_norm, k_norm = (RMSNorm.init(w, c.norm_eps, dtype) if c.qk_norm else None for w in norm_widths)
+        return cls(
+            Linear.init(k1, c.model_dim, q_width, bias=c.bias, dtype=dtype),
+            Linear.init(k2, c.model_dim, kv_width, bias=c.bias, dtype=dtype),
+            Linear.init(k3, c.model_dim, kv_width, bias=c.bias, dtype=dtype),
+            Linear.init(k4, q_width, c.model_dim, bias=c.output_bias, dtype=dtype),
+            q_norm,
+            k_norm,
+            jnp.zeros(c.num_heads, dtype) if c.sinks else None,
+            c,
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValue | None, reading: Reading
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Returns the output and the keys and values: those of ``x``, or the whole cache with them written into it."""
+    ) -> tuple[Float[Array, "B T D"], KeyValue, None]:
+        """Returns the output, the keys and values (the whole cache, if one is given), and no routing."""
         q, k, v = self._project(x, reading)
-        q, k = rotate(q, context.cosine, context.sine), rotate(k, context.cosine, context.sine)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), context.start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), context.start, axis=1)
-
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            q, k, v = reading.rule.attention_inputs(q, k, v)
-            return attention(q, k, v, context.mask, scale=self.config.head_dim**-0.5)
-
-        heads = reading.gate("heads", reading.book("softmax", attend, q, k, v))
-        return self.output(heads.reshape(*x.shape[:2], -1), reading), KeyValue(k, v)
+        window, sinks = self.config.window, self.sinks
+        heads, stored = attend(q, k, v, context, cache, reading, window=window, sinks=sinks)
+        heads = reading.gate("heads", heads)
+        return self.output(heads.reshape(*x.shape[:2], -1), reading), stored, None
 
     def _project(self, x: Array, reading: Reading) -> tuple[Array, Array, Array]:
         c = self.config
         q, k, v = self.query(x, reading), self.key(x, reading), self.value(x, reading)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q, reading), self.key_norm(k, reading)
+        if c.qk_norm == "full":
+            q, k = self._normalise(q, k, reading)
         if c.clip is not None:
             limit = c.clip
             q, k, v = (reading.book("clamp", lambda t: reading.rule.clamp(t, -limit, limit), t) for t in (q, k, v))
         q, k, v = (t.reshape(*t.shape[:2], -1, c.head_dim) for t in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = self._normalise(q, k, reading)
         return q, k, v
+
+    def _normalise(self, q: Array, k: Array, reading: Reading) -> tuple[Array, Array]:
+        assert self.query_norm is not None
+        assert self.key_norm is not None
+        return self.query_norm(q, reading), self.key_norm(k, reading)

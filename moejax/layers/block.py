@@ -1,13 +1,36 @@
 """One decoder layer: attention and feed-forward, each on a normalised copy of the residual stream."""
 
-from flax import nnx
-from jaxtyping import Array, Float
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
-from moejax.layers.attention import Attention, Context, KeyValue
-from moejax.layers.moe import MoE
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from moejax.layers.attention import Attention, AttentionConfig, Context, KeyValue
+from moejax.layers.mixture_attention import MixtureAttention, MixtureAttentionConfig
+from moejax.layers.mlp import MLP, MLPConfig
+from moejax.layers.moe import MoE, MoEConfig
 from moejax.layers.norm import RMSNorm
 from moejax.routing import Routing
 from moejax.rules import Reading
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Architecture of one layer."""
+
+    attention: AttentionConfig | MixtureAttentionConfig
+    feed_forward: MoEConfig | MLPConfig
+    norm_eps: float
+
+
+class Routes(NamedTuple):
+    """Where a layer's mixtures sent each token; ``None`` for a part that is no mixture."""
+
+    attention: Routing | None
+    feed_forward: Routing | None
 
 
 @nnx.dataclass
@@ -15,16 +38,36 @@ class Block(nnx.Module):
     """Pre-norm residual block."""
 
     attention_norm: RMSNorm = nnx.data()
-    attention: Attention = nnx.data()
-    moe_norm: RMSNorm = nnx.data()
-    moe: MoE = nnx.data()
+    attention: Attention | MixtureAttention = nnx.data()
+    feed_forward_norm: RMSNorm = nnx.data()
+    feed_forward: MoE | MLP = nnx.data()
+
+    @classmethod
+    def init(cls, key: PRNGKeyArray, config: BlockConfig, dtype: DTypeLike) -> Self:
+        """Random weights."""
+        c, (k1, k2) = config, jax.random.split(key)
+        dim = c.attention.model_dim
+        return cls(
+            RMSNorm.init(dim, c.norm_eps, dtype),
+            MixtureAttention.init(k1, c.attention, dtype)
+            if isinstance(c.attention, MixtureAttentionConfig)
+            else Attention.init(k1, c.attention, dtype),
+            RMSNorm.init(dim, c.norm_eps, dtype),
+            MLP.init(k2, c.feed_forward, dtype)
+            if isinstance(c.feed_forward, MLPConfig)
+            else MoE.init(k2, c.feed_forward, dtype),
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValue | None, reading: Reading
-    ) -> tuple[Float[Array, "B T D"], KeyValue, Routing]:
+    ) -> tuple[Float[Array, "B T D"], KeyValue, Routes]:
         """``reading`` is that of this layer."""
         x = reading.gate("tokens", x)
-        attended, cache = self.attention(self.attention_norm(x, reading), context, cache, reading)
+        attended, stored, attention_routing = self.attention(self.attention_norm(x, reading), context, cache, reading)
         x = reading.rule.add(x, attended)
-        mixed, routing = self.moe(self.moe_norm(x, reading), reading)
-        return reading.rule.add(x, mixed), cache, routing
+        normed = self.feed_forward_norm(x, reading)
+        if isinstance(self.feed_forward, MLP):
+            y, routing = self.feed_forward(normed, reading), None
+        else:
+            y, routing = self.feed_forward(normed, reading)
+        return reading.rule.add(x, y), stored, Routes(attention_routing, routing)

@@ -1,7 +1,7 @@
-"""Mixture-of-Experts feed-forward layer: route, grouped expert products, gated weighted sum."""
+"""Mixture-of-Experts feed-forward layer: route, grouped expert products, gated weighted sum, shared expert."""
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from moejax.layers.glu import GLU
 from moejax.layers.linear import Linear, normal, wide_matmul
-from moejax.ops.activation import SLOPES
-from moejax.ops.experts import Assignment, assign, expert_matmul
-from moejax.routing import SCORES, WEIGHTS, Routing, route
+from moejax.layers.mlp import MLP, MLPConfig
+from moejax.layers.router import Router, RouterConfig, expert_linear
+from moejax.routing import Routing
 from moejax.rules import Reading
 
 
@@ -21,62 +22,75 @@ class MoEConfig:
     """Architecture of one MoE layer.
 
     Attributes:
-        score: scores of all experts, a name in ``routing.SCORES``.
-        weigh: weights of the selected, a name in ``routing.WEIGHTS``.
-        activation: of the gate, a name in ``ops.activation.SLOPES``.
+        expert_bias: both products of an expert have biases.
+        output_bias: one bias is added after the sum over experts.
+        shared_dim: width of a shared expert with a sigmoid gate, that every token takes; none by default.
     """
 
     model_dim: int
     expert_dim: int
-    num_experts: int
-    num_selected: int
-    score: Literal["softmax", "logits"] = "softmax"
-    weigh: Literal["raw", "renormalised", "softmax"] = "raw"
-    activation: str = "silu"
+    router: RouterConfig
+    glu: GLU = GLU()
+    expert_bias: bool = False
+    output_bias: bool = False
+    shared_dim: int | None = None
+
+
+@nnx.dataclass
+class SharedExpert(nnx.Module):
+    """An expert that every token takes, weighted by the sigmoid of a linear gate."""
+
+    mlp: MLP = nnx.data()
+    gate: Linear = nnx.data()
+
+    def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T D"]:
+        logit = reading.enter("router", reading.rule.linear(wide_matmul, x, self.gate.weight))
+        output = reading.enter("router", self.mlp(x, reading)[:, :, None])
+        mixed = reading.leave("router", reading.rule.mix(jax.nn.sigmoid(logit).astype(x.dtype), output))
+        return reading.gate("shared", mixed)[:, :, 0]
 
 
 @nnx.dataclass
 class MoE(nnx.Module):
     """Top-k mixture of gated experts; the two halves of ``gate_up`` are the gate's and the linear branch's matrices."""
 
-    router: Linear = nnx.data()
+    router: Router = nnx.data()
     gate_up: Float[Array, "E 2 F D"] = nnx.data()
     down: Float[Array, "E D F"] = nnx.data()
+    gate_up_bias: Float[Array, "E 2 F"] | None = nnx.data()
+    down_bias: Float[Array, "E D"] | None = nnx.data()
+    bias: Float[Array, " D"] | None = nnx.data()
+    shared: SharedExpert | None = nnx.data()
     config: MoEConfig = nnx.static()
 
     @classmethod
     def init(cls, key: PRNGKeyArray, config: MoEConfig, dtype: DTypeLike) -> Self:
-        """Random weights."""
-        c, (k1, k2, k3) = config, jax.random.split(key, 3)
+        """Random weights, zero biases."""
+        c, (k1, k2, k3, k4, k5) = config, jax.random.split(key, 5)
+        experts, hidden, dim = c.router.num_experts, c.expert_dim, c.model_dim
+        shared = None
+        if c.shared_dim is not None:
+            mlp = MLP.init(k4, MLPConfig(dim, c.shared_dim, c.glu), dtype)
+            shared = SharedExpert(mlp, Linear.init(k5, dim, 1, bias=False, dtype=dtype))
         return cls(
-            Linear.init(k1, c.model_dim, c.num_experts, bias=False, dtype=dtype),
-            normal(k2, (c.num_experts, 2, c.expert_dim, c.model_dim), dtype),
-            normal(k3, (c.num_experts, c.model_dim, c.expert_dim), dtype),
+            Router.init(k1, c.router, dim, dtype),
+            normal(k2, (experts, 2, hidden, dim), dtype),
+            normal(k3, (experts, dim, hidden), dtype),
+            jnp.zeros((experts, 2, hidden), dtype) if c.expert_bias else None,
+            jnp.zeros((experts, dim), dtype) if c.expert_bias else None,
+            jnp.zeros(dim, dtype) if c.output_bias else None,
+            shared,
             c,
         )
 
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the output and the routing of every token."""
-        c, rule = self.config, reading.rule
-        logits = reading.add_bias(rule.linear(wide_matmul, x, self.router.weight), self.router.bias)
-        logits = reading.enter("router", logits)
-        routing = route(logits, c.num_selected, score=SCORES[c.score], weigh=WEIGHTS[c.weigh])
-        outputs = reading.enter("router", self._experts(x, routing, reading))
-        mixed = reading.leave("router", rule.mix(routing.weights.astype(x.dtype), outputs))
-        return reading.gate_experts(mixed, routing.ids).sum(-2), routing
-
-    def _experts(self, x: Array, routing: Routing, reading: Reading) -> Float[Array, "B T K D"]:
-        """Every routed slot's expert output, before its weight."""
-        c, rule = self.config, reading.rule
-        batch_shape = routing.ids.shape
-        assignment = assign(routing.ids.reshape(-1, c.num_selected), c.num_experts)
-        halves = self.gate_up.reshape(c.num_experts, -1, c.model_dim)
-        product = rule.linear(_per_expert(assignment), x.reshape(-1, 1, c.model_dim), halves)
-        gate, up = jnp.split(product.reshape(*batch_shape, -1), 2, axis=-1)
-        hidden = reading.book("activation", lambda g, u: rule.gated(SLOPES[c.activation], g, u), gate, up)
-        hidden = hidden.reshape(-1, c.num_selected, c.expert_dim)
-        return rule.linear(_per_expert(assignment), hidden, self.down).reshape(*batch_shape, c.model_dim)
-
-
-def _per_expert(assignment: Assignment):
-    return lambda x, weight: expert_matmul(x, weight, assignment)
+        routing, assignment = self.router(x, reading)
+        experts, dim = self.config.router.num_experts, self.config.model_dim
+        bias = None if self.gate_up_bias is None else self.gate_up_bias.reshape(experts, -1)
+        halves = expert_linear(x[:, :, None], self.gate_up.reshape(experts, -1, dim), bias, assignment, reading)
+        gate, up = jnp.split(halves, 2, axis=-1)
+        hidden = self.config.glu(gate, up, reading)
+        outputs = expert_linear(hidden, self.down, self.down_bias, assignment, reading)
+        y = reading.add_bias(self.router.combine(outputs, routing, reading), self.bias)
+        return (y if self.shared is None else y + self.shared(x, reading)), routing

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from moejax.layers import AttentionConfig, MoEConfig
+from moejax.layers import BlockConfig, MixtureAttentionConfig, MoEConfig
+from moejax.ops.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -11,8 +12,9 @@ class Config:
 
     Attributes:
         model_type: name of the family, as in Hugging Face configs.
-        attention, moe: of every layer.
-        rope_theta: base of the rotary frequencies.
+        blocks: architecture of each layer.
+        rope: rotary positions of all layers.
+        norm_eps: of the final norm.
         tied: the output head is the embedding.
         max_positions: longest context the model was made for.
         eos_ids: tokens that end a generation.
@@ -21,11 +23,8 @@ class Config:
 
     model_type: str
     vocab_size: int
-    model_dim: int
-    num_layers: int
-    attention: AttentionConfig
-    moe: MoEConfig
-    rope_theta: float
+    blocks: tuple[BlockConfig, ...]
+    rope: Rope
     norm_eps: float
     tied: bool
     max_positions: int
@@ -33,16 +32,52 @@ class Config:
     pad_id: int = 0
 
     @property
+    def model_dim(self) -> int:
+        """Width of the residual stream."""
+        return self.blocks[0].attention.model_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.blocks[0].attention.head_dim
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return len(self.blocks)
+
+    @property
     def num_heads(self) -> int:
         """Query heads of a layer."""
-        return self.attention.num_heads
+        return self.blocks[0].attention.num_heads
 
     @property
     def num_experts(self) -> int:
-        """Experts of a layer."""
-        return self.moe.num_experts
+        """Experts of a layer; zero if every layer is dense."""
+        return max((moe.router.num_experts for moe in self._moe), default=0)
 
     @property
     def num_selected(self) -> int:
         """Routed slots of a token."""
-        return self.moe.num_selected
+        return max((moe.router.num_selected for moe in self._moe), default=0)
+
+    @property
+    def num_attention_experts(self) -> int:
+        """Attention experts of a layer; zero if attention is no mixture."""
+        attention = self.blocks[0].attention
+        return attention.router.num_experts if isinstance(attention, MixtureAttentionConfig) else 0
+
+    @property
+    def num_attention_selected(self) -> int:
+        """Routed slots of a token in a mixture of attention experts."""
+        attention = self.blocks[0].attention
+        return attention.router.num_selected if isinstance(attention, MixtureAttentionConfig) else 0
+
+    @property
+    def num_shared(self) -> int:
+        """Shared experts of a layer."""
+        return int(any(moe.shared_dim is not None for moe in self._moe))
+
+    @property
+    def _moe(self) -> list[MoEConfig]:
+        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoEConfig)]

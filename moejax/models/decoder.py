@@ -8,13 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moejax.layers import Block, Context, KeyValue, RMSNorm
-from moejax.layers.attention import Attention
+from moejax.layers import Block, Context, KeyValue, RMSNorm, Routes
 from moejax.layers.linear import normal, wide_matmul
-from moejax.layers.moe import MoE
 from moejax.models.config import Config
-from moejax.ops.rope import rope_angles
-from moejax.routing import Routing
 from moejax.rules import Reading
 
 
@@ -43,7 +39,7 @@ class Hidden(NamedTuple):
 
     stream: Float[Array, "B T D"]
     cache: Cache | None
-    routing: list[Routing]
+    routing: list[Routes]
 
 
 # Layers of equal shape share one trace; XLA inlines the calls.
@@ -64,19 +60,9 @@ class Decoder(nnx.Module):
     def init(cls, config: Config, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Self:
         """Random weights: normal with standard deviation 0.02, unit norms."""
         c, (k_embed, k_head, *k_layers) = config, jax.random.split(key, 2 + config.num_layers)
-
-        def block(key: PRNGKeyArray) -> Block:
-            k_attention, k_moe = jax.random.split(key)
-            return Block(
-                RMSNorm.init(c.model_dim, c.norm_eps, dtype),
-                Attention.init(k_attention, c.attention, dtype),
-                RMSNorm.init(c.model_dim, c.norm_eps, dtype),
-                MoE.init(k_moe, c.moe, dtype),
-            )
-
         return cls(
             normal(k_embed, (c.vocab_size, c.model_dim), dtype),
-            [block(k) for k in k_layers],
+            [Block.init(k, block, dtype) for k, block in zip(k_layers, c.blocks, strict=True)],
             RMSNorm.init(c.model_dim, c.norm_eps, dtype),
             None if c.tied else normal(k_head, (c.vocab_size, c.model_dim), dtype),
             c,
@@ -132,9 +118,9 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for ``slots`` tokens in the dtype of the weights."""
-        c = self.config.attention
-        zeros = jnp.zeros((batch, slots, c.num_kv_heads, c.head_dim), self.embedding.dtype)
-        layers = [KeyValue(zeros, zeros) for _ in self.layers]
+        dtype = self.embedding.dtype
+        shapes = [(batch, slots, b.attention.num_kv_heads, b.attention.head_dim) for b in self.config.blocks]
+        layers = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes]
         return Cache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
     def _context(self, valid: Array, cache: Cache | None) -> tuple[Context, Cache | None]:
@@ -148,7 +134,6 @@ class Decoder(nnx.Module):
             seen = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, start, axis=1)
             cache = cache._replace(valid=seen, length=start + tokens)
         positions = jnp.maximum(before + jnp.cumsum(valid, axis=1) - 1, 0)
-        query_slot = start + jnp.arange(tokens)
-        causal = jnp.arange(seen.shape[1]) <= query_slot[:, None]
-        angles = rope_angles(positions, self.config.attention.head_dim, self.config.rope_theta)
-        return Context(*angles, causal & seen[:, None], start), cache
+        distance = (start + jnp.arange(tokens))[:, None] - jnp.arange(seen.shape[1])
+        angles = self.config.rope.angles(positions, self.config.head_dim)
+        return Context(*angles, (distance >= 0) & seen[:, None], distance, start), cache

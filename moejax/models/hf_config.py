@@ -1,9 +1,11 @@
 """Reading a Hugging Face ``config.json`` strictly: a field that nobody reads is an error, not a silent difference."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from moejax.errors import ConfigError
+from moejax.ops.rope import Rope, Yarn
 
 # Fields that cannot change what the forward pass of a released model computes.
 _WITHOUT_EFFECT = {
@@ -41,27 +43,28 @@ class Fields:
         self._config = dict(config)
         self._read: set[str] = set()
 
-    def __call__(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The field ``name``; ``None`` counts as absent.
+    def __call__(self, name: str, default: Any = _REQUIRED, *, alias: str | None = None) -> Any:
+        """The field ``name``, or ``alias`` as other versions of transformers call it; ``None`` counts as absent.
 
         Raises:
             ConfigError: absent and no default is given.
         """
-        self._read.add(name)
-        value = self._config.get(name)
-        if value is not None:
-            return value
+        for key in (name, alias):
+            if key is not None:
+                self._read.add(key)
+                if self._config.get(key) is not None:
+                    return self._config[key]
         if default is _REQUIRED:
             raise ConfigError(f"the model's config has no {name!r}; it is incomplete or of another family.")
         return default
 
-    def size(self, name: str, default: Any = _REQUIRED) -> int:
+    def size(self, name: str, default: Any = _REQUIRED, *, alias: str | None = None) -> int:
         """The field ``name``, a positive integer.
 
         Raises:
             ConfigError: it is something else, or absent and no default is given.
         """
-        value = self(name, default)
+        value = self(name, default, alias=alias)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"config field {name}={value!r} must be a positive integer.")
         return value
@@ -75,19 +78,73 @@ class Fields:
         if (value := self(name, expected)) != expected:
             raise ConfigError(f"config field {name}={value!r} is not supported, only {expected!r} is.")
 
-    def rope_theta(self) -> float:
-        """Base of unscaled rotary positions, from ``rope_parameters`` (transformers 5) or ``rope_theta`` (4).
+    def rope(self, default_theta: float = 10000.0) -> Rope:
+        """Rotary positions, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4).
 
         Raises:
-            ConfigError: a scaled variant.
+            ConfigError: a variant that is neither plain nor YaRN.
         """
         self._read |= {"rope_parameters", "rope_theta", "rope_scaling"}
-        rope = self._config.get("rope_parameters") or {}
-        scaling = self._config.get("rope_scaling") or {}
-        kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+        scaling = dict(self._config.get("rope_parameters") or self._config.get("rope_scaling") or {})
+        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+        scaling.pop("type", None)
+        theta = float(scaling.pop("rope_theta", None) or self._config.get("rope_theta") or default_theta)
+        if kind == "yarn":
+            return Rope(theta, self._yarn(scaling))
         if kind != "default":
-            raise ConfigError(f"rotary positions of type {kind!r} are not supported here, only 'default' is.")
-        return float(rope.get("rope_theta") or self._config.get("rope_theta") or 10000.0)
+            raise ConfigError(f"rotary positions of type {kind!r} are not supported, only 'default' and 'yarn' are.")
+        return Rope(theta)
+
+    def _yarn(self, scaling: dict[str, Any]) -> Yarn:
+        if mscale := [name for name in ("mscale", "mscale_all_dim") if scaling.get(name)]:
+            raise ConfigError(f"YaRN with {' and '.join(mscale)} is not supported.")
+        factor = float(scaling["factor"])
+        attention_factor = scaling.get("attention_factor")
+        return Yarn(
+            factor=factor,
+            original=scaling.get("original_max_position_embeddings") or self("max_position_embeddings"),
+            beta_fast=float(scaling.get("beta_fast") or 32),
+            beta_slow=float(scaling.get("beta_slow") or 1),
+            truncate=scaling.get("truncate", True),
+            attention_factor=0.1 * math.log(factor) + 1 if attention_factor is None else float(attention_factor),
+        )
+
+    def head_dim(self, model_dim: int, heads: int) -> int:
+        """``head_dim``, by default the model's width shared among the heads.
+
+        Raises:
+            ConfigError: it is not given, and the heads do not divide the width.
+        """
+        if self("head_dim", None) is None and model_dim % heads:
+            raise ConfigError(f"hidden_size={model_dim} is not divisible by num_attention_heads={heads}.")
+        return self.size("head_dim", model_dim // heads)
+
+    def common(self, *, max_positions: int, tied: bool = False) -> dict[str, Any]:
+        """The fields of ``Config`` that every family reads alike, with its defaults."""
+        return {
+            "vocab_size": self.size("vocab_size"),
+            "tied": self("tie_word_embeddings", tied),
+            "max_positions": self.size("max_position_embeddings", max_positions),
+            "eos_ids": self.eos_ids(),
+            "pad_id": self("pad_token_id", 0),
+        }
+
+    def no_window(self) -> None:
+        """Read the fields of Qwen's sliding window, which no published mixture uses.
+
+        Raises:
+            ConfigError: it is switched on.
+        """
+        self.must_be("use_sliding_window", False)
+        for name in ("sliding_window", "max_window_layers"):
+            self(name, None)
+        kinds = self("layer_types", [])
+        if set(kinds) - {"full_attention"}:
+            raise ConfigError(f"config field layer_types={kinds!r} is not supported, only full attention is.")
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer of a Qwen model is a mixture: not ``mlp_only_layers``, and on the ``decoder_sparse_step``."""
+        return layer not in self("mlp_only_layers", ()) and (layer + 1) % self("decoder_sparse_step", 1) == 0
 
     def eos_ids(self) -> tuple[int, ...]:
         """``eos_token_id`` as a tuple: it may be absent, one id or several."""

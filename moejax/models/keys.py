@@ -1,13 +1,67 @@
 """Key tables: which tensors of a published checkpoint hold which leaf of the decoder.
 
-A leaf's data is the concatenation of its tensors' data in the order given, so one table serves reading and writing.
+A leaf is the concatenation of its tensors' data in the order given, seen in a shape of which the leaf is a transpose.
+So one table serves reading and writing.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moejax.ops.mxfp4 import BLOCK, dequantise
 
 Shape = tuple[int, ...]
-Source = Callable[[Shape], Sequence[tuple[str, Shape]]]
-"""From a leaf's shape to the keys and shapes of the tensors that make it up, in order."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one leaf is published.
+
+    Attributes:
+        tensors: key and shape of each tensor, in order.
+        axes: the leaf's axes in the order in which the concatenated data has them; ``None`` keeps them.
+        decode: turns the tensors into the array that they encode; by default they are its data, one after the other.
+    """
+
+    tensors: Sequence[tuple[str, Shape]]
+    axes: tuple[int, ...] | None = None
+    decode: Callable[[list[np.ndarray]], np.ndarray] | None = None
+
+    def in_layer(self, layer: str) -> "Layout":
+        """The layout with ``{layer}`` filled in."""
+        tensors = [(key.replace("{layer}", layer), shape) for key, shape in self.tensors]
+        return Layout(tensors, self.axes, self.decode)
+
+    def assemble(self, parts: list[np.ndarray], shape: Shape) -> np.ndarray:
+        """The leaf of ``shape`` from its tensors."""
+        data = self.decode(parts) if self.decode else _concatenate(parts)
+        if self.axes is None:
+            return data.reshape(shape)
+        return data.reshape([shape[i] for i in self.axes]).transpose(np.argsort(self.axes))
+
+    def split(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of a leaf: the inverse of :meth:`assemble`."""
+        flat = (leaf if self.axes is None else leaf.transpose(self.axes)).reshape(-1)
+        ends = np.cumsum([math.prod(shape) for _, shape in self.tensors])
+        pieces = np.split(flat, ends[:-1])
+        return {key: piece.reshape(shape) for piece, (key, shape) in zip(pieces, self.tensors, strict=True)}
+
+
+def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    if len(parts) == 1:
+        return parts[0]
+    out = np.empty(sum(part.size for part in parts), parts[0].dtype)
+    start = 0
+    for part in parts:
+        out[start : start + part.size] = part.reshape(-1)
+        start += part.size
+    return out
+
+
+Source = Callable[[Shape], Layout]
+"""From a leaf's shape to a layout in which it may be published."""
 
 KeyTable = Mapping[str, Sequence[Source]]
 """From a leaf's path (``{layer}`` stands for the index) to the layouts in which it is published, preferred last."""
@@ -15,19 +69,55 @@ KeyTable = Mapping[str, Sequence[Source]]
 
 def whole(key: str) -> Source:
     """One tensor of the leaf's own shape."""
-    return lambda shape: [(key, shape)]
+    return lambda shape: Layout([(key, shape)])
 
 
 def merged_halves(key: str) -> Source:
-    """One tensor ``[E, 2F, D]`` for a leaf ``[E, 2, F, D]``."""
-    return lambda shape: [(key, (shape[0], shape[1] * shape[2], *shape[3:]))]
+    """One tensor ``[.., 2F, D]`` for a leaf ``[.., 2, F, D]``: one half after the other."""
+    return lambda shape: Layout([(key, (*shape[:-3], shape[-3] * shape[-2], shape[-1]))])
+
+
+def stacked(*keys: str) -> Source:
+    """One tensor for each entry of the leaf's first axis."""
+    return lambda shape: Layout([(key, shape[1:]) for key in keys])
 
 
 def per_expert(*keys: str) -> Source:
     """One tensor for each expert and key; with several keys the leaf's second axis counts them."""
     inner = 2 if len(keys) > 1 else 1
 
-    def tensors(shape: Shape) -> list[tuple[str, Shape]]:
-        return [(key.replace("{expert}", str(e)), shape[inner:]) for e in range(shape[0]) for key in keys]
+    def layout(shape: Shape) -> Layout:
+        return Layout([(key.replace("{expert}", str(e)), shape[inner:]) for e in range(shape[0]) for key in keys])
 
-    return tensors
+    return layout
+
+
+def transposed(key: str) -> Source:
+    """One tensor ``[E, D, F]`` for a leaf ``[E, F, D]``."""
+    return lambda shape: Layout([(key, (shape[0], shape[2], shape[1]))], axes=(0, 2, 1))
+
+
+def interleaved(key: str) -> Source:
+    """One tensor ``[E, D, 2F]`` (or ``[E, 2F]``) for a leaf ``[E, 2, F, D]`` (or ``[E, 2, F]``): halves alternate."""
+
+    def layout(shape: Shape) -> Layout:
+        rows = shape[1] * shape[2]
+        if len(shape) == 3:
+            return Layout([(key, (shape[0], rows))], axes=(0, 2, 1))
+        return Layout([(key, (shape[0], shape[3], rows))], axes=(0, 3, 2, 1))
+
+    return layout
+
+
+def packed_mxfp4(key: str, *, halves_alternate: bool) -> Source:
+    """Blocks and scales of MXFP4 that encode ``[E, rows, D]``, for a leaf ``[E, 2, F, D]`` or ``[E, M, D]``."""
+
+    def layout(shape: Shape) -> Layout:
+        rows, width = math.prod(shape[1:-1]), shape[-1]
+        blocks, scales = (shape[0], rows, width // BLOCK, BLOCK // 2), (shape[0], rows, width // BLOCK)
+        axes = (0, 2, 1, 3) if halves_alternate else None
+        return Layout(
+            [(f"{key}_blocks", blocks), (f"{key}_scales", scales)], axes, decode=lambda parts: dequantise(*parts)
+        )
+
+    return layout

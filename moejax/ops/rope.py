@@ -1,17 +1,67 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout as in transformers."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout as in transformers, and YaRN."""
+
+import math
+from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def rope_angles(
-    positions: Int[Array, "B T"], head_dim: int, theta: float
-) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
-    """Cosine and sine, in float32, of position times ``theta ** (-2 i / head_dim)``, repeated for both halves."""
-    frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
+@dataclass(frozen=True)
+class Yarn:
+    """Context extension by interpolating slow frequencies (Peng et al., arXiv 2309.00071).
+
+    Attributes:
+        factor: how many times longer the context became.
+        original: context length before.
+        beta_fast, beta_slow: rotations over the original context above which a frequency is kept, and below which it
+            is divided by ``factor``.
+        truncate: round the bounds of the ramp between the two to whole dimensions.
+        attention_factor: multiplies cosine and sine.
+    """
+
+    factor: float
+    original: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    attention_factor: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies ``theta ** (-2 i / C)``, stretched by YaRN if given."""
+
+    theta: float
+    yarn: Yarn | None = None
+
+    def frequencies(self, head_dim: int) -> Float[np.ndarray, " P"]:
+        """Angle per position of each of the ``P = C / 2`` pairs of dimensions."""
+        plain = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        if self.yarn is None:
+            return plain
+        low, high = (self._dimension(beta, head_dim) for beta in (self.yarn.beta_fast, self.yarn.beta_slow))
+        if self.yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        return plain * (1 - ramp) + plain / self.yarn.factor * ramp
+
+    def _dimension(self, rotations: float, head_dim: int) -> float:
+        """The (fractional) pair that turns ``rotations`` times over the original context."""
+        assert self.yarn is not None
+        return head_dim * math.log(self.yarn.original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+    def angles(
+        self, positions: Int[Array, "B T"], head_dim: int
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
+        """Cosine and sine in float32 of every position, repeated for both halves of a head."""
+        frequency = jnp.asarray(self.frequencies(head_dim), jnp.float32)
+        angle = positions[..., None].astype(jnp.float32) * frequency
+        angle = jnp.concatenate([angle, angle], axis=-1)
+        factor = self.yarn.attention_factor if self.yarn else 1.0
+        return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(

@@ -1,6 +1,7 @@
 """``explain``: one forward pass, one vector-Jacobian product per target, read at the gates."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.lm import LM, Prompt, left_pad
 from moejax.models import Decoder, Packed, unpack
 from moejax.relevance.ledger import Ledger
-from moejax.relevance.result import Candidate, Relevance
+from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
 from moejax.relevance.targets import BEST, Aim, Argmax, Target
+from moejax.routing import Routing
 from moejax.rules import AttnLRP, Gates, Reading, Rule
 
 _CANDIDATES = 5
@@ -29,21 +31,26 @@ class Seeds(NamedTuple):
     signs: Float[Array, "B N J"]
 
 
+class Slots(NamedTuple):
+    """The routed slots of all layers; a layer without a mixture has id -1 and weight 0."""
+
+    ids: Int[Any, "L B T K"]
+    weights: Float[Any, "L B T K"]
+
+
 class Readout(NamedTuple):
     """All that one call reads, on the device or, once fetched, on the host.
 
     ``ids`` are the seeds' with the best token filled in.
     """
 
-    layers: Float[Any, "N L+1 B T"]
-    experts: Float[Any, "N L B T K"]
-    heads: Float[Any, "N L B T H"]
+    gates: Gates
     leaks: dict[str, Float[Any, "N L+1 B"]]
     target: Float[Any, "B N"]
     ids: Int[Any, "B N J"]
     logits: Float[Any, "B N V"]
-    expert_ids: Int[Any, "L B T K"]
-    expert_weights: Float[Any, "L B T K"]
+    routes: Slots | None
+    attention_routes: Slots | None
 
 
 @partial(jax.jit, static_argnames=("rule", "chunk"))
@@ -83,9 +90,18 @@ def relevance(
     seed_count = target.shape[1]
     one_hot = jnp.broadcast_to(jnp.eye(seed_count, dtype=target.dtype)[:, None], (seed_count, *target.shape))
     gates, leaks = jax.vmap(pull)(one_hot) if chunk is None else jax.lax.map(pull, one_hot, batch_size=chunk)
-    stack = lambda name: jnp.stack([getattr(r, name) for r in routing])  # noqa: E731
-    routes = stack("ids"), stack("weights")
-    return Readout(gates.tokens, gates.slots, gates.heads, leaks, target, ids, logits, *routes)
+    feed_forward = _stack([r.feed_forward for r in routing])
+    attention = _stack([r.attention for r in routing])
+    return Readout(gates, leaks, target, ids, logits, feed_forward, attention)
+
+
+def _stack(routing: list[Routing | None]) -> Slots | None:
+    present = next((r for r in routing if r is not None), None)
+    if present is None:
+        return None
+    none = Slots(jnp.full_like(present.ids, -1), jnp.zeros_like(present.weights))
+    layers = [none if r is None else Slots(r.ids, r.weights) for r in routing]
+    return Slots(*map(jnp.stack, zip(*layers, strict=True)))
 
 
 def _rows(x: Float[Array, "B N D"], weight: Float[Array, "B N J D"]) -> Float[Array, "B N J"]:
@@ -163,8 +179,15 @@ def _seeds(rows: list[list[Aim]], offsets: list[int], dtype: DTypeLike) -> Seeds
 def _result(lm: LM, rule: str, token_ids: list[int], aims: list[Aim], out: Readout, row: int, offset: int) -> Relevance:
     """One batch row of the readout, without its padding."""
     n = len(aims)
-    layers = out.layers[:n, :, row, offset:]
+    gates = {f.name: g[:n, :, row, offset:] for f in fields(Gates) if (g := getattr(out.gates, f.name)) is not None}
     leaks = {name: leak[:n, :, row].astype(np.float64) for name, leak in out.leaks.items()}
+    layers = gates["tokens"]
+
+    def experts(name: str, slots: Slots | None, count: int) -> ExpertRelevance | None:
+        if slots is None:
+            return None
+        return ExpertRelevance(gates[name], slots.ids[:, row, offset:], slots.weights[:, row, offset:], count)
+
     return Relevance(
         model=lm.name,
         rule=rule,
@@ -174,10 +197,10 @@ def _result(lm: LM, rule: str, token_ids: list[int], aims: list[Aim], out: Reado
         labels=[_label(lm, aim, out.ids[row, i]) for i, aim in enumerate(aims)],
         positions=np.array([aim.position for aim in aims]),
         layers=layers,
-        experts=out.experts[:n, :, row, offset:],
-        expert_ids=out.expert_ids[:, row, offset:],
-        expert_weights=out.expert_weights[:, row, offset:],
-        heads=out.heads[:n, :, row, offset:],
+        heads=gates["heads"],
+        feed_forward=experts("slots", out.routes, lm.config.num_experts),
+        attention=experts("attention_slots", out.attention_routes, lm.config.num_attention_experts),
+        shared=gates.get("shared"),
         ledger=Ledger(
             target=out.target[row, :n].astype(np.float64),
             tokens=layers[:, 0].sum(-1, dtype=np.float64),
@@ -185,7 +208,6 @@ def _result(lm: LM, rule: str, token_ids: list[int], aims: list[Aim], out: Reado
             leaks={name: leak for name, leak in leaks.items() if leak.any()},
         ),
         candidates=[_candidates(lm, logits) for logits in out.logits[row, :n]],
-        num_experts=lm.config.num_experts,
     )
 
 

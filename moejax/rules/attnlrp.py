@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from moejax.rules.primitives import elementwise_identity, scale_cotangent
-from moejax.rules.rule import Rule, Slope
+from moejax.rules.primitives import elementwise_identity, scale_cotangent, uniform_product
+from moejax.rules.rule import Rule, Slope, activate
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,14 @@ class AttnLRP(Rule):
         """Identity rule (Prop. 3.4): the statistic is a constant."""
         return x * stop_gradient(inverse_rms)
 
-    def gated(self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Identity rule on ``a(g) = g * slope(g)``, uniform rule (Prop. 3.3) on its product with ``up``."""
-        return scale_cotangent(super().gated(lambda g: stop_gradient(slope(g)), gate, up), 0.5)
+    def gated(
+        self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"], offset: float = 0.0
+    ) -> Float[Array, "*s"]:
+        """Identity rule on ``a(g) = g * slope(g)``, uniform rule (Prop. 3.3) on its product with ``up``.
+
+        The product with the constant ``offset`` is a function of the gate alone, which gets all of its relevance.
+        """
+        return uniform_product(activate(lambda g: stop_gradient(slope(g)), gate), up, offset)
 
     def attention_inputs(
         self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"]

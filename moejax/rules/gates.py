@@ -18,7 +18,7 @@ TokenIds = Int[Array | np.ndarray, "B T"] | Int[Array | np.ndarray, " T"] | Sequ
 
 @runtime_checkable
 class _Sizes(Protocol):
-    """What :meth:`Gates.ones` needs to know of a model."""
+    """What :class:`Gates` needs to know of a model; counts of what it does not have are zero."""
 
     @property
     def num_layers(self) -> int: ...
@@ -28,6 +28,12 @@ class _Sizes(Protocol):
     def num_experts(self) -> int: ...
     @property
     def num_selected(self) -> int: ...
+    @property
+    def num_attention_experts(self) -> int: ...
+    @property
+    def num_attention_selected(self) -> int: ...
+    @property
+    def num_shared(self) -> int: ...
 
 
 @jax.tree_util.register_dataclass
@@ -40,33 +46,34 @@ class Gates:
         experts: an expert's contribution to a token, by expert id (so it can be set before the routing is known).
         slots: the same by routed slot, aligned with the ids that the forward pass returns; how relevance is read.
         heads: an attention head's output for a token.
+        attention_experts, attention_slots: as ``experts`` and ``slots``, for mixtures of attention experts.
+        shared: a shared expert's contribution to a token.
     """
 
     tokens: Float[Array, "L+1 B T"] | None = None
     experts: Float[Array, "L B T E"] | None = None
     slots: Float[Array, "L B T K"] | None = None
     heads: Float[Array, "L B T H"] | None = None
+    attention_experts: Float[Array, "L B T E"] | None = None
+    attention_slots: Float[Array, "L B T K"] | None = None
+    shared: Float[Array, "L B T N"] | None = None
 
     @classmethod
     def ones(cls, config: _Sizes, tokens: TokenIds) -> Self:
-        """Gates that change nothing, as knobs for ``tokens``: every field but ``slots``."""
-        shape = (1, *np.shape(tokens))[-2:]
-        layers = config.num_layers
-        return cls(
-            tokens=jnp.ones((layers + 1, *shape)),
-            experts=jnp.ones((layers, *shape, config.num_experts)),
-            heads=jnp.ones((layers, *shape, config.num_heads)),
-        )
+        """Gates that change nothing, as knobs for ``tokens``: by expert id, none by slot."""
+        return cls._ones(config, tokens, experts=config.num_experts, attention_experts=config.num_attention_experts)
 
     @classmethod
     def readout(cls, config: _Sizes, tokens: Int[Array, "B T"]) -> Self:
-        """Gates to differentiate: ``tokens``, ``slots`` and ``heads``."""
-        layers = config.num_layers
-        return cls(
-            tokens=jnp.ones((layers + 1, *tokens.shape)),
-            slots=jnp.ones((layers, *tokens.shape, config.num_selected)),
-            heads=jnp.ones((layers, *tokens.shape, config.num_heads)),
-        )
+        """Gates to differentiate: by routed slot, none by expert id."""
+        return cls._ones(config, tokens, slots=config.num_selected, attention_slots=config.num_attention_selected)
+
+    @classmethod
+    def _ones(cls, config: _Sizes, tokens: TokenIds, **widths: int) -> Self:
+        shape = (1, *np.shape(tokens))[-2:]
+        widths |= {"heads": config.num_heads, "shared": config.num_shared}
+        gates = {name: jnp.ones((config.num_layers, *shape, width)) for name, width in widths.items() if width}
+        return cls(tokens=jnp.ones((config.num_layers + 1, *shape)), **gates)
 
     def at(self, layer: int) -> Self:
         """The gates of one layer: every field without its first axis."""
@@ -84,6 +91,10 @@ class Gates:
     def drop_expert(self, layer: int, expert: int, token: int | None = None, value: float = 0.0) -> Self:
         """Switch one expert of one layer off, for one token position or for all."""
         return self._set("experts", layer, token, expert, value)
+
+    def drop_attention_expert(self, layer: int, expert: int, token: int | None = None, value: float = 0.0) -> Self:
+        """Switch one attention expert of one layer off, for one token position or for all."""
+        return self._set("attention_experts", layer, token, expert, value)
 
     def drop_head(self, layer: int, head: int, token: int | None = None, value: float = 0.0) -> Self:
         """Switch one attention head of one layer off, for one query position or for all."""

@@ -97,3 +97,21 @@ def _identity_backward(ratio, cotangent):
 
 
 elementwise_identity.defvjp(_identity_forward, _identity_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def uniform_product(a: Float[Array, "*s"], b: Float[Array, "*s"], offset: float) -> Float[Array, "*s"]:
+    """``a * (b + offset)``; the relevance of ``a * b`` is shared in halves, that of ``a * offset`` goes to ``a``."""
+    return a * (b + offset)
+
+
+def _product_forward(a, b, offset):
+    return uniform_product(a, b, offset), (a, b)
+
+
+def _product_backward(offset, saved, cotangent):
+    a, b = saved
+    return cotangent * (0.5 * b + offset), cotangent * (0.5 * a)
+
+
+uniform_product.defvjp(_product_forward, _product_backward)

@@ -38,10 +38,15 @@ class Reading:
         g = getattr(self.gates, name)
         return x if g is None else gate(x, g.reshape(*g.shape, *[1] * (x.ndim - g.ndim)))
 
-    def gate_experts(self, x: Float[Array, "B T K D"], ids: Int[Array, "B T K"]) -> Float[Array, "B T K D"]:
-        """Each routed slot's contribution ``x`` times the gate of the expert that it was routed to."""
-        x = self.gate("slots", x)
-        experts = self.gates.experts
+    def gate_experts(
+        self, x: Float[Array, "B T K D"], ids: Int[Array, "B T K"], prefix: str = ""
+    ) -> Float[Array, "B T K D"]:
+        """Each routed slot's contribution ``x`` times the gate of the expert that it was routed to.
+
+        ``prefix`` names another set of experts, such as ``"attention_"``.
+        """
+        x = self.gate(f"{prefix}slots", x)
+        experts = getattr(self.gates, f"{prefix}experts")
         if experts is None:
             return x
         experts = jnp.broadcast_to(experts, (*ids.shape[:-1], experts.shape[-1]))
@@ -62,8 +67,8 @@ class Reading:
         """``operation(*inputs)``, with the relevance that it does not conserve booked under ``name``."""
         return self.leave(name, operation(*(self.enter(name, x) for x in inputs)))
 
-    def add_bias(self, x: Float[Array, "B *s M"], bias: Float[Array, " M"] | None) -> Float[Array, "B *s M"]:
-        """``x + bias``, with the relevance that the bias takes booked under ``bias``."""
+    def add_bias(self, x: Float[Array, "B *s M"], bias: Float[Array, "..."] | None) -> Float[Array, "B *s M"]:
+        """``x + bias``, with the relevance that the bias takes booked under ``bias``; a missing bias adds nothing."""
         if bias is None:
             return x
         if "bias" not in self.probes:

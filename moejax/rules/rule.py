@@ -10,6 +10,12 @@ MatMul = Callable[[Array, Array], Array]
 Slope = Callable[[Array], Array]
 
 
+def activate(slope: Slope, gate: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """``gate * slope(gate)``, computed in float32 and returned in the dtype of ``gate``."""
+    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    return (wide * slope(wide)).astype(gate.dtype)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How cotangents flow back through the places where relevance may differ from calculus.
@@ -32,10 +38,11 @@ class Rule:
         """Normalisation before its weight: ``x * inverse_rms``, where ``inverse_rms`` is a function of ``x``."""
         return x * inverse_rms
 
-    def gated(self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Gated activation ``a(gate) * up`` with ``a(g) = g * slope(g)`` (SiLU: ``slope`` is the sigmoid)."""
-        wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-        return (wide * slope(wide)).astype(gate.dtype) * up
+    def gated(
+        self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"], offset: float = 0.0
+    ) -> Float[Array, "*s"]:
+        """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid)."""
+        return activate(slope, gate) * (up + offset)
 
     def attention_inputs(
         self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"]

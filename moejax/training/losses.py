@@ -30,9 +30,10 @@ def language_model_loss(
     logits = decoder.logits(hidden.stream)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     cross_entropy = (jax.nn.logsumexp(logits, axis=-1) - picked).mean()
-    balance = jnp.stack([balance_loss(r) for r in hidden.routing]).mean()
-    z = jnp.stack([z_loss(r) for r in hidden.routing]).mean()
+    routing = [r.feed_forward for r in hidden.routing if r.feed_forward is not None]
+    balance = jnp.stack([balance_loss(r) for r in routing]).mean()
+    z = jnp.stack([z_loss(r) for r in routing]).mean()
     experts = jnp.arange(decoder.config.num_experts)
-    load = jnp.stack([(r.ids[..., None] == experts).mean((0, 1, 2)) for r in hidden.routing])
+    load = jnp.stack([(r.ids[..., None] == experts).mean((0, 1, 2)) for r in routing])
     total = cross_entropy + weights.balance * balance + weights.z * z
     return total, {"cross_entropy": cross_entropy, "balance": balance, "z": z, "load": load}

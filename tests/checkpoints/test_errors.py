@@ -96,8 +96,8 @@ def test_unknown_field(folder: Path) -> None:
 
 
 def test_scaled_rope(folder: Path) -> None:
-    edit_config(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
-    assert "yarn" in message(folder, ConfigError)
+    edit_config(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    assert "dynamic" in message(folder, ConfigError)
 
 
 def test_no_weights(folder: Path) -> None:

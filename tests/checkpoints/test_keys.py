@@ -45,10 +45,11 @@ def configs(draw: st.DrawFn) -> dict:
 
 
 def counting_decoder(config: dict, dtype: np.dtype) -> Decoder:
-    """Every number of every leaf is another one, until ``dtype`` runs out of them."""
+    """Every number of every leaf is another one, or follows 2038 others where ``dtype`` has only 16 bits."""
     leaves, tree = jax.tree.flatten(Decoder.abstract(family("olmoe").config(config)))
     total = sum(leaf.size for leaf in leaves)
-    values = np.split(np.arange(total).astype(dtype), np.cumsum([leaf.size for leaf in leaves])[:-1])
+    numbers = np.arange(total) % (2039 if dtype.itemsize == 2 else total)
+    values = np.split(numbers.astype(dtype), np.cumsum([leaf.size for leaf in leaves])[:-1])
     return jax.tree.unflatten(tree, [v.reshape(leaf.shape) for v, leaf in zip(values, leaves, strict=True)])
 
 

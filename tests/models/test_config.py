@@ -53,11 +53,11 @@ def test_published_config() -> None:
     assert (config.model_dim, config.num_layers, config.num_heads, config.num_experts, config.num_selected) == (
         2048, 16, 16, 64, 8,
     )  # fmt: skip
-    assert config.attention.head_dim == 128
-    assert config.attention.qk_norm == "full"
-    assert config.attention.clip is None
-    assert config.moe.weigh == "raw"
-    assert config.rope_theta == 10000.0
+    assert config.blocks[0].attention.head_dim == 128
+    assert config.blocks[0].attention.qk_norm == "full"
+    assert config.blocks[0].attention.clip is None
+    assert config.blocks[0].feed_forward.router.weigh == "raw"
+    assert config.rope.theta == 10000.0
     assert config.eos_ids == (50279,)
 
 
@@ -66,7 +66,7 @@ def test_rope_theta_of_transformers_4_and_5_is_the_same() -> None:
     new = without(PUBLISHED, "rope_theta", "rope_scaling")
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
     assert read(old) == read(new)
-    assert read(old).rope_theta == 500000.0
+    assert read(old).rope.theta == 500000.0
 
 
 @pytest.mark.parametrize(

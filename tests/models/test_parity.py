@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.layers import RMSNorm
+from moejax.layers import BlockConfig, RMSNorm
 from moejax.models import Config, Decoder
+from moejax.ops.rope import Rope
 
 EXACT = 1e-5
 CLEARLY_WRONG = 1e-3
@@ -104,12 +105,23 @@ def with_config(decoder: Decoder, config: Config) -> Decoder:
     return jax.tree.unflatten(tree, jax.tree.leaves(decoder))
 
 
+def in_blocks(config: Config, change: Callable[[BlockConfig], BlockConfig]) -> Config:
+    return dataclasses.replace(config, blocks=tuple(map(change, config.blocks)))
+
+
 def attention(config: Config, **changes: Any) -> Config:
-    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, **changes))
+    replace = dataclasses.replace
+    return in_blocks(config, lambda block: replace(block, attention=replace(block.attention, **changes)))
 
 
-def moe(config: Config, **changes: Any) -> Config:
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
+def router(config: Config, **changes: Any) -> Config:
+    replace = dataclasses.replace
+
+    def change(block: BlockConfig) -> BlockConfig:
+        moe = block.feed_forward
+        return replace(block, feed_forward=replace(moe, router=replace(moe.router, **changes)))
+
+    return in_blocks(config, change)
 
 
 def per_head_norms(decoder: Decoder) -> Decoder:
@@ -129,7 +141,7 @@ def edit_layers(decoder: Decoder, edit: Callable[[Any], None]) -> Decoder:
 
 
 def swap_gate_and_up(layer: Any) -> None:
-    layer.moe.gate_up = layer.moe.gate_up[:, ::-1]
+    layer.feed_forward.gate_up = layer.feed_forward.gate_up[:, ::-1]
 
 
 def interleave_kv_heads(layer: Any) -> None:
@@ -143,13 +155,13 @@ def interleave_kv_heads(layer: Any) -> None:
 
 MISTAKES: dict[str, tuple[dict, Callable[[Decoder], Decoder]]] = {
     "q/k norm per head": ({}, per_head_norms),
-    "weights renormalised": ({}, lambda d: with_config(d, moe(d.config, weigh="renormalised"))),
-    "weights not renormalised": ({"norm_topk_prob": True}, lambda d: with_config(d, moe(d.config, weigh="raw"))),
-    "softmax of scores": ({}, lambda d: with_config(d, moe(d.config, weigh="softmax"))),
-    "wrong theta": ({}, lambda d: with_config(d, dataclasses.replace(d.config, rope_theta=500.0))),
+    "weights renormalised": ({}, lambda d: with_config(d, router(d.config, weigh="renormalised"))),
+    "weights not renormalised": ({"norm_topk_prob": True}, lambda d: with_config(d, router(d.config, weigh="raw"))),
+    "softmax of scores": ({}, lambda d: with_config(d, router(d.config, weigh="softmax"))),
+    "wrong theta": ({}, lambda d: with_config(d, dataclasses.replace(d.config, rope=Rope(500.0)))),
     "clip forgotten": ({"clip_qkv": 0.5}, lambda d: with_config(d, attention(d.config, clip=None))),
     "clip invented": ({}, lambda d: with_config(d, attention(d.config, clip=0.5))),
-    "one expert fewer": ({}, lambda d: with_config(d, moe(d.config, num_selected=1))),
+    "one expert fewer": ({}, lambda d: with_config(d, router(d.config, num_selected=1))),
     "gate and up swapped": ({}, lambda d: edit_layers(d, swap_gate_and_up)),
     "kv heads interleaved": ({}, lambda d: edit_layers(d, interleave_kv_heads)),
 }

@@ -94,7 +94,7 @@ class Layer:
         self.x = x
         self._attend(rms_norm(x, block.attention_norm))
         self.middle = x + self.attended
-        self._mix(rms_norm(self.middle, block.moe_norm))
+        self._mix(rms_norm(self.middle, block.feed_forward_norm))
         self.out = self.middle + self.mixed
 
     def _attend(self, x: Array) -> None:
@@ -123,17 +123,17 @@ class Layer:
         return terms, softmax(terms.sum(-1)), self.v[: t + 1, g]
 
     def _mix(self, x: Array) -> None:
-        moe, c = self.block.moe, self.block.moe.config
+        moe, c = self.block.feed_forward, self.block.feed_forward.config
         self.moe_in = x
-        self.logits = Affine.of(moe.router).forward(x)
+        self.logits = Affine.of(moe.router.linear).forward(x)
         self.probability = softmax(self.logits)
         self.ids = np.array(
-            [sorted(range(c.num_experts), key=lambda e: -row[e])[: c.num_selected] for row in self.logits]
+            [sorted(range(c.router.num_experts), key=lambda e: -row[e])[: c.router.num_selected] for row in self.logits]
         )
         self.weights = np.take_along_axis(self.probability, self.ids, axis=-1)
-        if c.weigh == "renormalised":
+        if c.router.weigh == "renormalised":
             self.weights = self.weights / self.weights.sum(-1, keepdims=True)
-        self.terms = np.zeros((len(x), c.num_selected, c.model_dim))
+        self.terms = np.zeros((len(x), c.router.num_selected, c.model_dim))
         for t, row in enumerate(self.ids):
             for slot, e in enumerate(row):
                 if (self.index, t, e) not in self.edits.experts:
@@ -141,7 +141,7 @@ class Layer:
         self.mixed = self.terms.sum(1)
 
     def _hidden(self, t: int, e: int) -> tuple[Array, Array, Array]:
-        gate, up = (wide(m) @ self.moe_in[t] for m in self.block.moe.gate_up[e])
+        gate, up = (wide(m) @ self.moe_in[t] for m in self.block.feed_forward.gate_up[e])
         return gate, up, gate / (1 + np.exp(-gate)) * up
 
     # ---- the way back ------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Layer:
 
     def _back_through_experts(self, relevance: Array, router: str) -> Array:
         """The norm below takes all that this returns: identity rule."""
-        moe, x = self.block.moe, self.moe_in
+        moe, x = self.block.feed_forward, self.moe_in
         terms = share(self.terms, self.mixed[:, None], relevance[:, None])
         self.experts = terms.sum(-1)
         of_outputs = terms if router == "constant" else terms / 2
@@ -172,13 +172,13 @@ class Layer:
         if router == "uniform":
             of_logits = self._back_through_weights(self.experts / 2)
             self.lost["router"] += self.experts.sum() / 2 - of_logits.sum()
-            of_x, bias = Affine.of(moe.router).backward(x, of_logits)
+            of_x, bias = Affine.of(moe.router.linear).backward(x, of_logits)
             self.lost["bias"] += bias
             out += of_x
         return out
 
     def _back_through_weights(self, relevance: Array) -> Array:
-        if self.block.moe.config.weigh == "renormalised":
+        if self.block.feed_forward.config.router.weigh == "renormalised":
             relevance = relevance - self.weights * relevance.sum(-1, keepdims=True)
         of_probability = np.zeros_like(self.logits)
         np.put_along_axis(of_probability, self.ids, relevance, axis=-1)

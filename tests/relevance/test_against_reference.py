@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from moejax import LM, Contrast, Gates, Token, explain
-from moejax.ops.rope import rope_angles
 from moejax.rules import CPLRP, AttnLRP
 
 from .reference import Edits, Reference
@@ -22,7 +21,7 @@ def toy(variant: str, layers: int = LAYERS) -> LM:
 
 
 def reference(lm: LM, edits: Edits | None = None) -> Reference:
-    return Reference(lm.decoder, PROMPT, rope_angles(jnp.arange(T)[None], C, lm.config.rope_theta), edits)
+    return Reference(lm.decoder, PROMPT, lm.config.rope.angles(jnp.arange(T)[None], C), edits)
 
 
 def options(rule: AttnLRP) -> dict[str, str]:
@@ -61,7 +60,7 @@ def test_leaks(variant, rule):
     lm = toy(variant)
     books = explain(lm, PROMPT, target=Contrast(11, 60, 4), rule=rule).ledger
     want = reference(lm).explain(4, {11: 1.0, 60: -1.0}, **options(rule)).lost
-    assert set(books.leaks) == rule.leaks - (set() if lm.config.attention.bias else {"bias"})
+    assert set(books.leaks) == rule.leaks - (set() if lm.config.blocks[0].attention.bias else {"bias"})
     for name, by_layer in want.items():
         ours = books.leaks.get(name, np.zeros((1, LAYERS + 1)))[0]
         np.testing.assert_allclose(ours[:-1], by_layer, rtol=1e-10, atol=1e-10, err_msg=name)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.layers import Context, Linear, MoE
-from moejax.ops.rope import rope_angles
+from moejax.layers import Context, Linear, MoE, Router
+from moejax.ops.rope import Rope
 from moejax.rules import CPLRP, AttnLRP, Gates, Plain, Reading, Rule
 
 from .toy import C, D, E, H, K, T, variant_lm
@@ -27,8 +27,9 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 def moe_layer(variant: str = "plain") -> MoE:
     """With a bias on the router, which no variant has."""
-    moe = variant_lm(variant, dtype="float64").decoder.layers[0].moe
-    return MoE(Linear(moe.router.weight, normal(E)), moe.gate_up, moe.down, moe.config)
+    moe = variant_lm(variant, dtype="float64").decoder.layers[0].feed_forward
+    router = Router(Linear(moe.router.linear.weight, normal(E)), moe.router.config)
+    return MoE(router, moe.gate_up, moe.down, None, None, None, None, moe.config)
 
 
 @partial(jax.jit, static_argnames="rule")
@@ -100,7 +101,7 @@ def test_heads_partition_attention(rule, variant):
     layer = variant_lm(variant, dtype="float64").decoder.layers[0].attention
     x, cotangent = normal(B, T, D), normal(B, T, D, seed=1)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-    context = Context(*rope_angles(jnp.broadcast_to(jnp.arange(T), (B, T)), C, 100.0), causal)
+    context = Context(*Rope(100.0).angles(jnp.broadcast_to(jnp.arange(T), (B, T)), C), causal, jnp.zeros((T, T), int))
 
     @jax.jit
     def run(layer, x, heads, probes):

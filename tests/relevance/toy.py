@@ -10,8 +10,9 @@ import tokenizers
 
 from moejax import LM, Contrast
 from moejax.checkpoints.tokenizer import Tokenizer
-from moejax.layers import AttentionConfig, MoEConfig
+from moejax.layers import AttentionConfig, BlockConfig, MoEConfig, RouterConfig
 from moejax.models import Config, Decoder
+from moejax.ops.rope import Rope
 
 T, D, F, E, K, H, G, C, L, V = 7, 40, 20, 6, 2, 4, 2, 10, 3, 97
 
@@ -34,11 +35,15 @@ def make_config(
     return Config(
         model_type="olmoe",
         vocab_size=V,
-        model_dim=d,
-        num_layers=layers,
-        attention=AttentionConfig(d, h, g, c, norm_eps=1e-5, qk_norm=qk_norm, clip=clip, bias=bias),
-        moe=MoEConfig(d, f, e, k, weigh=weigh),
-        rope_theta=100.0,
+        blocks=(
+            BlockConfig(
+                AttentionConfig(d, h, g, c, norm_eps=1e-5, qk_norm=qk_norm, clip=clip, bias=bias, output_bias=bias),
+                MoEConfig(d, f, RouterConfig(e, k, weigh=weigh)),
+                norm_eps=1e-5,
+            ),
+        )
+        * layers,
+        rope=Rope(100.0),
         norm_eps=1e-5,
         tied=tied,
         max_positions=64,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from moejax.layers import AttentionConfig, MoEConfig
+from moejax.layers import AttentionConfig, BlockConfig, MoEConfig, RouterConfig
 from moejax.models import Config, Decoder
 from moejax.ops.activation import SLOPES
+from moejax.ops.rope import Rope
 from moejax.rules import CPLRP, AttnLRP, Gates, Plain, Reading, Rule
 
 T, D, F, E, K, H, G, C, L, V = 7, 40, 20, 6, 2, 4, 2, 10, 3, 97
@@ -24,11 +25,15 @@ def make_decoder(dtype: jnp.dtype) -> Decoder:
     config = Config(
         model_type="olmoe",
         vocab_size=V,
-        model_dim=D,
-        num_layers=L,
-        attention=AttentionConfig(D, H, G, C, norm_eps=1e-5, qk_norm="full", clip=0.8, bias=True),
-        moe=MoEConfig(D, F, E, K, weigh="renormalised"),
-        rope_theta=100.0,
+        blocks=(
+            BlockConfig(
+                AttentionConfig(D, H, G, C, norm_eps=1e-5, qk_norm="full", clip=0.8, bias=True, output_bias=True),
+                MoEConfig(D, F, RouterConfig(E, K, weigh="renormalised")),
+                norm_eps=1e-5,
+            ),
+        )
+        * L,
+        rope=Rope(100.0),
         norm_eps=1e-5,
         tied=False,
         max_positions=64,

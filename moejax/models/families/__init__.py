@@ -11,7 +11,7 @@ from moejax.models.config import Config
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
 
-FAMILIES: tuple[str, ...] = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+FAMILIES: tuple[str, ...] = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 """Supported ``model_type`` names."""
 
 

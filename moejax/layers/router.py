@@ -1,0 +1,82 @@
+"""The router of a mixture, whatever its experts compute."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from moejax.errors import ConfigError
+from moejax.layers.linear import Linear, wide_matmul
+from moejax.ops.experts import Assignment, assign, expert_matmul
+from moejax.routing import SCORES, WEIGHTS, Routing, route
+from moejax.rules import Reading
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Architecture of a router.
+
+    Attributes:
+        score: scores of all experts, a name in ``routing.SCORES``.
+        weigh: weights of the selected, a name in ``routing.WEIGHTS``.
+    """
+
+    num_experts: int
+    num_selected: int
+    score: Literal["softmax", "logits"] = "softmax"
+    weigh: Literal["raw", "renormalised", "softmax"] = "raw"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_selected > self.num_experts:
+            raise ConfigError(f"num_experts_per_tok={self.num_selected} is more than num_experts={self.num_experts}.")
+
+
+@nnx.dataclass
+class Router(nnx.Module):
+    """Linear router in float32 and the algebra of its mixture: route, multiply per expert, combine."""
+
+    linear: Linear = nnx.data()
+    config: RouterConfig = nnx.static()
+
+    @classmethod
+    def init(cls, key: PRNGKeyArray, config: RouterConfig, model_dim: int, dtype: DTypeLike) -> Self:
+        """Random weights."""
+        return cls(Linear.init(key, model_dim, config.num_experts, bias=config.bias, dtype=dtype), config)
+
+    def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Routing, Assignment]:
+        """Where every token goes, and the same for the grouped products."""
+        c = self.config
+        logits = reading.rule.linear(wide_matmul, x, self.linear.weight)
+        logits = reading.enter("router", reading.add_bias(logits, self.linear.bias))
+        routing = route(logits, c.num_selected, score=SCORES[c.score], weigh=WEIGHTS[c.weigh])
+        return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts)
+
+    def combine(
+        self, outputs: Float[Array, "B T K D"], routing: Routing, reading: Reading, prefix: str = ""
+    ) -> Float[Array, "B T D"]:
+        """Gated weighted sum of the routed slots' outputs; ``prefix`` names the gates."""
+        weights = routing.weights.astype(outputs.dtype)
+        mixed = reading.leave("router", reading.rule.mix(weights, reading.enter("router", outputs)))
+        return reading.gate_experts(mixed, routing.ids, prefix).sum(-2)
+
+
+def expert_linear(
+    x: Float[Array, "B T KorOne D"],
+    weight: Float[Array, "E M D"],
+    bias: Float[Array, "E M"] | None,
+    assignment: Assignment,
+    reading: Reading,
+) -> Float[Array, "B T K M"]:
+    """``weight[e] x + bias[e]`` for the expert ``e`` of every routed slot."""
+    batch, tokens = x.shape[:2]
+    rows = x.reshape(batch * tokens, *x.shape[2:])
+    product = reading.rule.linear(lambda x, w: expert_matmul(x, w, assignment), rows, weight)
+    product = product.reshape(batch, tokens, *product.shape[1:])
+    return product if bias is None else reading.add_bias(product, _of_slots(bias, assignment.ids, product))
+
+
+def _of_slots(bias: Float[Array, "E M"], ids: Int[Array, "N K"], like: Float[Array, "B T K M"]) -> Array:
+    return bias[ids].reshape(like.shape).astype(like.dtype)

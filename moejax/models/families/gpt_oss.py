@@ -1,0 +1,76 @@
+"""GPT-OSS (OpenAI, arXiv 2508.10925; ``modeling_gpt_oss.py`` of transformers).
+
+Layers alternate between a window and all tokens; every head has a learned sink; everything has biases; the experts'
+gate is limited, steeper than SiLU, and multiplies the linear branch plus one; weights are softmax over the selected.
+"""
+
+from moejax.layers import GLU, AttentionConfig, BlockConfig, MoEConfig, RouterConfig
+from moejax.models.config import Config
+from moejax.models.families._shared import ATTENTION, GROUPED_QUERY, MLP, OUTER
+from moejax.models.hf_config import Fields
+from moejax.models.keys import KeyTable, interleaved, packed_mxfp4, transposed, whole
+
+
+def config(fields: Fields) -> Config:
+    """Map the fields of ``GptOssConfig``."""
+    dim, heads, layers = (
+        fields.size("hidden_size"),
+        fields.size("num_attention_heads"),
+        fields.size("num_hidden_layers"),
+    )
+    eps, bias = fields("rms_norm_eps", 1e-5), fields("attention_bias", True)
+    fields("quantization_config", None)  # the tensors say themselves whether they are packed
+    fields("initial_context_length", None)  # as in the rotary parameters
+    fields("experts_per_token", None)  # as num_experts_per_tok
+    fields.must_be("hidden_act", "silu")
+    window = fields("sliding_window", 128)
+    kinds = fields("layer_types", [("sliding_attention", "full_attention")[i % 2] for i in range(layers)])
+
+    def attention(kind: str) -> AttentionConfig:
+        return AttentionConfig(
+            model_dim=dim,
+            num_heads=heads,
+            num_kv_heads=fields.size("num_key_value_heads", heads),
+            head_dim=fields.head_dim(dim, heads),
+            norm_eps=eps,
+            bias=bias,
+            output_bias=bias,
+            window=window if kind == "sliding_attention" else None,
+            sinks=True,
+        )
+
+    router = RouterConfig(
+        num_experts=fields.size("num_local_experts"),
+        num_selected=fields.size("num_experts_per_tok", 4),
+        score="logits",
+        weigh="softmax",
+        bias=True,
+    )
+    glu = GLU("silu", float(fields("swiglu_alpha", 1.702)), float(fields("swiglu_limit", 7.0)), offset=1.0)
+    moe = MoEConfig(dim, fields.size("intermediate_size"), router, glu, expert_bias=True)
+    return Config(
+        model_type="gpt_oss",
+        blocks=tuple(BlockConfig(attention(kind), moe, eps) for kind in kinds),
+        rope=fields.rope(default_theta=150000.0),
+        norm_eps=eps,
+        **fields.common(max_positions=131072),
+    )
+
+
+_EXPERTS = MLP + "experts."
+_MOE = "layers.{layer}.feed_forward."
+
+KEYS: KeyTable = {
+    **OUTER,
+    **GROUPED_QUERY,
+    "layers.{layer}.attention.sinks": [whole(ATTENTION + "sinks")],
+    _MOE + "router.linear.weight": [whole(MLP + "router.weight")],
+    _MOE + "router.linear.bias": [whole(MLP + "router.bias")],
+    _MOE + "gate_up": [
+        packed_mxfp4(_EXPERTS + "gate_up_proj", halves_alternate=True),
+        interleaved(_EXPERTS + "gate_up_proj"),
+    ],
+    _MOE + "gate_up_bias": [interleaved(_EXPERTS + "gate_up_proj_bias")],
+    _MOE + "down": [packed_mxfp4(_EXPERTS + "down_proj", halves_alternate=False), transposed(_EXPERTS + "down_proj")],
+    _MOE + "down_bias": [whole(_EXPERTS + "down_proj_bias")],
+}

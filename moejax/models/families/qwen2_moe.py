@@ -1,0 +1,57 @@
+"""Qwen2-MoE and Qwen1.5-MoE (Yang et al., arXiv 2407.10671; ``modeling_qwen2_moe.py`` of transformers).
+
+Queries, keys and values have biases; a shared expert with a sigmoid gate stands beside the routed ones.
+"""
+
+from moejax.layers import GLU, AttentionConfig, BlockConfig, MLPConfig, MoEConfig, RouterConfig
+from moejax.models.config import Config
+from moejax.models.families._shared import DENSE, GROUPED_QUERY, MLP, OUTER, experts
+from moejax.models.hf_config import Fields
+from moejax.models.keys import KeyTable, stacked, whole
+
+
+def config(fields: Fields) -> Config:
+    """Map the fields of ``Qwen2MoeConfig``."""
+    fields.no_window()
+    dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    eps = fields("rms_norm_eps", 1e-6)
+    attention = AttentionConfig(
+        model_dim=dim,
+        num_heads=heads,
+        num_kv_heads=fields.size("num_key_value_heads", heads),
+        head_dim=fields.head_dim(dim, heads),
+        norm_eps=eps,
+        bias=fields("qkv_bias", True),
+    )
+    router = RouterConfig(
+        num_experts=fields.size("num_experts", 60, alias="num_local_experts"),
+        num_selected=fields.size("num_experts_per_tok", 4),
+        weigh="renormalised" if fields("norm_topk_prob", False) else "raw",
+    )
+    glu = GLU(fields("hidden_act", "silu"))
+    shared = fields.size("shared_expert_intermediate_size", 5632)
+    moe = MoEConfig(dim, fields.size("moe_intermediate_size"), router, glu, shared_dim=shared)
+    dense = MLPConfig(dim, fields.size("intermediate_size"), glu)
+    return Config(
+        model_type="qwen2_moe",
+        blocks=tuple(
+            BlockConfig(attention, moe if fields.has_experts(layer) else dense, eps)
+            for layer in range(fields.size("num_hidden_layers"))
+        ),
+        rope=fields.rope(),
+        norm_eps=eps,
+        **fields.common(max_positions=32768),
+    )
+
+
+_SHARED = "layers.{layer}.feed_forward.shared."
+
+KEYS: KeyTable = {
+    **OUTER,
+    **GROUPED_QUERY,
+    **DENSE,
+    **experts(),
+    _SHARED + "mlp.input": [stacked(MLP + "shared_expert.gate_proj.weight", MLP + "shared_expert.up_proj.weight")],
+    _SHARED + "mlp.output": [whole(MLP + "shared_expert.down_proj.weight")],
+    _SHARED + "gate.weight": [whole(MLP + "shared_expert_gate.weight")],
+}
