@@ -24,7 +24,8 @@ def expected_limits(row: np.ndarray, temperature: float, top_k: int, top_p: floa
     weights = np.where(kept, np.exp(scaled - scaled.max()), 0)
     probability = weights / weights.sum()
     reached, margin = 0.0, np.inf
-    for token in np.argsort(-scaled, kind="stable"):
+    # a limit of 1 keeps all, even a token so unlikely that those before it sum to 1 in float64
+    for token in np.argsort(-scaled, kind="stable") if top_p < 1 else ():
         margin = min(margin, abs(reached - top_p))
         if reached >= top_p:
             kept[token] = False

@@ -77,7 +77,7 @@ def test_eos(change: Any, expected: tuple[int, ...]) -> None:
 
 
 def test_heads_default_to_no_grouping() -> None:
-    assert read(without(PUBLISHED, "num_key_value_heads")).attention.num_kv_heads == 16
+    assert read(without(PUBLISHED, "num_key_value_heads")).blocks[0].attention.num_kv_heads == 16
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, "../olmoe"])
@@ -124,10 +124,10 @@ def test_unknown_field_that_is_off_is_accepted(value: Any) -> None:
     "rope",
     [
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}},
     ],
-    ids=["linear", "yarn", "llama3"],
+    ids=["linear", "dynamic", "llama3"],
 )
 def test_scaled_rope_is_refused(rope: dict) -> None:
     (fields,) = rope.values()
