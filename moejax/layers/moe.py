@@ -85,10 +85,8 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the output and the routing of every token."""
         routing, assignment = self.router(x, reading)
-        experts, dim = self.config.router.num_experts, self.config.model_dim
-        bias = None if self.gate_up_bias is None else self.gate_up_bias.reshape(experts, -1)
-        halves = expert_linear(x[:, :, None], self.gate_up.reshape(experts, -1, dim), bias, assignment, reading)
-        gate, up = jnp.split(halves, 2, axis=-1)
+        halves = expert_linear(x[:, :, None], self.gate_up, self.gate_up_bias, assignment, reading)
+        gate, up = jnp.unstack(halves, axis=-2)
         hidden = self.config.glu(gate, up, reading)
         outputs = expert_linear(hidden, self.down, self.down_bias, assignment, reading)
         y = reading.add_bias(self.router.combine(outputs, routing, reading), self.bias)

@@ -58,7 +58,7 @@ class Rule:
         """``x`` limited to ``[low, high]``."""
         return jnp.clip(x, low, high)
 
-    def linear(self, matmul: MatMul, x: Float[Array, "*b D"], weight: Array) -> Float[Array, "*b M"]:
+    def linear(self, matmul: MatMul, x: Float[Array, "*b D"], weight: Array) -> Float[Array, "..."]:
         """``matmul(x, weight)``, linear in both; dense, per-expert and head products all come through here."""
         return matmul(x, weight)
 

@@ -1,0 +1,111 @@
+"""The ledger closes in every family, and every kind of expert can be read and switched off."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax
+from moejax.rules import CPLRP, AttnLRP, Gates, Plain, Rule
+
+from .build import FAMILIES, loaded, random_batch
+
+RULES = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), CPLRP(router="uniform"), Plain()]
+
+
+def contrast(lm: moejax.LM, prompt: np.ndarray) -> moejax.Contrast:
+    """Best against worst token: a target that is not small by accident."""
+    logits = np.asarray(lm(prompt))[0, -1]
+    return moejax.Contrast(int(logits.argmax()), int(logits.argmin()))
+
+
+def prompt_of(length: int = 23) -> np.ndarray:
+    return random_batch()[0][0, :length]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ledger_closes(family: str, rule: Rule) -> None:
+    lm, prompt = loaded(family), prompt_of()
+    ledger = moejax.explain(lm, prompt, target=contrast(lm, prompt), rule=rule).ledger
+    assert np.abs(ledger.residual / ledger.target).max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ledger_closes_in_float64(family: str) -> None:
+    with jax.enable_x64(True):
+        decoder = jax.tree.map(lambda p: p.astype(jnp.float64), loaded(family).decoder)
+        lm, prompt = moejax.LM(decoder), prompt_of(13)
+        for rule in RULES:
+            ledger = moejax.explain(lm, prompt, target=contrast(lm, prompt), rule=rule).ledger
+            assert np.abs(ledger.residual / ledger.target).max() <= 1e-12, rule
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conserving_rule_leaks_only_biases(family: str) -> None:
+    lm, prompt = loaded(family), prompt_of()
+    leaks = moejax.explain(lm, prompt, rule=CPLRP()).ledger.leaks
+    biased = family in ("gpt_oss", "jetmoe", "qwen2_moe")
+    assert set(leaks) == ({"bias"} if biased else set())
+
+
+def test_kinds_of_experts() -> None:
+    jetmoe = moejax.explain(loaded("jetmoe"), prompt_of(11))
+    assert jetmoe.attention is not None
+    assert jetmoe.attention.slots.shape == (1, 4, 11, 2)
+    assert jetmoe.attention.by_expert().shape == (1, 4, 6)
+    assert not np.array_equal(jetmoe.attention.ids, jetmoe.expert_ids)
+    shared = moejax.explain(loaded("qwen2_moe"), prompt_of(11)).shared
+    assert shared is not None
+    assert shared.shape == (1, 4, 11, 1)
+    # every second layer of this model is dense
+    assert not shared[:, ::2].any()
+    assert shared[:, 1::2].all()
+
+
+def test_dense_layers_have_no_routed_slots() -> None:
+    relevance = moejax.explain(loaded("qwen3_moe"), prompt_of(11))
+    assert (relevance.expert_ids[1] == -1).all()
+    assert not relevance.experts[:, 1].any()
+    assert not relevance.by_expert()[:, 1].any()
+    assert np.allclose(relevance.by_expert().sum(-1), relevance.experts.sum((-1, -2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "jetmoe"])
+def test_relevance_of_attention_block_is_that_of_its_heads(family: str) -> None:
+    """Heads partition what enters the output projection; with mixtures, slots partition what leaves it (no bias)."""
+    lm, prompt = loaded(family), prompt_of(11)
+    relevance = moejax.explain(lm, prompt, rule=CPLRP())
+    if relevance.attention is not None:
+        per_slot = relevance.heads.reshape(*relevance.heads.shape[:-1], 2, 3).sum(-1)
+        assert np.allclose(per_slot, relevance.attention.slots, atol=1e-5)
+    else:
+        assert relevance.heads.shape[-1] == lm.config.num_heads
+
+
+@pytest.mark.parametrize(
+    ("family", "drop"),
+    [
+        ("jetmoe", lambda gates: gates.drop_attention_expert(2, 3)),
+        ("jetmoe", lambda gates: gates.drop_expert(2, 3)),
+        ("gpt_oss", lambda gates: gates.drop_head(1, 5)),
+        ("qwen3_moe", lambda gates: gates.drop_expert(2, 4)),
+    ],
+)
+def test_switching_off_equals_zero_weights(family: str, drop) -> None:
+    """A gate at zero is the model whose expert (or head) contributes nothing."""
+    lm, prompt = loaded(family), prompt_of(11)
+    gates = drop(Gates.ones(lm.config, prompt))
+    gated = np.asarray(lm(prompt, gates=gates))
+    zeroed = jax.tree.map(lambda p: p, lm.decoder)
+    if gates.attention_experts is not None and not bool((gates.attention_experts == 1).all()):
+        zeroed.layers[2].attention.output = zeroed.layers[2].attention.output.at[3].set(0)
+    elif not bool((gates.experts == 1).all()):
+        expert = 3 if family == "jetmoe" else 4
+        zeroed.layers[2].feed_forward.down = zeroed.layers[2].feed_forward.down.at[expert].set(0)
+    else:
+        width = lm.config.head_dim
+        weight = zeroed.layers[1].attention.output.weight
+        zeroed.layers[1].attention.output.weight = weight.at[:, 5 * width : 6 * width].set(0)
+    assert np.allclose(gated, np.asarray(moejax.LM(zeroed)(prompt)), atol=1e-5)
+    assert not np.allclose(gated, np.asarray(lm(prompt)), atol=1e-3)
