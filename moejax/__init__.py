@@ -1,15 +1,20 @@
 """Mixture-of-Experts language models for JAX researchers: load, run, explain, train."""
 
 from moejax import rules
+from moejax.checkpoints import convert, export, get_model_config, list_supported_models
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
 from moejax.lm import LM, load
+from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR
 from moejax.relevance import Argmax, Continuation, Contrast, Generated, Relevance, Token, explain, explain_batch
 from moejax.rules import Gates
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EXPERT",
+    "EXPERT_TENSOR",
     "LM",
+    "TENSOR",
     "Argmax",
     "CheckpointError",
     "ConfigError",
@@ -21,8 +26,12 @@ __all__ = [
     "PromptError",
     "Relevance",
     "Token",
+    "convert",
     "explain",
     "explain_batch",
+    "export",
+    "get_model_config",
+    "list_supported_models",
     "load",
     "rules",
 ]

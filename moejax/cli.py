@@ -26,8 +26,9 @@ def main() -> None:
 
     try:
         app()
-    except MoejaxError as error:
-        Console(stderr=True, soft_wrap=True).print(f"moejax: {error}", style="red", markup=False, highlight=False)
+    except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # names in files are anybody's
+        Console(stderr=True, soft_wrap=True).print(f"moejax: {line}", style="red", markup=False, highlight=False)
         sys.exit(1)
 
 
@@ -84,6 +85,91 @@ def generate(
         prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     print(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)
+
+
+Source = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or bundled name.")]
+Written = Annotated[str, typer.Argument(help="A folder of either kind, hub id, or bundled name.")]
+Destination = Annotated[Path, typer.Argument(help="Folder to make; it appears when it is complete.")]
+
+
+@app.command()
+def convert(
+    source: Source,
+    destination: Destination,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: as it is.")] = None,
+    allow_nonfinite: Annotated[bool, typer.Option(help="Accept weights that are NaN or infinite.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a Hugging Face model as a folder of Orbax checkpoints; where a run was stopped, the next goes on."""
+    import moejax
+
+    _no_device()
+    done = moejax.convert(source, destination, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=_bar(as_json))
+    print(json.dumps(done.to_dict()) if as_json else done)
+
+
+@app.command()
+def export(
+    source: Written,
+    destination: Destination,
+    max_shard_bytes: Annotated[int, typer.Option(help="Most bytes of a file.")] = 5_000_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model as Hugging Face files."""
+    import moejax
+
+    _no_device()
+    done = moejax.export(source, destination, max_shard_bytes=max_shard_bytes, progress=_bar(as_json))
+    print(json.dumps(done.to_dict()) if as_json else done)
+
+
+@app.command()
+def verify(
+    source: Written,
+    dtype: Annotated[str, typer.Option(help="In which both compute; only float32 and float64 tell.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Compare logits with those of transformers; exit code 1 if they are not the same."""
+    from moejax.checkpoints.verify import verify as compare
+    from moejax.report.checkpoints import verification_table
+
+    result = compare(source, dtype=dtype)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        Console().print(verification_table(result.to_dict()))
+    if result.passed is False:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder or bundled name; only its config is read.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; default: float32 and bfloat16.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show versions and devices, and how much memory a model would take."""
+    from moejax.checkpoints.doctor import examine
+    from moejax.report.checkpoints import doctor_tables
+
+    found = examine(model, dtype=dtype)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        Console().print(*doctor_tables(found))
+
+
+def _no_device() -> None:
+    """Keep to the host: files are rearranged, and an accelerator would be taken for nothing."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _bar(as_json: bool) -> bool:
+    return not as_json and sys.stderr.isatty()
 
 
 def _target(target: str | None, contrast: str | None, answer: str | None, generate: int) -> Any:

@@ -1,26 +1,24 @@
 """A language model as a user holds it: decoder, configuration and tokenizer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.checkpoints import download, load_folder, load_torch
+from moejax.checkpoints import find, load_folder, load_torch, read_config
 from moejax.checkpoints.tokenizer import Tokenizer
-from moejax.errors import MoejaxError, PromptError
+from moejax.errors import ConfigError, MoejaxError, PromptError
 from moejax.generation import Sampling, generate_tokens
-from moejax.models import Config, Decoder, Packed, unpack
+from moejax.models import Config, Decoder, Packed, Rules, unpack
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
-
-BUNDLED = Path(__file__).parent / "bundled"
 
 Prompt = str | Sequence[int] | Int[Array | np.ndarray, " T"]
 
@@ -32,11 +30,15 @@ def _logits(weights: Packed, tokens: Array, valid: Array, gates: Gates) -> Array
 
 @dataclass(frozen=True)
 class LM:
-    """A loaded model. ``decoder`` is the pytree of weights; everything else is host-side convenience."""
+    """A loaded model. ``decoder`` is the pytree of weights; everything else is host-side convenience.
+
+    ``hugging_face`` is the config of the files that it was loaded from; :func:`moejax.export` writes it back.
+    """
 
     decoder: Decoder
     tokenizer: Tokenizer | None = None
     name: str = "model"
+    hugging_face: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> Config:
@@ -173,19 +175,38 @@ def _until(row: list[int], ends: tuple[int, ...]) -> list[int]:
     return row[:stop]
 
 
-def load(source: Any, *, dtype: DTypeLike | None = None) -> LM:
-    """Load a model: a bundled name, a Hugging Face folder, a hub id, or a ``transformers`` model in memory.
+def load(
+    source: Any,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    keep_packed: bool = False,
+) -> LM:
+    """Load a model: a bundled name, a folder (of Hugging Face files, or what ``moejax convert`` wrote), a hub id, or a
+    ``transformers`` model in memory.
 
     Weights keep the checkpoint's dtype unless ``dtype`` is given.
 
+    Args:
+        mesh: devices to lay the weights over; each is given its part and nothing else. By default all is on one.
+        rules: the mesh axis of each logical axis of the weights: ``moejax.EXPERT`` splits experts over the mesh axis
+            ``"expert"``, ``moejax.TENSOR`` heads, hidden units and vocabulary over ``"tensor"``,
+            ``moejax.EXPERT_TENSOR`` does both. By default as many of them as the mesh has axes for.
+        keep_packed: experts that are published as MXFP4 stay packed on the device, at 4.25 bits a value, and are
+            unpacked when a step uses them; the same numbers for less memory.
+
     Raises:
-        ConfigError: the configuration is missing or not supported.
+        ConfigError: the configuration is missing or not supported, or the rules do not fit it or the mesh.
         CheckpointError: the weights are missing, truncated, or do not fit the configuration.
     """
+    if rules is not None and mesh is None:
+        raise ConfigError("rules lay weights over a mesh; pass mesh=jax.make_mesh(..) too.")
     if hasattr(source, "state_dict"):
-        return LM(load_torch(source, dtype), name=source.config.model_type)
-    folder = Path(source)
-    if not folder.is_dir():
-        bundled = BUNDLED / str(source)
-        folder = bundled if bundled.is_dir() else download(str(source))
-    return LM(load_folder(folder, dtype), Tokenizer.from_folder(folder), str(source))
+        if keep_packed:
+            raise ConfigError("a transformers model in memory has unpacked its experts; load its folder instead.")
+        decoder, config = load_torch(source, dtype, mesh=mesh, rules=rules), source.config.to_dict()
+        return LM(decoder, name=source.config.model_type, hugging_face=config)
+    folder = find(source)
+    decoder = load_folder(folder, dtype, mesh=mesh, rules=rules, keep_packed=keep_packed)
+    return LM(decoder, Tokenizer.from_folder(folder), str(source), read_config(folder))

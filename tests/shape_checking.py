@@ -12,6 +12,7 @@ from beartype import BeartypeConf, FrozenDict, beartype
 # and calls their constructors to do so.
 PYTREE_CONSTRUCTORS = {
     "moejax.models.packed.Packed.__init__",
+    "moejax.ops.mxfp4.MXFP4.__init__",
     "moejax.rules.gates.Gates.__init__",
     "moejax.rules.reading.Reading.__init__",
 }

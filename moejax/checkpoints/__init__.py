@@ -1,6 +1,27 @@
 """Published files to pytrees and back."""
 
-from moejax.checkpoints.export import save_folder, to_tensors
-from moejax.checkpoints.load import download, load_decoder, load_folder, load_torch, read_config
+from moejax.checkpoints.convert import convert
+from moejax.checkpoints.describe import ModelConfig, get_model_config, list_supported_models
+from moejax.checkpoints.export import export, save_folder, to_tensors
+from moejax.checkpoints.files import read_config
+from moejax.checkpoints.load import download, find, load_decoder, load_folder, load_torch
+from moejax.checkpoints.orbax import load_orbax
+from moejax.checkpoints.summary import Conversion
 
-__all__ = ["download", "load_decoder", "load_folder", "load_torch", "read_config", "save_folder", "to_tensors"]
+__all__ = [
+    "Conversion",
+    "ModelConfig",
+    "convert",
+    "download",
+    "export",
+    "find",
+    "get_model_config",
+    "list_supported_models",
+    "load_decoder",
+    "load_folder",
+    "load_orbax",
+    "load_torch",
+    "read_config",
+    "save_folder",
+    "to_tensors",
+]

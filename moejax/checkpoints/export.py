@@ -1,15 +1,25 @@
-"""A decoder as Hugging Face files: the key tables read backwards."""
+"""A model as Hugging Face files: the key tables read backwards, one part of the model in memory at a time."""
 
 import json
 import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from moejax.checkpoints.plan import layouts, leaf_paths
+from moejax.checkpoints.files import MARK, copy_side_files, need_room, staged, write_object
+from moejax.checkpoints.plan import layouts, leaf_paths, parts
+from moejax.checkpoints.safetensors import DTYPES, Entry
+from moejax.checkpoints.summary import Conversion, peak_bytes, progress_bar
+from moejax.checkpoints.weights import DecoderWeights, Weights, open_weights
+from moejax.errors import CheckpointError
 from moejax.models import Decoder, family
+from moejax.models.keys import KeyTable
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def to_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
@@ -22,11 +32,130 @@ def to_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
     return tensors
 
 
+def export(source: Any, destination: Any, *, max_shard_bytes: int = 5_000_000_000, progress: bool = True) -> Conversion:
+    """Write a model as Hugging Face files, which transformers and everything else that knows the family can load.
+
+    The folder appears under its name only when it is complete. Experts that were packed in the files
+    are written in full, those that are packed in memory (``load(.., keep_packed=True)``) as they are.
+
+    Args:
+        source: a folder of either kind, a bundled name, a hub id, or a loaded model.
+        destination: the folder to make.
+        max_shard_bytes: a file's tensors are at most this large, unless one alone is larger.
+        progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: the configuration is not supported, or not known.
+        CheckpointError: the source's files are damaged; or the destination exists.
+    """
+    start, target = time.perf_counter(), Path(destination)
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: at least 1 is needed.")
+    weights = open_weights(source)
+    with staged(target) as partial:
+        _write(weights, partial, max_shard_bytes, progress)
+        if weights.folder is not None:
+            copy_side_files(weights.folder, partial)
+        elif (tokenizer := getattr(source, "tokenizer", None)) is not None:
+            tokenizer.backend.save(str(partial / "tokenizer.json"))
+    total = sum(entry.nbytes for entry in weights.leaves.values())
+    return Conversion(target, total, time.perf_counter() - start, peak_bytes(), len(parts(weights.leaves)), 0)
+
+
 def save_folder(decoder: Decoder, hugging_face: dict[str, Any], folder: Path) -> None:
-    """Write ``model.safetensors`` and ``config.json``; each appears under its name only when it is complete."""
+    """Write a decoder's ``model.safetensors`` and ``config.json`` into a folder that may hold an earlier version.
+
+    Raises:
+        ConfigError: the decoder is not what the config describes.
+    """
+    weights = DecoderWeights(decoder, hugging_face)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.partial"
-    save_file(to_tensors(decoder), partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
-    dtype = str(np.asarray(decoder.embedding).dtype)
-    (folder / "config.json").write_text(json.dumps(hugging_face | {"dtype": dtype}, indent=2) + "\n")
+    partial = folder / "partial"
+    partial.mkdir(exist_ok=True)
+    _write(weights, partial, None, progress=False)
+    for name in ("model.safetensors", "config.json"):
+        os.replace(partial / name, folder / name)
+    partial.rmdir()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file to write: its name, its header, and where each tensor's data begins."""
+
+    name: str
+    header: bytes
+    offsets: Mapping[str, int]
+
+
+def _write(weights: Weights, folder: Path, max_shard_bytes: int | None, progress: bool) -> None:
+    """Write weights and config into ``folder``."""
+    table = family(weights.hugging_face.get("model_type")).keys
+    entries = {key: entry for path in weights.leaves for key, entry in _tensors(table, path, weights.leaves[path])}
+    need_room(folder, sum(entry.nbytes for entry in entries.values()))
+    shards = _plan_shards(entries, max_shard_bytes)
+    for shard in shards:
+        (folder / shard.name).write_bytes(shard.header)
+    with progress_bar(progress, "exporting", sum(entry.nbytes for entry in entries.values())) as advance:
+        for part in parts(weights.leaves):
+            for shard, key, data in _placed(table, weights.read(part), shards):
+                with (folder / shard.name).open("r+b") as file:
+                    file.seek(shard.offsets[key])
+                    file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+                advance(data.nbytes)
+    if len(shards) > 1:
+        homes = {key: shard.name for shard in shards for key in shard.offsets}
+        size = {"total_size": sum(entry.nbytes for entry in entries.values())}
+        write_object(folder / "model.safetensors.index.json", {"metadata": size, "weight_map": homes})
+    packed = any(entry.dtype == np.uint8 for entry in weights.leaves.values())
+    dropped = {MARK, "torch_dtype", "dtype"} | (set() if packed else {"quantization_config"})
+    config = {key: value for key, value in weights.hugging_face.items() if key not in dropped}
+    write_object(folder / "config.json", config | {"dtype": str(weights.leaves["embedding"].dtype)})
+
+
+def _tensors(table: KeyTable, path: str, leaf: Entry) -> Iterator[tuple[str, Entry]]:
+    """The tensors as which a leaf is published."""
+    for key, shape in layouts(table, path, leaf.shape)[-1].tensors:
+        yield key, Entry(shape, leaf.dtype)
+
+
+def _placed(
+    table: KeyTable, leaves: dict[str, np.ndarray], shards: list[_Shard]
+) -> Iterator[tuple[_Shard, str, np.ndarray]]:
+    """A part's tensors, each with the shard that it belongs to; leaves are forgotten as they are done."""
+    homes = {key: shard for shard in shards for key in shard.offsets}
+    while leaves:
+        path, leaf = leaves.popitem()
+        for key, data in layouts(table, path, leaf.shape)[-1].split(leaf).items():
+            yield homes[key], key, data
+
+
+def _plan_shards(entries: Mapping[str, Entry], most: int | None) -> list[_Shard]:
+    """Fill one file after the other with tensors in the order given."""
+    groups: list[dict[str, Entry]] = [{}]
+    size = 0
+    for key, entry in entries.items():
+        if groups[-1] and most is not None and size + entry.nbytes > most:
+            groups.append({})
+            size = 0
+        groups[-1][key] = entry
+        size += entry.nbytes
+    count = len(groups)
+    names = (
+        [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    )
+    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _shard(name: str, entries: Mapping[str, Entry]) -> _Shard:
+    # wide types first, so that every tensor is aligned to its type, as readers of mapped files like it
+    ordered = sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for key in ordered:
+        begins[key], end = end, end + entries[key].nbytes
+        about = {"dtype": _NAMES[entries[key].dtype], "shape": entries[key].shape, "data_offsets": [begins[key], end]}
+        header[key] = about
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return _Shard(name, len(text).to_bytes(8, "little") + text, {key: start + at for key, at in begins.items()})

@@ -1,63 +1,122 @@
 """From a published checkpoint to a decoder on the device."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from moejax.checkpoints.plan import make_plan
+from moejax.checkpoints.files import read_config
+from moejax.checkpoints.orbax import is_orbax, load_orbax
+from moejax.checkpoints.plan import LeafPlan, make_plan
 from moejax.checkpoints.safetensors import SafetensorsFolder, TensorSource
 from moejax.checkpoints.torch import TorchModel
 from moejax.errors import CheckpointError, ConfigError
-from moejax.models import Decoder, family
+from moejax.models import Config, Decoder, Rules, family, shardings
+from moejax.models.keys import KeyTable
+
+PUBLISHED = ("*.json", "*.safetensors", "*.jinja")
+"""What of a model on the hub is of use here; never its pickles or its code."""
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's ``config.json``.
+def find(source: Any, files: Sequence[str] = PUBLISHED) -> Path:
+    """The local folder of a model: ``source`` itself, a bundled name, or a hub id, whose ``files`` are downloaded.
 
     Raises:
-        ConfigError: there is none, or it is no JSON object.
+        CheckpointError: there is no such model.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{folder}: no config.json; not a Hugging Face model folder.")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds no JSON object.")
-    return config
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    bundled = BUNDLED / str(source)
+    return bundled if bundled.is_dir() else download(str(source), files)
 
 
-def load_decoder(hugging_face: dict[str, Any], source: TensorSource, dtype: DTypeLike | None = None) -> Decoder:
+def load_decoder(
+    hugging_face: dict[str, Any],
+    source: TensorSource,
+    dtype: DTypeLike | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    keep_packed: bool = False,
+) -> Decoder:
     """Build the decoder that ``hugging_face`` describes and fill it from ``source``, whose dtype it keeps by default.
 
+    With a mesh, each device is given its part of a leaf, as :func:`moejax.models.shardings` places it, and no more of
+    a leaf than such a part is assembled at a time. With ``keep_packed``, experts stay MXFP4 on the device.
+
     Raises:
-        ConfigError: the configuration is not supported.
+        ConfigError: the configuration is not supported, or the rules do not fit it or the mesh.
         CheckpointError: the tensors do not fit it.
     """
     kind = family(hugging_face.get("model_type"))
-    abstract = Decoder.abstract(kind.config(hugging_face))
-    leaves = [jnp.asarray(plan.read(source, dtype)) for plan in make_plan(abstract, kind.keys, source.entries)]
+    config = kind.config(hugging_face)
+    abstract = Decoder.abstract(pack(config, kind.keys) if keep_packed else config)
+    placed = {} if mesh is None else shardings(abstract, mesh, rules)
+    plans = make_plan(abstract, kind.keys, source.entries)
+    leaves = [_read(plan, source, dtype, placed.get(plan.path)) for plan in plans]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def load_folder(folder: Path, dtype: DTypeLike | None = None) -> Decoder:
-    """Load a Hugging Face folder: ``config.json`` and safetensors, sharded or not."""
-    return load_decoder(read_config(folder), SafetensorsFolder(folder), dtype)
+def pack(config: Config, keys: KeyTable) -> Config:
+    """``config`` with experts held as MXFP4.
+
+    Raises:
+        ConfigError: the family is not published so.
+    """
+    if "layers.{layer}.feed_forward.gate_up.blocks" not in keys:
+        raise ConfigError(f"{config.model_type} is not published with MXFP4 experts; there is nothing to keep packed.")
+    return config.pack()
 
 
-def load_torch(model: Any, dtype: DTypeLike | None = None) -> Decoder:
-    """Load a ``transformers`` model that is in memory."""
-    return load_decoder(model.config.to_dict(), TorchModel(model), dtype)
+def _read(plan: LeafPlan, source: TensorSource, dtype: DTypeLike | None, placed: NamedSharding | None) -> jax.Array:
+    if placed is None:
+        return jnp.asarray(plan.read(source, dtype))
+    devices: dict[str, list[jax.Device]] = {}
+    indices = placed.addressable_devices_indices_map(plan.shape)
+    for device, index in indices.items():
+        devices.setdefault(str(index), []).append(device)
+    arrays = []
+    # one part at a time; jax.make_array_from_callback would hold those of all devices on the host at once
+    for same in devices.values():
+        part = plan.read(source, dtype, indices[same[0]])
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in same])
+        del part  # before the next is read
+    return jax.make_array_from_single_device_arrays(plan.shape, placed, arrays)
 
 
-def download(name: str) -> Path:
-    """The local folder of a model on the Hugging Face hub, downloading what is not there yet.
+def load_folder(
+    folder: Path,
+    dtype: DTypeLike | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    keep_packed: bool = False,
+) -> Decoder:
+    """Load a Hugging Face folder, or what ``moejax convert`` wrote; as :func:`load_decoder`."""
+    if is_orbax(folder):
+        if keep_packed:
+            raise CheckpointError(f"{folder} was converted, its experts are stored in full; load the original packed.")
+        return load_orbax(folder, dtype, None if mesh is None else lambda abstract: shardings(abstract, mesh, rules))
+    source = SafetensorsFolder(folder)
+    return load_decoder(read_config(folder), source, dtype, mesh=mesh, rules=rules, keep_packed=keep_packed)
+
+
+def load_torch(
+    model: Any, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None, rules: Rules | None = None
+) -> Decoder:
+    """Load a ``transformers`` model that is in memory; as :func:`load_decoder`."""
+    return load_decoder(model.config.to_dict(), TorchModel(model), dtype, mesh=mesh, rules=rules)
+
+
+def download(name: str, files: Sequence[str] = PUBLISHED) -> Path:
+    """The local folder of a model on the Hugging Face hub, downloading those of ``files`` that are not there yet.
 
     Raises:
         CheckpointError: the name is neither a folder nor a model that can be reached.
@@ -66,7 +125,7 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(

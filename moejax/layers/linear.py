@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from moejax.rules import Reading
 
 
-def matmul(x: Float[Array, "*b D"], weight: Float[Array, "M D"]) -> Float[Array, "*b M"]:
-    """``x @ weight.T`` in the dtype of ``x``."""
-    return jnp.einsum("...d,md->...m", x, weight)
+def matmul(x: Float[Array, "*b D"], weight: Float[Array, "*m D"]) -> Float[Array, "..."]:
+    """``x @ weight.T`` in the dtype of ``x``; the outputs may have several axes, ``[*b *m]``."""
+    return jnp.tensordot(x, weight, (-1, -1))
 
 
 def wide_matmul(x: Float[Array, "*b D"], weight: Float[Array, "M D"]) -> Float[Array, "*b M"]:

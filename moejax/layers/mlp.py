@@ -39,6 +39,5 @@ class MLP(nnx.Module):
         return cls(normal(k1, (2, *shape), dtype), normal(k2, shape[::-1], dtype), config)
 
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T D"]:
-        halves = self.input.reshape(-1, self.config.model_dim)
-        gate, up = jnp.split(reading.rule.linear(matmul, x, halves), 2, axis=-1)
+        gate, up = jnp.unstack(reading.rule.linear(matmul, x, self.input), axis=-2)
         return reading.rule.linear(matmul, self.config.glu(gate, up, reading), self.output)

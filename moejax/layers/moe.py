@@ -9,10 +9,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from moejax.errors import ConfigError
 from moejax.layers.glu import GLU
 from moejax.layers.linear import Linear, normal, wide_matmul
 from moejax.layers.mlp import MLP, MLPConfig
 from moejax.layers.router import Router, RouterConfig, expert_linear
+from moejax.ops.mxfp4 import BLOCK, MXFP4
 from moejax.routing import Routing
 from moejax.rules import Reading
 
@@ -25,6 +27,10 @@ class MoEConfig:
         expert_bias: both products of an expert have biases.
         output_bias: one bias is added after the sum over experts.
         shared_dim: width of a shared expert with a sigmoid gate, that every token takes; none by default.
+        packed: the experts' matrices are held as MXFP4, for inference and explanation only.
+
+    Raises:
+        ConfigError: packed, and a width is no multiple of the 32 values of a block.
     """
 
     model_dim: int
@@ -34,6 +40,13 @@ class MoEConfig:
     expert_bias: bool = False
     output_bias: bool = False
     shared_dim: int | None = None
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.packed and (self.model_dim % BLOCK or self.expert_dim % BLOCK):
+            raise ConfigError(
+                f"experts of {self.model_dim} x {self.expert_dim} cannot be MXFP4, whose blocks have {BLOCK} values."
+            )
 
 
 @nnx.dataclass
@@ -55,8 +68,8 @@ class MoE(nnx.Module):
     """Top-k mixture of gated experts; the two halves of ``gate_up`` are the gate's and the linear branch's matrices."""
 
     router: Router = nnx.data()
-    gate_up: Float[Array, "E 2 F D"] = nnx.data()
-    down: Float[Array, "E D F"] = nnx.data()
+    gate_up: Float[Array, "E 2 F D"] | MXFP4 = nnx.data()
+    down: Float[Array, "E D F"] | MXFP4 = nnx.data()
     gate_up_bias: Float[Array, "E 2 F"] | None = nnx.data()
     down_bias: Float[Array, "E D"] | None = nnx.data()
     bias: Float[Array, " D"] | None = nnx.data()
@@ -68,14 +81,15 @@ class MoE(nnx.Module):
         """Random weights, zero biases."""
         c, (k1, k2, k3, k4, k5) = config, jax.random.split(key, 5)
         experts, hidden, dim = c.router.num_experts, c.expert_dim, c.model_dim
+        matrices = MXFP4.random if c.packed else lambda key, shape: normal(key, shape, dtype)
         shared = None
         if c.shared_dim is not None:
             mlp = MLP.init(k4, MLPConfig(dim, c.shared_dim, c.glu), dtype)
             shared = SharedExpert(mlp, Linear.init(k5, dim, 1, bias=False, dtype=dtype))
         return cls(
             Router.init(k1, c.router, dim, dtype),
-            normal(k2, (experts, 2, hidden, dim), dtype),
-            normal(k3, (experts, dim, hidden), dtype),
+            matrices(k2, (experts, 2, hidden, dim)),
+            matrices(k3, (experts, dim, hidden)),
             jnp.zeros((experts, 2, hidden), dtype) if c.expert_bias else None,
             jnp.zeros((experts, dim), dtype) if c.expert_bias else None,
             jnp.zeros(dim, dtype) if c.output_bias else None,
@@ -86,10 +100,8 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the output and the routing of every token."""
         routing, assignment = self.router(x, reading)
-        experts, dim = self.config.router.num_experts, self.config.model_dim
-        bias = None if self.gate_up_bias is None else self.gate_up_bias.reshape(experts, -1)
-        halves = expert_linear(x[:, :, None], self.gate_up.reshape(experts, -1, dim), bias, assignment, reading)
-        gate, up = jnp.split(halves, 2, axis=-1)
+        halves = expert_linear(x[:, :, None], self.gate_up, self.gate_up_bias, assignment, reading)
+        gate, up = jnp.unstack(halves, axis=-2)
         hidden = self.config.glu(gate, up, reading)
         outputs = expert_linear(hidden, self.down, self.down_bias, assignment, reading)
         y = reading.add_bias(self.router.combine(outputs, routing, reading), self.bias)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from moejax.errors import ConfigError
 from moejax.layers.linear import Linear, wide_matmul
 from moejax.ops.experts import Assignment, assign, expert_matmul
+from moejax.ops.mxfp4 import MXFP4
 from moejax.routing import SCORES, WEIGHTS, Routing, route
 from moejax.rules import Reading
 
@@ -65,11 +66,11 @@ class Router(nnx.Module):
 
 def expert_linear(
     x: Float[Array, "B T KorOne D"],
-    weight: Float[Array, "E M D"],
-    bias: Float[Array, "E M"] | None,
+    weight: Float[Array, "E *M D"] | MXFP4,
+    bias: Float[Array, "E *M"] | None,
     assignment: Assignment,
     reading: Reading,
-) -> Float[Array, "B T K M"]:
+) -> Float[Array, "B T K *M"]:
     """``weight[e] x + bias[e]`` for the expert ``e`` of every routed slot."""
     batch, tokens = x.shape[:2]
     rows = x.reshape(batch * tokens, *x.shape[2:])
@@ -78,5 +79,5 @@ def expert_linear(
     return product if bias is None else reading.add_bias(product, _of_slots(bias, assignment.ids, product))
 
 
-def _of_slots(bias: Float[Array, "E M"], ids: Int[Array, "N K"], like: Float[Array, "B T K M"]) -> Array:
+def _of_slots(bias: Float[Array, "E *M"], ids: Int[Array, "N K"], like: Float[Array, "B T K *M"]) -> Array:
     return bias[ids].reshape(like.shape).astype(like.dtype)

@@ -4,5 +4,21 @@ from moejax.models.config import Config
 from moejax.models.decoder import Cache, Decoder, Hidden
 from moejax.models.families import FAMILIES, family
 from moejax.models.packed import Packed, unpack
+from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, shard, shardings
 
-__all__ = ["FAMILIES", "Cache", "Config", "Decoder", "Hidden", "Packed", "family", "unpack"]
+__all__ = [
+    "EXPERT",
+    "EXPERT_TENSOR",
+    "FAMILIES",
+    "TENSOR",
+    "Cache",
+    "Config",
+    "Decoder",
+    "Hidden",
+    "Packed",
+    "Rules",
+    "family",
+    "shard",
+    "shardings",
+    "unpack",
+]

@@ -1,6 +1,7 @@
 """The one configuration that every family maps to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from moejax.layers import BlockConfig, MixtureAttentionConfig, MoEConfig
 from moejax.ops.rope import Rope
@@ -77,6 +78,24 @@ class Config:
     def num_shared(self) -> int:
         """Shared experts of a layer."""
         return int(any(moe.shared_dim is not None for moe in self._moe))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether experts are held as MXFP4."""
+        return any(moe.packed for moe in self._moe)
+
+    def pack(self) -> Self:
+        """The same architecture with experts held as MXFP4.
+
+        Raises:
+            ConfigError: a width of the experts is no multiple of 32.
+        """
+
+        def packed(block: BlockConfig) -> BlockConfig:
+            moe = block.feed_forward
+            return replace(block, feed_forward=replace(moe, packed=True)) if isinstance(moe, MoEConfig) else block
+
+        return replace(self, blocks=tuple(map(packed, self.blocks)))
 
     @property
     def _moe(self) -> list[MoEConfig]:

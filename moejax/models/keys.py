@@ -4,6 +4,7 @@ A leaf is the concatenation of its tensors' data in the order given, seen in a s
 So one table serves reading and writing.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from moejax.ops.mxfp4 import BLOCK, dequantise
 
 Shape = tuple[int, ...]
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Layout:
     Attributes:
         tensors: key and shape of each tensor, in order.
         axes: the leaf's axes in the order in which the concatenated data has them; ``None`` keeps them.
-        decode: turns the tensors into the array that they encode; by default they are its data, one after the other.
+        decode: turns the tensors into the array that they encode, entry by entry of the first axis, which is that of
+            the leaf; by default they are its data, one after the other.
     """
 
     tensors: Sequence[tuple[str, Shape]]
@@ -40,6 +43,38 @@ class Layout:
         if self.axes is None:
             return data.reshape(shape)
         return data.reshape([shape[i] for i in self.axes]).transpose(np.argsort(self.axes))
+
+    def part(self, read: Callable[[str], np.ndarray], shape: Shape, index: Index) -> np.ndarray:
+        """The part ``index`` of the leaf of ``shape``.
+
+        Of one tensor it is a view, so that no more of a mapped file is read. Of one tensor for each entry of the
+        leading axes, only those in the index are read, and of them only the slice. Encoded tensors are decoded one
+        entry of the first axis at a time, each entry whole and then cut. Any other layout is assembled whole.
+
+        Args:
+            read: gives a tensor by its key.
+            shape: of the leaf.
+            index: a slice for each axis, none of them empty.
+        """
+        size = tuple(len(range(n)[s]) for n, s in zip(shape, index, strict=True))
+        if self.decode is not None:
+            tensors = [read(key) for key, _ in self.tensors]
+            out = np.empty(size, self.decode([tensor[:0] for tensor in tensors]).dtype)
+            for row, entry in zip(out, range(shape[0])[index[0]], strict=True):
+                whole = self.assemble([tensor[entry : entry + 1] for tensor in tensors], (1, *shape[1:]))
+                row[...] = whole[0][index[1:]]
+            return out
+        inner = self.tensors[0][1]
+        outer = len(shape) - len(inner)
+        if len(self.tensors) == 1 or self.axes is not None or inner != shape[outer:]:
+            return self.assemble([read(key) for key, _ in self.tensors], shape)[index]
+        keys = np.array([key for key, _ in self.tensors], object).reshape(shape[:outer])[index[:outer]]
+        parts = (read(key)[index[outer:]] for key in keys.flat)
+        first = next(parts)
+        out = np.empty((keys.size, *first.shape), first.dtype)
+        for row, part in zip(out, itertools.chain([first], parts), strict=True):
+            row[...] = part
+        return out.reshape(size)
 
     def split(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
         """The tensors of a leaf: the inverse of :meth:`assemble`."""
@@ -98,13 +133,16 @@ def transposed(key: str) -> Source:
 
 
 def interleaved(key: str) -> Source:
-    """One tensor ``[E, D, 2F]`` (or ``[E, 2F]``) for a leaf ``[E, 2, F, D]`` (or ``[E, 2, F]``): halves alternate."""
+    """One tensor ``[E, D, 2F]`` for a leaf ``[E, 2, F, D]``: halves alternate."""
+    return lambda shape: Layout([(key, (shape[0], shape[3], shape[1] * shape[2]))], axes=(0, 3, 2, 1))
+
+
+def interleaved_rows(key: str) -> Source:
+    """One tensor ``[E, 2F, ..]`` for a leaf ``[E, 2, F, ..]``: halves alternate."""
 
     def layout(shape: Shape) -> Layout:
-        rows = shape[1] * shape[2]
-        if len(shape) == 3:
-            return Layout([(key, (shape[0], rows))], axes=(0, 2, 1))
-        return Layout([(key, (shape[0], shape[3], rows))], axes=(0, 3, 2, 1))
+        experts, halves, rows, *rest = shape
+        return Layout([(key, (experts, halves * rows, *rest))], axes=(0, 2, 1, *range(3, len(shape))))
 
     return layout
 

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-MatMul = Callable[[Array, Array], Array]
+Weight = Array | Any
+"""A matrix, a stack of them, or a packed form of either that the product itself unpacks."""
+
+MatMul = Callable[[Array, Weight], Array]
 Slope = Callable[[Array], Array]
 
 
@@ -58,7 +62,7 @@ class Rule:
         """``x`` limited to ``[low, high]``."""
         return jnp.clip(x, low, high)
 
-    def linear(self, matmul: MatMul, x: Float[Array, "*b D"], weight: Array) -> Float[Array, "*c M"]:
+    def linear(self, matmul: MatMul, x: Float[Array, "*b D"], weight: Weight) -> Float[Array, "*c M"]:
         """``matmul(x, weight)``, linear in both; dense, per-expert and head products all come through here."""
         return matmul(x, weight)
 

@@ -1,5 +1,9 @@
 """What several families publish alike."""
 
+from typing import Any
+
+from moejax.layers import AttentionConfig, RouterConfig
+from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, merged_halves, per_expert, stacked, whole
 
 LAYER = "model.layers.{layer}."
@@ -30,6 +34,28 @@ DENSE: KeyTable = {
     "layers.{layer}.feed_forward.output": [whole(MLP + "down_proj.weight")],
 }
 """Layers without experts."""
+
+
+def grouped_query(fields: Fields, eps: float, *, kv_heads: int | None = None, **differences: Any) -> AttentionConfig:
+    """Attention with the sizes under their usual names; by default as many key heads as query heads."""
+    dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    return AttentionConfig(
+        model_dim=dim,
+        num_heads=heads,
+        num_kv_heads=fields.size("num_key_value_heads", kv_heads or heads),
+        head_dim=fields.head_dim(dim, heads),
+        norm_eps=eps,
+        **differences,
+    )
+
+
+def softmax_router(fields: Fields, *, experts: int, selected: int) -> RouterConfig:
+    """Softmax over all experts, renormalised over the selected if ``norm_topk_prob``; the numbers are defaults."""
+    return RouterConfig(
+        num_experts=fields.size("num_experts", experts, alias="num_local_experts"),
+        num_selected=fields.size("num_experts_per_tok", selected),
+        weigh="renormalised" if fields("norm_topk_prob", False) else "raw",
+    )
 
 
 def experts(block: str = "mlp.", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> KeyTable:

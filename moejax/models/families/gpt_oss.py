@@ -6,18 +6,14 @@ gate is limited, steeper than SiLU, and multiplies the linear branch plus one; w
 
 from moejax.layers import GLU, AttentionConfig, BlockConfig, MoEConfig, RouterConfig
 from moejax.models.config import Config
-from moejax.models.families._shared import ATTENTION, GROUPED_QUERY, MLP, OUTER
+from moejax.models.families._shared import ATTENTION, GROUPED_QUERY, MLP, OUTER, grouped_query
 from moejax.models.hf_config import Fields
-from moejax.models.keys import KeyTable, interleaved, packed_mxfp4, transposed, whole
+from moejax.models.keys import KeyTable, interleaved, interleaved_rows, packed_mxfp4, transposed, whole
 
 
 def config(fields: Fields) -> Config:
     """Map the fields of ``GptOssConfig``."""
-    dim, heads, layers = (
-        fields.size("hidden_size"),
-        fields.size("num_attention_heads"),
-        fields.size("num_hidden_layers"),
-    )
+    dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
     eps, bias = fields("rms_norm_eps", 1e-5), fields("attention_bias", True)
     fields("quantization_config", None)  # the tensors say themselves whether they are packed
     fields("initial_context_length", None)  # as in the rotary parameters
@@ -27,17 +23,8 @@ def config(fields: Fields) -> Config:
     kinds = fields("layer_types", [("sliding_attention", "full_attention")[i % 2] for i in range(layers)])
 
     def attention(kind: str) -> AttentionConfig:
-        return AttentionConfig(
-            model_dim=dim,
-            num_heads=heads,
-            num_kv_heads=fields.size("num_key_value_heads", heads),
-            head_dim=fields.head_dim(dim, heads),
-            norm_eps=eps,
-            bias=bias,
-            output_bias=bias,
-            window=window if kind == "sliding_attention" else None,
-            sinks=True,
-        )
+        seen = window if kind == "sliding_attention" else None
+        return grouped_query(fields, eps, bias=bias, output_bias=bias, window=seen, sinks=True)
 
     router = RouterConfig(
         num_experts=fields.size("num_local_experts"),
@@ -70,7 +57,10 @@ KEYS: KeyTable = {
         packed_mxfp4(_EXPERTS + "gate_up_proj", halves_alternate=True),
         interleaved(_EXPERTS + "gate_up_proj"),
     ],
-    _MOE + "gate_up_bias": [interleaved(_EXPERTS + "gate_up_proj_bias")],
+    _MOE + "gate_up_bias": [interleaved_rows(_EXPERTS + "gate_up_proj_bias")],
     _MOE + "down": [packed_mxfp4(_EXPERTS + "down_proj", halves_alternate=False), transposed(_EXPERTS + "down_proj")],
     _MOE + "down_bias": [whole(_EXPERTS + "down_proj_bias")],
+    # experts that stay packed
+    **{_MOE + f"gate_up.{part}": [interleaved_rows(f"{_EXPERTS}gate_up_proj_{part}")] for part in ("blocks", "scales")},
+    **{_MOE + f"down.{part}": [whole(f"{_EXPERTS}down_proj_{part}")] for part in ("blocks", "scales")},
 }

@@ -3,26 +3,19 @@
 Plain grouped-query attention, optionally with a window in every layer; the selected experts' weights are renormalised.
 """
 
-from moejax.layers import GLU, AttentionConfig, BlockConfig, MoEConfig, RouterConfig
+from moejax.layers import GLU, BlockConfig, MoEConfig, RouterConfig
 from moejax.models.config import Config
-from moejax.models.families._shared import GROUPED_QUERY, OUTER, experts
+from moejax.models.families._shared import GROUPED_QUERY, OUTER, experts, grouped_query
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
 
 
 def config(fields: Fields) -> Config:
     """Map the fields of ``MixtralConfig``."""
-    dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    dim = fields.size("hidden_size")
     eps = fields("rms_norm_eps", 1e-5)
     fields("router_jitter_noise", 0.0)  # training only
-    attention = AttentionConfig(
-        model_dim=dim,
-        num_heads=heads,
-        num_kv_heads=fields.size("num_key_value_heads", heads),
-        head_dim=fields.head_dim(dim, heads),
-        norm_eps=eps,
-        window=fields("sliding_window", None),
-    )
+    attention = grouped_query(fields, eps, window=fields("sliding_window", None))
     router = RouterConfig(
         num_experts=fields.size("num_local_experts", 8),
         num_selected=fields.size("num_experts_per_tok", 2),

@@ -3,9 +3,9 @@
 Queries, keys and values have biases; a shared expert with a sigmoid gate stands beside the routed ones.
 """
 
-from moejax.layers import GLU, AttentionConfig, BlockConfig, MLPConfig, MoEConfig, RouterConfig
+from moejax.layers import GLU, BlockConfig, MLPConfig, MoEConfig
 from moejax.models.config import Config
-from moejax.models.families._shared import DENSE, GROUPED_QUERY, MLP, OUTER, experts
+from moejax.models.families._shared import DENSE, GROUPED_QUERY, MLP, OUTER, experts, grouped_query, softmax_router
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, stacked, whole
 
@@ -13,21 +13,10 @@ from moejax.models.keys import KeyTable, stacked, whole
 def config(fields: Fields) -> Config:
     """Map the fields of ``Qwen2MoeConfig``."""
     fields.no_window()
-    dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    dim = fields.size("hidden_size")
     eps = fields("rms_norm_eps", 1e-6)
-    attention = AttentionConfig(
-        model_dim=dim,
-        num_heads=heads,
-        num_kv_heads=fields.size("num_key_value_heads", heads),
-        head_dim=fields.head_dim(dim, heads),
-        norm_eps=eps,
-        bias=fields("qkv_bias", True),
-    )
-    router = RouterConfig(
-        num_experts=fields.size("num_experts", 60, alias="num_local_experts"),
-        num_selected=fields.size("num_experts_per_tok", 4),
-        weigh="renormalised" if fields("norm_topk_prob", False) else "raw",
-    )
+    attention = grouped_query(fields, eps, bias=fields("qkv_bias", True))
+    router = softmax_router(fields, experts=60, selected=4)
     glu = GLU(fields("hidden_act", "silu"))
     shared = fields.size("shared_expert_intermediate_size", 5632)
     moe = MoEConfig(dim, fields.size("moe_intermediate_size"), router, glu, shared_dim=shared)

@@ -11,17 +11,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from moejax.ops.experts.assignment import Assignment
+from moejax.ops.mxfp4 import MXFP4, unpacked
 
 Implementation = Literal["gather", "padded"]
 
 
 def expert_matmul(
     x: Float[Array, "T KorOne D"],
-    weight: Float[Array, "E M D"],
+    weight: Float[Array, "E *M D"] | MXFP4,
     assignment: Assignment,
     *,
     implementation: Implementation | None = None,
-) -> Float[Array, "T K M"]:
+) -> Float[Array, "T K *M"]:
     """Multiply each routed slot by its expert's matrix. No slot is ever dropped.
 
     Differentiable in ``x`` (the transposed grouped product) and ``weight``; ``vmap`` over cotangents reads the weights
@@ -29,7 +30,9 @@ def expert_matmul(
 
     Args:
         x: a row for each slot, or one row that all slots of a token share (second axis 1).
-        weight: one matrix for each expert, ``[out, in]``.
+        weight: one matrix for each expert, ``[out, in]``. The outputs may have several axes; merging them beforehand
+            would make XLA move weights of which one of them is split over devices. Packed matrices are unpacked
+            here: those of one layer at a time, or, where slots copy their matrices, of the slots' experts alone.
         assignment: the expert of each slot.
         implementation: ``"gather"`` copies each slot's matrix, the plain reference and right for decoding;
             ``"padded"`` multiplies equal buffers of rows in one batched product. Chosen from the shapes by default.
@@ -51,20 +54,22 @@ def capacities(tokens: int, slots: int, experts: int) -> list[int]:
     return sorted({min(tokens, math.ceil(factor * mean / 16) * 16) for factor in (1.5, 2.5, 8)})
 
 
-def _gather(x: Array, weight: Array, assignment: Assignment, transpose: bool) -> Array:
-    spec = "tkm,tkmd->tkd" if transpose else "tkd,tkmd->tkm"
-    rows = jnp.broadcast_to(x, (*assignment.ids.shape, x.shape[-1]))
-    return jnp.einsum(spec, rows, weight[assignment.ids])
+def _gather(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
+    m = _outputs(weight)
+    spec = f"tk{m},tk{m}d->tkd" if transpose else f"tkd,tk{m}d->tk{m}"
+    rows = jnp.broadcast_to(x, (*assignment.ids.shape, *x.shape[2:]))
+    return jnp.einsum(spec, rows, unpacked(weight[assignment.ids], x.dtype))
 
 
-def _padded(x: Array, weight: Array, assignment: Assignment, transpose: bool) -> Array:
-    spec = "ecm,emd->ecd" if transpose else "ecd,emd->ecm"
-    slots = assignment.ids.shape[1]
-    width = weight.shape[2 if transpose else 1]
+def _padded(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
+    weight = unpacked(packed, x.dtype)
+    m, slots = _outputs(weight), assignment.ids.shape[1]
+    spec = f"ec{m},e{m}d->ecd" if transpose else f"ecd,e{m}d->ec{m}"
+    width = weight.shape[-1:] if transpose else weight.shape[1:-1]
 
     def one_pass(capacity: int, x: Array, weight: Array, rows: Array, rank: Array) -> Array:
         # rows of empty places are zero, not masked: their products are computed and never read
-        product = jnp.einsum(spec, _fill(x, rows, slots), weight).reshape(-1, width)
+        product = jnp.einsum(spec, _fill(x, rows, slots), weight).reshape(-1, *width)
         return _take(product, assignment.ids * capacity + rank)
 
     def passes(capacity: int, x: Array, weight: Array) -> Array:
@@ -74,9 +79,9 @@ def _padded(x: Array, weight: Array, assignment: Assignment, transpose: bool) ->
             part = one_pass(
                 capacity, x, weight, _places(assignment, rank, capacity, empty=0), rank.clip(0, capacity - 1)
             )
-            return jnp.where(inside[..., None], part, y)
+            return jnp.where(inside.reshape(*inside.shape, *[1] * len(width)), part, y)
 
-        start = jnp.zeros((*assignment.ids.shape, width), x.dtype)
+        start = jnp.zeros((*assignment.ids.shape, *width), x.dtype)
         return jax.lax.fori_loop(0, -(-assignment.load.max() // capacity), add, start)
 
     def single(capacity: int, x: Array, weight: Array) -> Array:
@@ -88,8 +93,8 @@ def _padded(x: Array, weight: Array, assignment: Assignment, transpose: bool) ->
 
 def _weight_gradient(x: Array, cotangent: Array, weight: Array, assignment: Assignment, transpose: bool) -> Array:
     """``sum over an expert's slots of cotangent x^T``. Dead code, and removed as such, when weights are not trained."""
-    spec = "ecm,ecd->emd" if transpose else "ecd,ecm->emd"
-    tokens, slots = assignment.ids.shape
+    m, (tokens, slots) = _outputs(weight), assignment.ids.shape
+    spec = f"ec{m},ecd->e{m}d" if transpose else f"ecd,ec{m}->e{m}d"
 
     def single(capacity: int, x: Array, cotangent: Array, rank: Array = assignment.rank) -> Array:
         rows = _places(assignment, rank, capacity, empty=tokens * slots)
@@ -127,23 +132,30 @@ def _places(assignment: Assignment, rank: Array, capacity: int, empty: int) -> I
     return buffers.at[assignment.ids, rank].set(rows, mode="drop", unique_indices=True)
 
 
-def _fill(x: Float[Array, "T KorOne D"], rows: Int[Array, "E C"], slots: int, zeros: bool = False) -> Array:
-    """The rows of ``x`` at the places of the buffers, ``[E C D]``; with ``zeros``, zero at empty places."""
+def _fill(x: Float[Array, "T KorOne *D"], rows: Int[Array, "E C"], slots: int, zeros: bool = False) -> Array:
+    """The rows of ``x`` at the places of the buffers, ``[E C *D]``; with ``zeros``, zero at empty places."""
     index = rows // (slots // x.shape[1])
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, *x.shape[2:])
     return flat.at[index].get(mode="fill", fill_value=0) if zeros else _take(flat, index)
 
 
-def _take(x: Float[Array, "N D"], index: Int[Array, "*s"]) -> Float[Array, "*s D"]:
+def _take(x: Float[Array, "N *D"], index: Int[Array, "*s"]) -> Array:
     # unsigned and promised: no wrapping, no clamping, no masking around a plain row copy
     return x.at[index.astype(jnp.uint32)].get(mode="promise_in_bounds")
+
+
+def _outputs(weight: Float[Array, "E *M D"] | MXFP4) -> str:
+    """A letter for each axis of an expert's outputs."""
+    return "mno"[: weight.ndim - 2]
 
 
 _IMPLEMENTATIONS = {"gather": _gather, "padded": _padded}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _expert_matmul(name: Implementation, transpose: bool, x: ArrayLike, weight: Array, assignment: Assignment) -> Array:
+def _expert_matmul(
+    name: Implementation, transpose: bool, x: ArrayLike, weight: Array | MXFP4, assignment: Assignment
+) -> Array:
     return _IMPLEMENTATIONS[name](jnp.asarray(x), weight, assignment, transpose)
 
 
@@ -158,7 +170,8 @@ def _backward(name, transpose, saved, cotangent):
     dx: Array = _expert_matmul(name, not transpose, cotangent, weight, assignment)
     if x.shape[1] == 1:
         dx = dx.sum(1, keepdims=True)
-    return dx, _weight_gradient(x, cotangent, weight, assignment, transpose), None
+    packed = isinstance(weight, MXFP4)  # cannot be trained
+    return dx, None if packed else _weight_gradient(x, cotangent, weight, assignment, transpose), None
 
 
 _expert_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,52 @@
+"""What this machine has, and whether a model fits it: what ``moejax doctor`` prints."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import jax
+
+from moejax.checkpoints.convert import parse_dtype
+from moejax.checkpoints.describe import ModelConfig, architecture
+from moejax.checkpoints.memory import estimate
+
+_PACKAGES = ("moejax", "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "torch", "transformers")
+_SHOWN = ("float32", "bfloat16")
+
+
+def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
+    """Versions, devices and, given a model, its memory in ``dtype`` or in the usual ones; reads no weights.
+
+    Raises:
+        ConfigError: the model's configuration is not supported.
+        CheckpointError: there is no such model.
+    """
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "devices": [_device(device) for device in jax.local_devices()],
+    }
+    if model is not None:
+        config = architecture(model)
+        dtypes = _SHOWN if dtype is None else (parse_dtype(dtype).name,)
+        memory = [estimate(config, parse_dtype(name)).to_dict() for name in dtypes]
+        found |= {"model": str(model), "config": ModelConfig.of(config).to_dict(), "memory": memory}
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device(device: jax.Device) -> dict[str, Any]:
+    """A device and its memory; a CPU has the machine's."""
+    stats = device.memory_stats() or {}
+    total, used = stats.get("bytes_limit"), stats.get("bytes_in_use")
+    if total is None and device.platform == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        used = total - os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return {"id": device.id, "kind": device.device_kind, "platform": device.platform, "bytes": total, "used": used}

@@ -1,0 +1,84 @@
+"""How much memory a model's weights and cache take, from its config alone."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moejax.checkpoints.plan import leaf_paths, parts
+from moejax.models import Config, Decoder
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of a layer's weights.
+
+    Attributes:
+        layer: its index.
+        experts: all expert matrices and biases of its feed-forward part.
+        active: of those, what one token uses.
+        rest: attention, router, norms, shared expert, or a dense feed-forward part.
+    """
+
+    layer: int
+    experts: int
+    active: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """All weights of the layer."""
+        return self.experts + self.rest
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a model in one dtype.
+
+    Attributes:
+        dtype: of all weights.
+        layers: each layer's.
+        outer: embedding, final norm and head.
+        cache_per_token: keys and values of a token in all layers.
+    """
+
+    dtype: str
+    layers: tuple[LayerMemory, ...]
+    outer: int
+    cache_per_token: int
+
+    @property
+    def total(self) -> int:
+        """All weights."""
+        return self.outer + sum(layer.total for layer in self.layers)
+
+    @property
+    def largest_moe_layer(self) -> int:
+        """Weights of the largest layer with experts; zero if there is none."""
+        return max((layer.total for layer in self.layers if layer.experts), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self) | {"total": self.total, "largest_moe_layer": self.largest_moe_layer}
+
+
+def estimate(config: Config, dtype: np.dtype) -> Memory:
+    """The memory of a model; allocates none of it."""
+    sizes = {path: math.prod(leaf.shape) * dtype.itemsize for path, leaf in leaf_paths(Decoder.abstract(config))}
+    grouped = parts(sizes)
+    layers = tuple(_layer(i, config, {p: sizes[p] for p in grouped[f"layers.{i}"]}) for i in range(config.num_layers))
+    heads = [block.attention.num_kv_heads * block.attention.head_dim for block in config.blocks]
+    outer = sum(sizes.values()) - sum(layer.total for layer in layers)
+    return Memory(str(dtype), layers, outer, 2 * sum(heads) * dtype.itemsize)
+
+
+def _layer(index: int, config: Config, sizes: Mapping[str, int]) -> LayerMemory:
+    mixture = getattr(config.blocks[index].feed_forward, "router", None)
+    if mixture is None:
+        return LayerMemory(index, 0, 0, sum(sizes.values()))
+    names = ("gate_up", "down", "gate_up_bias", "down_bias")
+    experts = sum(sizes.get(f"layers.{index}.feed_forward.{name}", 0) for name in names)
+    active = experts * mixture.num_selected // mixture.num_experts
+    return LayerMemory(index, experts, active, sum(sizes.values()) - experts)

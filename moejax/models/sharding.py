@@ -1,0 +1,165 @@
+"""A decoder over several devices: logical axes of its leaves, and rules that lay them on the axes of a mesh.
+
+The compiled functions stay as they are: weights carry their placement, XLA derives that of everything else.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moejax.errors import ConfigError
+from moejax.models.config import Config
+from moejax.models.decoder import Decoder
+
+Axes = tuple[str | None, ...]
+"""Logical name of each axis of a leaf; ``None`` is never split."""
+
+Rules = Mapping[str, str | None]
+"""From logical axes to mesh axes; an axis that is absent or ``None`` is replicated."""
+
+EXPERT: Rules = {"expert": "expert"}
+"""Every device holds some experts, whole, and a copy of all else."""
+
+TENSOR: Rules = {"heads": "tensor", "kv_heads": "tensor", "hidden": "tensor", "vocab": "tensor"}
+"""Every device holds some heads, a part of each expert's hidden units and some vocabulary entries."""
+
+EXPERT_TENSOR: Rules = {**EXPERT, **TENSOR}
+"""Both, on a mesh of two axes."""
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_GATED, _DOWN = (None, "hidden", "model"), ("model", "hidden")
+_PACKED = {"blocks": (None,), "scales": ()}
+_ROWS = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
+
+AXES: Mapping[str, Axes] = {
+    "embedding": ("vocab", "model"),
+    "head": ("vocab", "model"),
+    "norm.weight": (None,),
+    "attention_norm.weight": (None,),
+    "feed_forward_norm.weight": (None,),
+    # attention
+    **{f"attention.{name}.weight": (rows, "model") for name, rows in _ROWS.items()},
+    **{f"attention.{name}.bias": (rows,) for name, rows in _ROWS.items()},
+    "attention.output.weight": ("model", "heads"),
+    "attention.output.bias": (None,),
+    "attention.query_norm.weight": (None,),
+    "attention.key_norm.weight": (None,),
+    "attention.sinks": ("heads",),
+    # mixture of attention experts; the keys' rows stand before the values', so no contiguous part holds whole heads
+    "attention.router.linear.weight": ("expert", "model"),
+    "attention.query": ("expert", "kv_heads", "model"),
+    "attention.output": ("expert", "model", "kv_heads"),
+    "attention.key_value.weight": (None, "model"),
+    "attention.bias": (None,),
+    # experts
+    "feed_forward.router.linear.weight": ("expert", "model"),
+    "feed_forward.router.linear.bias": ("expert",),
+    "feed_forward.gate_up": ("expert", *_GATED),
+    "feed_forward.down": ("expert", *_DOWN),
+    # packed ones: the blocks of a row stay together, since their number divides less often than that of values
+    **{f"feed_forward.gate_up.{part}": ("expert", *_GATED, *rest) for part, rest in _PACKED.items()},
+    **{f"feed_forward.down.{part}": ("expert", "model", None, *rest) for part, rest in _PACKED.items()},
+    "feed_forward.gate_up_bias": ("expert", None, "hidden"),
+    "feed_forward.down_bias": ("expert", None),
+    "feed_forward.bias": (None,),
+    # shared expert, dense layer
+    "feed_forward.shared.mlp.input": _GATED,
+    "feed_forward.shared.mlp.output": _DOWN,
+    "feed_forward.shared.gate.weight": (None, "model"),
+    "feed_forward.input": _GATED,
+    "feed_forward.output": _DOWN,
+}
+"""Logical axes of every leaf, by its path (that of a layer's leaf within its layer)."""
+
+
+def shardings(
+    abstract: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mapping[str, Axes] = AXES
+) -> dict[str, NamedSharding]:
+    """The placement of every leaf by its path, in the tree's order.
+
+    Args:
+        abstract: a decoder; of its leaves only the shapes are read.
+        rules: by default those of :data:`EXPERT_TENSOR` for which the mesh has an axis.
+        axes: logical axes by path; to place a layer of your own, add its leaves to :data:`AXES`.
+
+    Raises:
+        ConfigError: a rule names an axis that does not exist, or splits one that the mesh axis does not divide.
+    """
+    rules = _default_rules(mesh) if rules is None else rules
+    _check(rules, mesh, axes)
+    # leave placement to XLA even where the mesh's axes are explicit, as those of jax.make_mesh are
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    placed, uneven = {}, {}
+    for path, leaf in _leaves(abstract):
+        names = logical_axes(path, axes)
+        if len(names) != leaf.ndim:
+            raise ConfigError(f"{path} has shape {list(leaf.shape)}, but {len(names)} logical axes: {names}.")
+        spec = [rules.get(name) if name else None for name in names]
+        for name, size, mesh_axis in zip(names, leaf.shape, spec, strict=True):
+            count = _count(abstract.config, path, name, size)
+            if mesh_axis and count % mesh.shape[mesh_axis]:
+                uneven.setdefault((name, count), (path, mesh_axis, mesh.shape[mesh_axis]))
+        twice = {axis for axis in spec if axis and spec.count(axis) > 1}
+        if twice:
+            raise ConfigError(f"{path} {names}: the rules lay two of its axes on mesh axis {twice.pop()!r}.")
+        placed[path] = NamedSharding(mesh, PartitionSpec(*spec))
+    if uneven:
+        raise ConfigError("; ".join(_uneven(*key, *where) for key, where in uneven.items()) + ".")
+    return placed
+
+
+def shard(decoder: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mapping[str, Axes] = AXES) -> Decoder:
+    """A decoder that is in memory, laid over a mesh. Raises as :func:`shardings` does."""
+    leaves, tree = jax.tree.flatten(decoder)
+    return tree.unflatten(jax.device_put(leaves, list(shardings(decoder, mesh, rules, axes).values())))
+
+
+def logical_axes(path: str, axes: Mapping[str, Axes] = AXES) -> Axes:
+    """Logical axes of the leaf at ``path``.
+
+    Raises:
+        ConfigError: the table has no entry for it.
+    """
+    name = _LAYER.sub("", path, count=1)
+    if name not in axes:
+        raise ConfigError(f"leaf {path}: no logical axes are known for {name!r}; add an entry to the table of axes.")
+    return axes[name]
+
+
+def _leaves(tree: Decoder) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def _default_rules(mesh: Mesh) -> Rules:
+    rules = {name: axis for name, axis in EXPERT_TENSOR.items() if axis in mesh.axis_names}
+    if not rules:
+        raise ConfigError(
+            f"the mesh has axes {', '.join(mesh.axis_names)}; name them 'expert' or 'tensor', or pass rules."
+        )
+    return rules
+
+
+def _check(rules: Rules, mesh: Mesh, axes: Mapping[str, Axes]) -> None:
+    known = {name for names in axes.values() for name in names if name}
+    if unknown := sorted(set(rules) - known):
+        raise ConfigError(f"rules for unknown logical axes {unknown}; known are: {', '.join(sorted(known))}.")
+    if absent := sorted({axis for axis in rules.values() if axis} - set(mesh.axis_names)):
+        raise ConfigError(f"rules for mesh axes {absent}, but the mesh has {list(mesh.axis_names)}.")
+
+
+def _count(config: Config, path: str, name: str | None, size: int) -> int:
+    """What must divide evenly along an axis: its heads where it consists of heads, else its entries."""
+    if name not in ("heads", "kv_heads") or not (layer := _LAYER.match(path)):
+        return size
+    attention = config.blocks[int(layer[1])].attention
+    return attention.num_heads if name == "heads" else attention.num_kv_heads
+
+
+def _uneven(name: str, count: int, path: str, mesh_axis: str, devices: int) -> str:
+    return (
+        f"{path}: its axis {name!r} of {count} cannot be split over the {devices} devices of mesh axis {mesh_axis!r}; "
+        f"use a mesh axis that divides {count}, or leave {name!r} out of the rules to replicate it"
+    )

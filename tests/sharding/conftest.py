@@ -1,0 +1,44 @@
+"""Tests of this folder run on four emulated devices, in a process of their own.
+
+The number of CPU devices is settled when JAX starts, and the other tests of this process want one. So pytest collects,
+parametrises and reports here as ever, but the call itself happens in a spawned process that lives for the session.
+Arguments of a test (parameters, ``tmp_path``) are pickled on the way.
+"""
+
+import importlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+
+DEVICES = 4
+
+
+def _emulate_devices() -> None:
+    # compiling is nearly all of the time; this nearly halves it
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+def _call(module: str, function: str, arguments: dict[str, Any]) -> None:
+    getattr(importlib.import_module(module), function)(**arguments)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def four_devices() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_emulate_devices) as pool:
+        yield pool
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+    pool: ProcessPoolExecutor = pyfuncitem.funcargs["four_devices"]
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    pool.submit(_call, pyfuncitem.module.__name__, pyfuncitem.originalname, arguments).result()
+    return True

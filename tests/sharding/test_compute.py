@@ -1,0 +1,129 @@
+"""What is computed over four devices equals what one computes, and weights stay where they are."""
+
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import Continuation, Gates, explain
+from moejax.lm import _logits
+from moejax.relevance.explain import Seeds, relevance
+from moejax.relevance.result import ExpertRelevance
+from moejax.rules import CPLRP, AttnLRP
+from sharding.tiny import LAYOUTS, VOCABULARY, close, single, spread
+
+FAMILIES = ["gpt_oss", "jetmoe", "olmoe", "qwen3_moe"]
+RULES = {"constant": AttnLRP(), "uniform": AttnLRP("uniform"), "cp": CPLRP()}
+MODELS = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
+
+TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 23))
+
+
+@pytest.mark.parametrize(("family", "layout"), [*MODELS, ("qwen2_moe", "both"), ("mixtral", "both")])
+def test_logits(family: str, layout: str) -> None:
+    close(spread(family, layout)(TOKENS), single(family)(TOKENS))
+
+
+@pytest.mark.parametrize(("family", "layout"), MODELS)
+def test_greedy_generation(family: str, layout: str) -> None:
+    prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :5].tolist()]
+    new = spread(family, layout).generate_ids(prompts, max_new_tokens=16)
+    assert new == single(family).generate_ids(prompts, max_new_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "rule"),
+    [(*model, rule) for model in MODELS for rule in RULES if (model[1], rule) != ("both", "cp")],
+)
+def test_relevance(family: str, layout: str, rule: str) -> None:
+    prompt = TOKENS[0, :9].tolist()
+    ours, theirs = (
+        explain(model, prompt, target=Continuation((5, 7, 11)), rule=RULES[rule])
+        for model in (spread(family, layout), single(family))
+    )
+    close(ours.tokens, theirs.tokens)
+    close(ours.layers, theirs.layers)
+    close(ours.heads, theirs.heads)
+    for mine, other in ((ours.feed_forward, theirs.feed_forward), (ours.attention, theirs.attention)):
+        _close_experts(mine, other)
+    assert (theirs.attention is not None) == (family == "jetmoe")
+    close(ours.ledger.target, theirs.ledger.target)
+    assert ours.ledger.leaks.keys() == theirs.ledger.leaks.keys()
+    scale = np.abs(theirs.ledger.target).max()
+    for name, leak in theirs.ledger.leaks.items():
+        np.testing.assert_allclose(ours.ledger.leaks[name], leak, rtol=0, atol=1e-5 * scale)
+    assert np.abs(ours.ledger.residual).max() <= 1e-5 * scale
+
+
+def _close_experts(ours: ExpertRelevance | None, theirs: ExpertRelevance | None) -> None:
+    if theirs is None or ours is None:
+        assert ours is theirs
+        return
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    close(ours.slots, theirs.slots)
+    close(ours.by_expert(), theirs.by_expert())
+
+
+def test_an_expert_that_lives_elsewhere_can_be_switched_off() -> None:
+    gates = Gates.ones(single("olmoe").config, TOKENS).drop_expert(layer=1, expert=6)
+    ours, theirs = (model(TOKENS, gates=gates) for model in (spread("olmoe", "expert"), single("olmoe")))
+    close(ours, theirs)
+    assert np.abs(theirs - single("olmoe")(TOKENS)).max() > 1e-3
+
+
+# Below: what travels between devices, read off the compiled programs. With three tokens every activation, the experts'
+# buffers included, is smaller than a device's part of the smallest expert matrix, so that a large message is weights.
+
+_MESSAGE = re.compile(
+    r"= (?P<shapes>.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+
+def _messages(program: jax.stages.Compiled) -> Iterator[int]:
+    """Values in each array that devices exchange."""
+    text = program.as_text()
+    assert text is not None
+    for message in _MESSAGE.finditer(text):
+        for shape in _SHAPE.finditer(message["shapes"]):
+            yield int(np.prod([int(size) for size in shape[1].split(",") if size]))
+
+
+def _smallest_part(family: str, layout: str) -> int:
+    """Values of a device's part of its smallest stack of expert matrices."""
+    moe = spread(family, layout).decoder.layers[1].feed_forward
+    return min(leaf.addressable_shards[0].data.size for leaf in (moe.gate_up, moe.down))
+
+
+@pytest.mark.parametrize(("family", "layout"), MODELS)
+def test_no_weights_travel_in_an_explanation(family: str, layout: str) -> None:
+    """Forward and backward."""
+    tokens = jnp.ones((1, 3), jnp.int32)
+    seeds = Seeds(jnp.array([[2]]), jnp.array([[[3]]]), jnp.array([[[1.0]]]))
+    model = spread(family, layout)
+    program = relevance.lower(model.packed, tokens, tokens > 0, seeds, Gates(), rule=AttnLRP("uniform")).compile()
+    assert max(_messages(program)) < _smallest_part(family, layout)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        pytest.param(
+            *model,
+            marks=pytest.mark.xfail(
+                model[1] != "tensor",
+                reason="one token's experts are gathered before they are multiplied, and so sent to all devices",
+                strict=True,
+            ),
+        )
+        for model in MODELS
+    ],
+)
+def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> None:
+    tokens = jnp.ones((1, 1), jnp.int32)
+    program = _logits.lower(spread(family, layout).packed, tokens, tokens > 0, Gates()).compile()
+    matrix = single(family).decoder.layers[1].feed_forward.down[0].size
+    assert max(_messages(program)) < matrix // LAYOUTS[layout][0].get("tensor", 1)

@@ -1,0 +1,131 @@
+"""The table of logical axes and the rules that use it."""
+
+import math
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from moejax import EXPERT, EXPERT_TENSOR, TENSOR, ConfigError, load
+from moejax.checkpoints.plan import leaf_paths
+from moejax.models import Decoder, family, shardings
+from moejax.models.sharding import AXES, logical_axes
+from sharding.tiny import (
+    DENSE,
+    EXPERTS,
+    FAMILIES,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYOUTS,
+    MODEL,
+    SHARED,
+    VOCABULARY,
+    decoder,
+    hugging_face,
+    mesh,
+    random_decoder,
+)
+
+SIZES = {
+    "expert": {EXPERTS},
+    "heads": {HEADS, HEADS * HEAD_DIM},
+    "kv_heads": {KV_HEADS * HEAD_DIM},
+    "hidden": {HIDDEN, DENSE, SHARED},
+    "vocab": {VOCABULARY},
+    "model": {MODEL},
+}
+
+
+def four(axis: str) -> Mesh:
+    return jax.make_mesh((4,), (axis,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_axis_of_every_leaf_is_what_its_name_says(family: str) -> None:
+    for path, leaf in leaf_paths(decoder(family)):
+        names = logical_axes(path)
+        assert len(names) == leaf.ndim, path
+        for name, size in zip(names, leaf.shape, strict=True):
+            assert name is None or size in SIZES[name], (path, name, size)
+
+
+def test_every_entry_of_the_table_is_some_leaf() -> None:
+    trees = [*map(decoder, FAMILIES), packed_decoder()]
+    paths = {path.split(".", 2)[-1] if "layers." in path else path for tree in trees for path, _ in leaf_paths(tree)}
+    assert paths == set(AXES)
+
+
+def packed_decoder() -> Decoder:
+    """GPT-OSS with experts that stay packed, abstract."""
+    sizes = {"hidden_size": 96, "intermediate_size": 64}
+    return Decoder.abstract(family("gpt_oss").config(hugging_face("gpt_oss") | sizes).pack())
+
+
+def test_packed_experts_are_split() -> None:
+    placed = shardings(packed_decoder(), jax.make_mesh((2, 2), ("expert", "tensor")))
+    for path, leaf in leaf_paths(packed_decoder()):
+        if ".gate_up." in path or ".down." in path:
+            parts = leaf.size // math.prod(placed[path].shard_shape(leaf.shape))
+            assert parts == (4 if "gate_up" in path else 2), path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaves_are_split_as_the_rules_say(family: str, layout: str) -> None:
+    axes, rules = LAYOUTS[layout]
+    placed = shardings(decoder(family), mesh(layout), rules)
+    for path, leaf in leaf_paths(decoder(family)):
+        part = placed[path].shard_shape(leaf.shape)
+        split = {rules[name] for name in logical_axes(path) if name in rules}
+        assert leaf.size // math.prod(part) == math.prod(axes[axis] for axis in split), path
+        if path.endswith(("gate_up", "down")):
+            assert split, path
+
+
+def test_by_default_the_rules_are_those_that_the_mesh_has_axes_for() -> None:
+    model = decoder("olmoe")
+    for layout, (_, rules) in LAYOUTS.items():
+        assert shardings(model, mesh(layout)) == shardings(model, mesh(layout), rules)
+    with pytest.raises(ConfigError, match="the mesh has axes data; name them 'expert' or 'tensor', or pass rules"):
+        shardings(model, four("data"))
+
+
+def test_an_axis_that_does_not_divide_names_leaf_sizes_and_mend() -> None:
+    model = random_decoder(hugging_face("olmoe", num_key_value_heads=2, num_experts=6))
+    with pytest.raises(ConfigError) as error:
+        shardings(model, four("x"), {"kv_heads": "x", "expert": "x", "heads": "x"})
+    message = str(error.value)
+    # two heads of width 14 are 28 rows, which four devices could share, but not without cutting heads
+    assert "layers.0.attention.key.bias: its axis 'kv_heads' of 2 cannot be split over the 4 devices" in message
+    assert "its axis 'expert' of 6 cannot be split" in message
+    assert "leave 'kv_heads' out of the rules to replicate it" in message
+    assert "'heads' of 12" not in message
+    mended = shardings(model, four("x"), {"kv_heads": None, "heads": "x"})
+    assert mended["layers.0.attention.key.weight"].is_fully_replicated
+
+
+def test_wrong_rules_are_refused() -> None:
+    model = decoder("olmoe")
+    with pytest.raises(ConfigError, match=r"unknown logical axes \['experts'\]; known are: expert, heads"):
+        shardings(model, four("expert"), {"experts": "expert"})
+    with pytest.raises(ConfigError, match=r"mesh axes \['tensor'\], but the mesh has \['expert'\]"):
+        shardings(model, four("expert"), TENSOR)
+    with pytest.raises(ConfigError, match=r"layers.0.feed_forward.down .* two of its axes on mesh axis 'x'"):
+        shardings(model, four("x"), {"expert": "x", "hidden": "x"})
+    with pytest.raises(ConfigError, match="pass mesh="):
+        load("tiny-olmoe", rules=EXPERT)
+
+
+def test_a_leaf_without_an_entry_is_refused_and_can_be_added() -> None:
+    model = decoder("mixtral")
+    axes = {name: names for name, names in AXES.items() if name != "feed_forward.down"}
+    with pytest.raises(ConfigError, match=r"leaf layers.0.feed_forward.down: no logical axes are known"):
+        shardings(model, mesh("both"), EXPERT_TENSOR, axes)
+    axes["feed_forward.down"] = ("expert", "model")
+    with pytest.raises(ConfigError, match=r"feed_forward.down has shape \[8, 50, 20\], but 2 logical axes"):
+        shardings(model, mesh("both"), EXPERT_TENSOR, axes)
+    axes["feed_forward.down"] = ("expert", "model", None)
+    placed = shardings(model, mesh("both"), EXPERT_TENSOR, axes)
+    assert placed["layers.1.feed_forward.down"].shard_shape((8, 50, 20)) == (4, 50, 20)
