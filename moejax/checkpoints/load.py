@@ -1,22 +1,24 @@
 """From a published checkpoint to a decoder on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from moejax.checkpoints.files import read_config
 from moejax.checkpoints.orbax import is_orbax, load_orbax
-from moejax.checkpoints.plan import LeafPlan, make_plan
+from moejax.checkpoints.plan import LeafPlan, PackedPlan, make_plan
 from moejax.checkpoints.safetensors import SafetensorsFolder, TensorSource
 from moejax.checkpoints.torch import TorchModel
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models import Config, Decoder, Rules, family, shardings
 from moejax.models.keys import KeyTable
+from moejax.ops.mxfp4 import MXFP4
 
 PUBLISHED = ("*.json", "*.safetensors", "*.jinja")
 """What of a model on the hub is of use here; never its pickles or its code."""
@@ -75,7 +77,14 @@ def pack(config: Config, keys: KeyTable) -> Config:
     return config.pack()
 
 
-def _read(plan: LeafPlan, source: TensorSource, dtype: DTypeLike | None, placed: NamedSharding | None) -> jax.Array:
+def _read(
+    plan: LeafPlan | PackedPlan, source: TensorSource, dtype: DTypeLike | None, placed: NamedSharding | None
+) -> jax.Array:
+    if isinstance(plan, PackedPlan):
+        # unpacked where it is used: fewer bytes travel, and a device is faster at it
+        where = _packed_placement(plan, placed)
+        packed = MXFP4(*(_read(part, source, None, where) for part in (plan.blocks, plan.scales)))
+        return _unpacker(placed)(packed, plan.dtype if dtype is None else jnp.dtype(dtype))
     if placed is None:
         return jnp.asarray(plan.read(source, dtype))
     devices: dict[str, list[jax.Device]] = {}
@@ -91,6 +100,20 @@ def _read(plan: LeafPlan, source: TensorSource, dtype: DTypeLike | None, placed:
     return jax.make_array_from_single_device_arrays(plan.shape, placed, arrays)
 
 
+@cache
+def _unpacker(placed: NamedSharding | None) -> Callable[[MXFP4, DTypeLike], jax.Array]:
+    return jax.jit(MXFP4.unpack, static_argnums=1, out_shardings=placed)
+
+
+def _packed_placement(plan: PackedPlan, placed: NamedSharding | None) -> NamedSharding | None:
+    """The placement of a leaf's blocks and scales: as the leaf's, but a last axis may not divide into whole blocks."""
+    if placed is None:
+        return None
+    *rows, last = (*placed.spec, *[None] * (len(plan.shape) - len(placed.spec)))
+    split = last if last is not None and plan.scales.shape[-1] % placed.mesh.shape[last] == 0 else None
+    return NamedSharding(placed.mesh, PartitionSpec(*rows, split))
+
+
 def load_folder(
     folder: Path,
     dtype: DTypeLike | None = None,
@@ -104,8 +127,8 @@ def load_folder(
         if keep_packed:
             raise CheckpointError(f"{folder} was converted, its experts are stored in full; load the original packed.")
         return load_orbax(folder, dtype, None if mesh is None else lambda abstract: shardings(abstract, mesh, rules))
-    source = SafetensorsFolder(folder)
-    return load_decoder(read_config(folder), source, dtype, mesh=mesh, rules=rules, keep_packed=keep_packed)
+    config, source = read_config(folder), SafetensorsFolder(folder)
+    return load_decoder(config, source, dtype, mesh=mesh, rules=rules, keep_packed=keep_packed)
 
 
 def load_torch(

@@ -14,6 +14,7 @@ from moejax.checkpoints.safetensors import Entry, SafetensorsFolder, TensorSourc
 from moejax.errors import CheckpointError
 from moejax.models import Decoder
 from moejax.models.keys import Index, KeyTable, Layout
+from moejax.ops.mxfp4 import BLOCK, MXFP4
 
 _LISTED = 8
 _SLICE = 4 << 20
@@ -38,6 +39,11 @@ class LeafPlan:
         return leaf if dtype is None or self.is_packed else leaf.astype(dtype)
 
     @property
+    def keys(self) -> list[str]:
+        """Of the tensors that hold the leaf."""
+        return [key for key, _ in self.layout.tensors]
+
+    @property
     def is_packed(self) -> bool:
         """Whether the leaf is a code, not values: no other dtype means anything."""
         return self.dtype == np.uint8
@@ -47,14 +53,7 @@ class LeafPlan:
 
         ``bad``, if given, takes the number of values that are not finite, by the tensors' keys.
         """
-        dtype = dtype or self.dtype
-        if self.layout.decode is not None:
-            parts = [np.empty(shape, source.entries[key].dtype) for key, shape in self.layout.tensors]
-            for (key, _), part in zip(self.layout.tensors, parts, strict=True):
-                source.copy_to(key, part.reshape(-1))
-            leaf = self.layout.assemble(parts, self.shape).astype(dtype, copy=False)
-            _note(bad, self.layout.tensors[0][0], leaf)
-            return leaf
+        dtype = self.dtype if dtype is None or self.is_packed else dtype
         flat, start = np.empty(math.prod(self.shape), dtype), 0
         for key, shape in self.layout.tensors:
             piece = flat[start : start + math.prod(shape)]
@@ -63,6 +62,35 @@ class LeafPlan:
             start += piece.size
         # one tensor that holds the concatenated data is laid out as its parts would be
         return self.layout.assemble([flat], self.shape)
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """A leaf whose values the source has packed: the plans of blocks and scales (:class:`moejax.ops.mxfp4.MXFP4`)."""
+
+    path: str
+    shape: tuple[int, ...]
+    blocks: LeafPlan
+    scales: LeafPlan
+    dtype: np.dtype = np.dtype(jnp.bfloat16)
+
+    def copy(self, source: SafetensorsFolder, dtype: DTypeLike | None, bad: dict[str, int] | None = None) -> np.ndarray:
+        """As :meth:`LeafPlan.copy`."""
+        blocks, scales = (plan.copy(source, None) for plan in (self.blocks, self.scales))
+        leaf = np.empty(self.shape, self.dtype if dtype is None else dtype)
+        # one expert at a time: what is unpacked is four times as large
+        for out, *packed in zip(leaf, blocks, scales, strict=True):
+            out[...] = unpack(MXFP4(*map(jnp.asarray, packed)), leaf.dtype)
+        _note(bad, self.blocks.keys[0], leaf)
+        return leaf
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the tensors that hold the leaf."""
+        return self.blocks.keys + self.scales.keys
+
+
+unpack = jax.jit(MXFP4.unpack, static_argnums=1)
 
 
 def _note(bad: dict[str, int] | None, key: str, values: np.ndarray) -> None:
@@ -106,23 +134,41 @@ def parts(paths: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) -> list[LeafPlan]:
+def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) -> list[LeafPlan | PackedPlan]:
     """A plan for every leaf of ``abstract``, in the tree's order.
 
     Raises:
         CheckpointError: keys are missing, unused or misshapen, or no floats; all of them are named together.
     """
-    plans, problems, used = [], [], set()
-    for path, leaf in leaf_paths(abstract):
+    problems: list[str] = []
+
+    def plan_leaf(path: str, leaf: jax.ShapeDtypeStruct) -> LeafPlan:
         layout = _choose(path, leaf.shape, table, entries)
-        used |= {key for key, _ in layout.tensors}
         wrong = _problems(layout, entries, floats=jnp.issubdtype(leaf.dtype, jnp.floating))
-        problems += wrong
-        if not wrong:
-            plans.append(LeafPlan(path, leaf.shape, _leaf_dtype(layout, entries), layout))
+        problems.extend(wrong)
+        return LeafPlan(path, leaf.shape, leaf.dtype if wrong else entries[layout.tensors[0][0]].dtype, layout)
+
+    def plan(path: str, leaf: jax.ShapeDtypeStruct) -> LeafPlan | PackedPlan:
+        if not _holds(path, leaf, table, entries):
+            rows = (*leaf.shape[:-1], leaf.shape[-1] // BLOCK)
+            blocks = jax.ShapeDtypeStruct((*rows, BLOCK // 2), jnp.uint8)
+            if _holds(f"{path}.blocks", blocks, table, entries):
+                scales = jax.ShapeDtypeStruct(rows, jnp.uint8)
+                packed = plan_leaf(f"{path}.blocks", blocks), plan_leaf(f"{path}.scales", scales)
+                return PackedPlan(path, leaf.shape, *packed)
+        return plan_leaf(path, leaf)
+
+    plans = [plan(path, leaf) for path, leaf in leaf_paths(abstract)]
+    used = {key for plan in plans for key in plan.keys}
     problems += [f"unused {key} {list(entries[key].shape)}" for key in entries if key not in used]
     report(problems, "the checkpoint does not fit its config")
     return plans
+
+
+def _holds(path: str, leaf: jax.ShapeDtypeStruct, table: KeyTable, entries: Mapping[str, Entry]) -> bool:
+    """Whether the checkpoint holds a tensor of any layout of the leaf."""
+    known = _entry_name(path) in table
+    return known and any(key in entries for layout in layouts(table, path, leaf.shape) for key, _ in layout.tensors)
 
 
 def report(problems: list[str], what: str) -> None:
@@ -139,9 +185,9 @@ def _problems(layout: Layout, entries: Mapping[str, Entry], floats: bool) -> lis
             found.append(f"missing {key} {list(shape)}")
         elif entries[key].shape != shape:
             found.append(f"misshapen {key}: the file has {list(entries[key].shape)}, the config wants {list(shape)}")
-        elif jnp.issubdtype(entries[key].dtype, jnp.floating) != (floats and layout.decode is None):
+        elif jnp.issubdtype(entries[key].dtype, jnp.floating) != floats:
             found.append(f"mistyped {key}: {entries[key].dtype} are no weights here")
-    if found or layout.decode is not None:
+    if found:
         return found
     first = layout.tensors[0][0]
     return [
@@ -151,19 +197,16 @@ def _problems(layout: Layout, entries: Mapping[str, Entry], floats: bool) -> lis
     ]
 
 
-def _leaf_dtype(layout: Layout, entries: Mapping[str, Entry]) -> np.dtype:
-    if layout.decode is None:
-        return entries[layout.tensors[0][0]].dtype
-    # an empty block says in which dtype values are decoded
-    return layout.decode([np.zeros((0, *shape[1:]), entries[key].dtype) for key, shape in layout.tensors]).dtype
-
-
 def layouts(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[Layout]:
     """The layouts in which a leaf may be published."""
-    parts = path.split(".")
-    layer = parts[1] if parts[0] == "layers" else ""
-    sources = table[path.replace(f"layers.{layer}.", "layers.{layer}.", 1) if layer else path]
-    return [source(shape).in_layer(layer) for source in sources]
+    layer = path.split(".")[1] if path.startswith("layers.") else ""
+    return [source(shape).in_layer(layer) for source in table[_entry_name(path)]]
+
+
+def _entry_name(path: str) -> str:
+    """The name of a leaf's entry in a key table."""
+    first, _, rest = path.partition(".")
+    return f"layers.{{layer}}.{rest.partition('.')[2]}" if first == "layers" else path
 
 
 def _choose(path: str, shape: tuple[int, ...], table: KeyTable, entries: Mapping[str, Entry]) -> Layout:

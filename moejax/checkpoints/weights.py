@@ -73,7 +73,7 @@ class HuggingFaceWeights:
 
     def nbytes(self, part: str) -> int:
         """Bytes of a part's tensors in the files."""
-        keys = [key for path in parts(self.leaves)[part] for key, _ in self._plans[path].layout.tensors]
+        keys = [key for path in parts(self.leaves)[part] for key in self._plans[path].keys]
         return sum(self.source.entries[key].nbytes for key in keys)
 
 

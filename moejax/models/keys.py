@@ -1,7 +1,8 @@
 """Key tables: which tensors of a published checkpoint hold which leaf of the decoder.
 
 A leaf is the concatenation of its tensors' data in the order given, seen in a shape of which the leaf is a transpose.
-So one table serves reading and writing.
+So one table serves reading and writing. A leaf ``PATH`` that may be published as MXFP4 has two more entries,
+``PATH.blocks`` and ``PATH.scales``, under which a decoder that keeps it packed has its leaves.
 """
 
 import itertools
@@ -10,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from moejax.ops.mxfp4 import BLOCK, dequantise
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -24,22 +23,19 @@ class Layout:
     Attributes:
         tensors: key and shape of each tensor, in order.
         axes: the leaf's axes in the order in which the concatenated data has them; ``None`` keeps them.
-        decode: turns the tensors into the array that they encode, entry by entry of the first axis, which is that of
-            the leaf; by default they are its data, one after the other.
     """
 
     tensors: Sequence[tuple[str, Shape]]
     axes: tuple[int, ...] | None = None
-    decode: Callable[[list[np.ndarray]], np.ndarray] | None = None
 
     def in_layer(self, layer: str) -> "Layout":
         """The layout with ``{layer}`` filled in."""
         tensors = [(key.replace("{layer}", layer), shape) for key, shape in self.tensors]
-        return Layout(tensors, self.axes, self.decode)
+        return Layout(tensors, self.axes)
 
     def assemble(self, parts: list[np.ndarray], shape: Shape) -> np.ndarray:
         """The leaf of ``shape`` from its tensors."""
-        data = self.decode(parts) if self.decode else _concatenate(parts)
+        data = _concatenate(parts)
         if self.axes is None:
             return data.reshape(shape)
         return data.reshape([shape[i] for i in self.axes]).transpose(np.argsort(self.axes))
@@ -48,8 +44,7 @@ class Layout:
         """The part ``index`` of the leaf of ``shape``.
 
         Of one tensor it is a view, so that no more of a mapped file is read. Of one tensor for each entry of the
-        leading axes, only those in the index are read, and of them only the slice. Encoded tensors are decoded one
-        entry of the first axis at a time, each entry whole and then cut. Any other layout is assembled whole.
+        leading axes, only those in the index are read, and of them only the slice. Any other layout is assembled whole.
 
         Args:
             read: gives a tensor by its key.
@@ -57,13 +52,6 @@ class Layout:
             index: a slice for each axis, none of them empty.
         """
         size = tuple(len(range(n)[s]) for n, s in zip(shape, index, strict=True))
-        if self.decode is not None:
-            tensors = [read(key) for key, _ in self.tensors]
-            out = np.empty(size, self.decode([tensor[:0] for tensor in tensors]).dtype)
-            for row, entry in zip(out, range(shape[0])[index[0]], strict=True):
-                whole = self.assemble([tensor[entry : entry + 1] for tensor in tensors], (1, *shape[1:]))
-                row[...] = whole[0][index[1:]]
-            return out
         inner = self.tensors[0][1]
         outer = len(shape) - len(inner)
         if len(self.tensors) == 1 or self.axes is not None or inner != shape[outer:]:
@@ -143,19 +131,5 @@ def interleaved_rows(key: str) -> Source:
     def layout(shape: Shape) -> Layout:
         experts, halves, rows, *rest = shape
         return Layout([(key, (experts, halves * rows, *rest))], axes=(0, 2, 1, *range(3, len(shape))))
-
-    return layout
-
-
-def packed_mxfp4(key: str, *, halves_alternate: bool) -> Source:
-    """Blocks and scales of MXFP4 that encode ``[E, rows, D]``, for a leaf ``[E, 2, F, D]`` or ``[E, M, D]``."""
-
-    def layout(shape: Shape) -> Layout:
-        rows, width = math.prod(shape[1:-1]), shape[-1]
-        blocks, scales = (shape[0], rows, width // BLOCK, BLOCK // 2), (shape[0], rows, width // BLOCK)
-        axes = (0, 2, 1, 3) if halves_alternate else None
-        return Layout(
-            [(f"{key}_blocks", blocks), (f"{key}_scales", scales)], axes, decode=lambda parts: dequantise(*parts)
-        )
 
     return layout

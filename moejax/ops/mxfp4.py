@@ -5,40 +5,11 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 BLOCK = 32
 """Values that share a scale."""
-
-_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-_TABLE = np.concatenate([_VALUES, -_VALUES])
-_PAIRS = np.stack([_TABLE[np.arange(256) & 15], _TABLE[np.arange(256) >> 4]], axis=-1)
-"""The two values of each byte, low nibble first."""
-
-_POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.inf)).astype(np.float32)
-"""The power of two of each scale."""
-
-_AT_ONCE = 1 << 15
-"""Blocks decoded together; temporary arrays then fit the cache and never count beside the result."""
-
-
-def dequantise(blocks: UInt8[np.ndarray, "*s N 16"], scales: UInt8[np.ndarray, "*s N"]) -> Shaped[np.ndarray, "*s M"]:
-    """The ``M = 32 N`` values in bfloat16: ``table[nibble] * 2 ** (scale - 127)``, low nibble first.
-
-    Bfloat16 holds each exactly, but 2, 3, 4 and 6 at scale 254, which become infinite. Scale 255 stands for NaN; what
-    comes of it is not finite either.
-    """
-    out = np.empty((*blocks.shape[:-1], BLOCK), ml_dtypes.bfloat16)
-    flat, codes, exponents = out.reshape(-1, BLOCK), blocks.reshape(-1, BLOCK // 2), scales.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(flat), _AT_ONCE):
-            some = slice(start, start + _AT_ONCE)
-            values = _PAIRS[codes[some]] * _POWERS[exponents[some], None, None]
-            flat[some] = values.reshape(-1, BLOCK)
-    return out.reshape(*blocks.shape[:-2], blocks.shape[-2] * BLOCK)
 
 
 @jax.tree_util.register_dataclass
@@ -70,9 +41,23 @@ class MXFP4:
         return type(self)(self.blocks[index], self.scales[index])
 
     def unpack(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The values, as :func:`dequantise` gives them, but that a device may flush those below 2^-126 to zero."""
-        values = jnp.asarray(_PAIRS)[self.blocks] * jnp.asarray(_POWERS)[self.scales][..., None, None]
-        return values.astype(dtype).reshape(self.shape)
+        """The values: each four-bit float times ``2 ** (scale - 127)``, of two in a byte the low one first.
+
+        Bfloat16 holds each to the bit, but 2, 3, 4 and 6 at scale 254, which become infinite; scale 255 stands for NaN,
+        and what comes of it is not finite either. Made of the bits alone, since devices flush what is below 2^-126.
+        """
+        pairs = self.blocks[..., None] >> jnp.array([0, 4], jnp.uint8)
+        code = pairs.astype(jnp.int16).reshape(*self.scales.shape, BLOCK)
+        scale = self.scales[..., None].astype(jnp.int16)
+        # of sign, two bits of exponent and one of mantissa
+        size, sign = code & 7, (code & 8) << 12
+        mantissa = jnp.where(size > 1, (size & 1) << 6, 0)
+        exponent = scale + jnp.where(size == 1, -1, (size >> 1) - 1)
+        subnormal = (0x80 | mantissa) >> jnp.clip(1 - exponent, 0, 15)
+        bits = jnp.where(exponent > 0, exponent << 7 | mantissa, subnormal)
+        bits = jnp.where((exponent < 255) & (scale < 255), bits, 0x7F80)
+        bits = jnp.where(size > 0, bits, jnp.where(scale < 255, 0, 0x7FC0))
+        return jax.lax.bitcast_convert_type(bits | sign, jnp.bfloat16).astype(dtype).reshape(self.shape)
 
 
 def unpacked(weight: Array | MXFP4, dtype: DTypeLike) -> Array:

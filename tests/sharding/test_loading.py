@@ -19,7 +19,6 @@ from moejax.checkpoints.load import load_decoder
 from moejax.checkpoints.plan import LeafPlan, leaf_paths, make_plan
 from moejax.checkpoints.safetensors import SafetensorsFolder
 from moejax.models import Decoder, family, shardings
-from moejax.models.keys import packed_mxfp4
 from sharding.tiny import FAMILIES, LAYOUTS, close, decoder, hugging_face, mesh, random_decoder, single
 
 TOKENS = np.arange(1, 12)
@@ -60,7 +59,8 @@ def test_a_loaded_model_computes_in_the_asked_dtype(tmp_path: Path) -> None:
 
 def plans(source: SafetensorsFolder, config: dict) -> list[LeafPlan]:
     kind = family(config["model_type"])
-    return make_plan(Decoder.abstract(kind.config(config)), kind.keys, source.entries)
+    made = make_plan(Decoder.abstract(kind.config(config)), kind.keys, source.entries)
+    return [part for plan in made for part in ((plan,) if isinstance(plan, LeafPlan) else (plan.blocks, plan.scales))]
 
 
 def packed_gpt_oss(folder: Path, hidden_size: int = 64, intermediate_size: int = 128) -> dict:
@@ -180,13 +180,12 @@ def test_a_part_takes_no_more_memory_than_itself(name: str, tmp_path: Path) -> N
         assert peak <= (part if name == "olmoe" else 0) + 2**20
 
 
-def test_of_packed_experts_one_is_decoded_at_a_time() -> None:
-    shape, rng = (16, 2, 2048, 512), np.random.default_rng(0)
-    layout = packed_mxfp4("w", halves_alternate=True)(shape)
-    tensors = {key: rng.integers(120, 130, size, np.uint8) for key, size in layout.tensors}
-    index = (slice(4, 8), slice(None), slice(None), slice(None))
-    part, peak = peak_of(lambda: layout.part(tensors.__getitem__, shape, index))
-    whole = math.prod(shape) * 2
-    assert part == whole // 4
-    # beside the part an expert and the one before it, and the decoder's tables for some thousand blocks
-    assert peak < part + 2 * whole // 16 + 2**24 < 0.7 * whole
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_that_stay_packed_are_split_as_their_values_are(layout: str, tmp_path: Path) -> None:
+    packed_gpt_oss(tmp_path)
+    alone, spread = (load(tmp_path, keep_packed=True, dtype="float32", **over) for over in ({}, {"mesh": mesh(layout)}))
+    for (path, leaf), other in zip(leaf_paths(spread.decoder), jax.tree.leaves(alone.decoder), strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other))
+        if ".gate_up." in path:
+            assert leaf.addressable_shards[0].data.size == leaf.size // 4, path
+    close(spread(TOKENS), alone(TOKENS))

@@ -8,7 +8,7 @@ from moejax.layers import GLU, AttentionConfig, BlockConfig, MoEConfig, RouterCo
 from moejax.models.config import Config
 from moejax.models.families._shared import ATTENTION, GROUPED_QUERY, MLP, OUTER, grouped_query
 from moejax.models.hf_config import Fields
-from moejax.models.keys import KeyTable, interleaved, interleaved_rows, packed_mxfp4, transposed, whole
+from moejax.models.keys import KeyTable, interleaved, interleaved_rows, transposed, whole
 
 
 def config(fields: Fields) -> Config:
@@ -53,14 +53,11 @@ KEYS: KeyTable = {
     "layers.{layer}.attention.sinks": [whole(ATTENTION + "sinks")],
     _MOE + "router.linear.weight": [whole(MLP + "router.weight")],
     _MOE + "router.linear.bias": [whole(MLP + "router.bias")],
-    _MOE + "gate_up": [
-        packed_mxfp4(_EXPERTS + "gate_up_proj", halves_alternate=True),
-        interleaved(_EXPERTS + "gate_up_proj"),
-    ],
+    _MOE + "gate_up": [interleaved(_EXPERTS + "gate_up_proj")],
     _MOE + "gate_up_bias": [interleaved_rows(_EXPERTS + "gate_up_proj_bias")],
-    _MOE + "down": [packed_mxfp4(_EXPERTS + "down_proj", halves_alternate=False), transposed(_EXPERTS + "down_proj")],
+    _MOE + "down": [transposed(_EXPERTS + "down_proj")],
     _MOE + "down_bias": [whole(_EXPERTS + "down_proj_bias")],
-    # experts that stay packed
+    # as MXFP4
     **{_MOE + f"gate_up.{part}": [interleaved_rows(f"{_EXPERTS}gate_up_proj_{part}")] for part in ("blocks", "scales")},
     **{_MOE + f"down.{part}": [whole(f"{_EXPERTS}down_proj_{part}")] for part in ("blocks", "scales")},
 }
