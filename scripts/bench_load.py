@@ -1,0 +1,212 @@
+"""Time loading checkpoints of published sizes from disk to the device, and what memory it takes.
+
+    python scripts/bench_load.py DIR             # writes 14 GB at a time to DIR; needs a GPU with 48 GB or more
+    python scripts/bench_load.py DIR --toy       # small models, to see that everything runs
+
+Files of random bytes in the published layouts are written to DIR, each model's removed after it was measured. Every
+load runs in a process of its own, whose peak is its own; "anon" is the peak of what is no mapped file (those the system
+can drop). The disk's rate is that of reading the same files in pieces of 16 MiB; "cold" drops them from the system's
+cache before, where the system lets a process ask for that.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+OLMOE = {
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+}
+MODELS = {"OLMoE-1B-7B (bfloat16)": (OLMOE, False), "GPT-OSS-20b (MXFP4)": (GPT_OSS, True)}
+SHRUNK = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+_PIECE = 16 << 20
+_SHARD = 4_000_000_000
+
+
+def write(folder: Path, config: dict[str, Any], packed: bool) -> int:
+    """Random weights in the published layout; their bytes."""
+    import ml_dtypes
+
+    from moejax.checkpoints.export import _plan_shards
+    from moejax.checkpoints.plan import layouts, leaf_paths
+    from moejax.checkpoints.safetensors import Entry
+    from moejax.models import Decoder, family
+
+    kind = family(config["model_type"])
+    architecture = kind.config(config)
+    abstract = Decoder.abstract(architecture.pack() if packed else architecture, ml_dtypes.bfloat16)
+    entries = {
+        key: Entry(shape, np.dtype(leaf.dtype))
+        for path, leaf in leaf_paths(abstract)
+        for key, shape in layouts(kind.keys, path, leaf.shape)[-1].tensors
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shards = _plan_shards(entries, _SHARD)
+    # bfloat16 numbers of ordinary size, and bytes: whatever is drawn here is repeated through the file
+    values = np.random.default_rng(0).normal(0, 0.02, _PIECE // 2).astype(ml_dtypes.bfloat16).view(np.uint8)
+    for shard in shards:
+        with (folder / shard.name).open("wb") as file:
+            file.write(shard.header)
+            for key in sorted(shard.offsets, key=shard.offsets.__getitem__):
+                left = entries[key].nbytes
+                fill = np.full(_PIECE, 120, np.uint8) if key.endswith("_scales") else values
+                while left:
+                    left -= file.write(fill[:left].data)
+            os.fsync(file.fileno())
+    index = {"weight_map": {key: shard.name for shard in shards for key in shard.offsets}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(entry.nbytes for entry in entries.values())
+
+
+def forget(folder: Path) -> None:
+    """Ask the system to drop the files from its cache."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_seconds(folder: Path) -> float:
+    """Time to read all files in order."""
+    start, buffer = time.perf_counter(), bytearray(_PIECE)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def load(folder: Path, keep_packed: bool) -> None:
+    """Load in this process; print what it took."""
+    import jax
+
+    import moejax
+
+    device = jax.devices()[0]
+    jax.block_until_ready(jax.device_put(np.zeros(1)))
+    before, anonymous = _status("RssAnon"), [0]
+    threading.Thread(target=_watch, args=(anonymous,), daemon=True).start()
+    start = time.perf_counter()
+    lm = moejax.load(folder, keep_packed=keep_packed)
+    jax.block_until_ready(lm.decoder)
+    seconds = time.perf_counter() - start
+    stats = device.memory_stats() or {}
+    print(
+        json.dumps(
+            {
+                "device": device.device_kind,
+                "jax": jax.__version__,
+                "seconds": seconds,
+                "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(lm.decoder)),
+                "device_peak": stats.get("peak_bytes_in_use", 0),
+                "host_before": before,
+                "host_peak": _status("VmHWM"),
+                "host_anonymous": anonymous[0],
+            }
+        )
+    )
+
+
+def _watch(largest: list[int]) -> None:
+    """Keep the largest memory that is no mapped file, looking every 5 ms."""
+    while True:
+        largest[0] = max(largest[0], _status("RssAnon"))
+        time.sleep(0.005)
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measure(folder: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, str(folder), "--load", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--keep-packed", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        load(args.folder, args.keep_packed)
+        return
+    columns = (
+        "case",
+        "file GB",
+        "load s",
+        "GB/s",
+        "disk GB/s",
+        "weights GB",
+        "device peak GB",
+        "host peak GB",
+        "anon GB",
+    )
+    table, found = Table(*columns), {}
+    for name, (config, packed) in MODELS.items():
+        folder = args.folder / config["model_type"]
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        size = write(folder, config | (SHRUNK if args.toy else {}), packed)
+        print(f"{name}: wrote {size / 1e9:.2f} GB at {size / 1e9 / (time.perf_counter() - start):.2f} GB/s", flush=True)
+        for cache in ("cold", "warm"):
+            if cache == "cold":
+                forget(folder)
+            rate = size / read_seconds(folder) / 1e9
+            for options in [()] + ([("--keep-packed",)] if packed else []):
+                if cache == "cold":
+                    forget(folder)
+                found = measure(folder, *options)
+                row = [
+                    f"{size / 1e9:.2f}",
+                    f"{found['seconds']:.1f}",
+                    f"{size / found['seconds'] / 1e9:.2f}",
+                    f"{rate:.2f}",
+                ]
+                row += [f"{found[key] / 1e9:.2f}" for key in ("weights", "device_peak", "host_peak")]
+                row.append(f"{found['host_anonymous'] / 1e9:.2f} (start {found['host_before'] / 1e9:.2f})")
+                table.add_row(f"{name}, {cache}{' kept packed' if options else ''}", *row)
+        shutil.rmtree(folder)
+    Console(width=170).print(
+        f"{found['device']}, jax {found['jax']}, {math.ceil(os.cpu_count() or 1)} CPU cores", table
+    )
+
+
+if __name__ == "__main__":
+    main()
