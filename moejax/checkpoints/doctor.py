@@ -11,7 +11,7 @@ from moejax.checkpoints.convert import parse_dtype
 from moejax.checkpoints.describe import ModelConfig, architecture
 from moejax.checkpoints.memory import estimate
 
-_PACKAGES = ("moejax", "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "torch", "transformers")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "torch", "transformers")
 _SHOWN = ("float32", "bfloat16")
 
 
@@ -22,9 +22,11 @@ def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
         ConfigError: the model's configuration is not supported.
         CheckpointError: there is no such model.
     """
+    import moejax  # which imports this room; what runs counts, whatever is installed
+
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {"moejax": moejax.__version__} | {name: _version(name) for name in _PACKAGES},
         "devices": [_device(device) for device in jax.local_devices()],
     }
     if model is not None:

@@ -1,5 +1,6 @@
 """What a long run over a checkpoint shows while it goes on, and says at its end."""
 
+import importlib.util
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -58,8 +59,13 @@ def peak_bytes() -> int:
 
 @contextmanager
 def progress_bar(shown: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of ``total`` bytes on stderr; what it yields is called with the bytes that are done."""
+    """A bar of ``total`` bytes on stderr; what it yields is called with the bytes that are done.
+
+    There is none where it could not move: in a log file, or in a notebook without ipywidgets.
+    """
+    console = Console(stderr=True)
+    moves = console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not (shown and moves)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)

@@ -119,9 +119,10 @@ def _theirs(folder: Path, dtype: str, tokens: np.ndarray) -> tuple[np.ndarray, l
     if (read_config(folder).get("quantization_config") or {}).get("quant_method") == "mxfp4":
         options["quantization_config"] = getattr(transformers, "Mxfp4Config")(dequantize=True)  # noqa: B009 (found at run time)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="eager", use_safetensors=True, **options
-        )
+        with _no_bars():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation="eager", use_safetensors=True, **options
+            )
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from error
     with contextlib.suppress(AttributeError, ValueError):
@@ -130,6 +131,20 @@ def _theirs(folder: Path, dtype: str, tokens: np.ndarray) -> tuple[np.ndarray, l
         output = model.eval()(torch.from_numpy(tokens), output_router_logits=True)
     scores = [layer.float().numpy() for layer in getattr(output, "router_logits", None) or ()]
     return output.logits.double().numpy(), scores
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which it shows even where nobody looks."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _agreement(routed: list[np.ndarray], scores: list[np.ndarray]) -> tuple[float, ...]:

@@ -49,6 +49,11 @@ def test_convert_export_and_script(source: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "again").glob("model-*-of-*.safetensors"))) > 2
 
 
+def test_no_bar_where_nobody_looks(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moejax.export(source, tmp_path / "again")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("case", ["existing", "nothing", "dtype", "names"])
 def test_errors_are_one_line(source: Path, tmp_path: Path, case: str) -> None:
     destination = tmp_path / "out"
@@ -81,6 +86,7 @@ def test_verify_command(source: Path) -> None:
     assert found["argmax_agreement"] == 1.0
     assert found["routing_agreement"] == [1.0] * 3
     result = _RUN.invoke(cli.app, ["verify", str(source)])
+    assert result.stderr == "", "no bars of transformers"
     assert "the same" in result.stdout
     assert "relative rms" in result.stdout
 
@@ -125,6 +131,7 @@ def test_verify_without_torch(source: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_doctor(source: Path) -> None:
     found = json.loads(_RUN.invoke(cli.app, ["doctor", str(source), "--json"]).stdout)
     assert found["versions"]["jax"]
+    assert found["versions"]["moejax"] == moejax.__version__
     assert found["devices"][0]["bytes"] > 0
     assert found["config"]["num_experts"] == 6
     wide, narrow = found["memory"]
