@@ -17,7 +17,6 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundled name, Hugging Face folder, or hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
-_RULES = ("attnlrp", "attnlrp-uniform", "cplrp", "plain")
 
 
 def main() -> None:
@@ -41,7 +40,9 @@ def _main() -> None:
 def explain(
     prompt: Annotated[str, typer.Argument(help="Text to explain.")],
     model: Model = "tiny-olmoe",
-    rule: Annotated[str, typer.Option(help=f"How relevance propagates: {', '.join(_RULES)}.")] = "attnlrp",
+    rule: Annotated[
+        str, typer.Option(help="attnlrp, cplrp, gim, gamma, backtrace, plain; an unknown name lists all.")
+    ] = "attnlrp",
     target: Annotated[
         str | None, typer.Option(help="Explain this token's logit instead of the most likely one's.")
     ] = None,
@@ -58,7 +59,7 @@ def explain(
     chosen = _target(target, contrast, answer, generate)
     if html is not None:
         _writable(html)
-    relevance = moejax.explain(moejax.load(model), prompt, target=chosen, rule=_rule(rule))
+    relevance = moejax.explain(moejax.load(model), prompt, target=chosen, rule=rule)
     if html is not None:
         relevance.save_html(html)
     if as_json:
@@ -187,17 +188,6 @@ def _target(target: str | None, contrast: str | None, answer: str | None, genera
     if answer is not None:
         return moejax.Continuation(answer)
     return moejax.Generated(generate) if generate else moejax.Argmax()
-
-
-def _rule(name: str) -> Any:
-    from moejax import MoejaxError, rules
-
-    known = dict(
-        zip(_RULES, (rules.AttnLRP(), rules.AttnLRP(router="uniform"), rules.CPLRP(), rules.Plain()), strict=True)
-    )
-    if name not in known:
-        raise MoejaxError(f"rule {name!r} is unknown; choose from {', '.join(known)}.")
-    return known[name]
 
 
 def _writable(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Self-attention of every supported family, differing by configuration."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Self
 
 import jax
@@ -91,11 +92,13 @@ def attend(
         v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), context.start, axis=1)
     mask = context.mask if window is None else context.mask & (context.distance < window)
 
-    def product(q: Array, k: Array, v: Array) -> Array:
-        q, k, v = reading.rule.attention_inputs(q, k, v)
-        return attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, sinks=sinks)
+    def product(q: Array, k: Array, v: Array, temperature: float = 1.0) -> Array:
+        scale = q.shape[-1] ** -0.5 / temperature
+        cooled = sinks if sinks is None or temperature == 1 else sinks / temperature
+        return attention(q, k, v, mask, scale=scale, sinks=cooled)
 
-    return reading.book("softmax", product, q, k, v), KeyValue(k, v)
+    heads = reading.book("softmax", partial(reading.rule.attention, product), q, k, v)
+    return heads, KeyValue(k, v)
 
 
 @nnx.dataclass

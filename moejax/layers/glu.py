@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from moejax.errors import ConfigError
 from moejax.ops.activation import SLOPES
 from moejax.rules import Reading
+from moejax.rules.rule import Slope
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,18 @@ class GLU:
         if self.activation not in SLOPES:
             raise ConfigError(f"hidden_act={self.activation!r} is not supported; supported are: {', '.join(SLOPES)}.")
 
+    @property
+    def slope(self) -> Slope:
+        """The activation over its input: ``slope(alpha * g)``."""
+        slope = SLOPES[self.activation]
+        return slope if self.alpha == 1 else lambda g: slope(self.alpha * g)
+
     def __call__(
         self, gate: Float[Array, "B *s F"], up: Float[Array, "B *s F"], reading: Reading
     ) -> Float[Array, "B *s F"]:
         """The hidden units of an expert."""
-        rule, slope = reading.rule, SLOPES[self.activation]
+        rule = reading.rule
         if (limit := self.limit) is not None:
             gate = reading.book("clamp", lambda g: rule.clamp(g, -math.inf, limit), gate)
             up = reading.book("clamp", lambda u: rule.clamp(u, -limit, limit), up)
-        sloped = slope if self.alpha == 1 else lambda g: slope(self.alpha * g)
-        return reading.book("activation", lambda g, u: rule.gated(sloped, g, u, self.offset), gate, up)
+        return reading.book("activation", lambda g, u: rule.gated(self.slope, g, u, self.offset), gate, up)

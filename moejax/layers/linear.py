@@ -40,4 +40,4 @@ class Linear(nnx.Module):
         return cls(normal(key, (outputs, inputs), dtype), jnp.zeros(outputs, dtype) if bias else None)
 
     def __call__(self, x: Float[Array, "B *s D"], reading: Reading) -> Float[Array, "B *s M"]:
-        return reading.add_bias(reading.rule.linear(matmul, x, self.weight), self.bias)
+        return reading.linear(matmul, x, self.weight, self.bias)

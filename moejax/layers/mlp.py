@@ -39,5 +39,5 @@ class MLP(nnx.Module):
         return cls(normal(k1, (2, *shape), dtype), normal(k2, shape[::-1], dtype), config)
 
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T D"]:
-        gate, up = jnp.unstack(reading.rule.linear(matmul, x, self.input), axis=-2)
-        return reading.rule.linear(matmul, self.config.glu(gate, up, reading), self.output)
+        gate, up = jnp.unstack(reading.linear(matmul, x, self.input, slope=self.config.glu.slope), axis=-2)
+        return reading.linear(matmul, self.config.glu(gate, up, reading), self.output)

@@ -57,7 +57,7 @@ class SharedExpert(nnx.Module):
     gate: Linear = nnx.data()
 
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T D"]:
-        logit = reading.enter("router", reading.rule.linear(wide_matmul, x, self.gate.weight))
+        logit = reading.enter("router", reading.linear(wide_matmul, x, self.gate.weight))
         output = reading.enter("router", self.mlp(x, reading)[:, :, None])
         mixed = reading.leave("router", reading.rule.mix(jax.nn.sigmoid(logit).astype(x.dtype), output))
         return reading.gate("shared", mixed)[:, :, 0]
@@ -100,9 +100,10 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the output and the routing of every token."""
         routing, assignment = self.router(x, reading)
-        halves = expert_linear(x[:, :, None], self.gate_up, self.gate_up_bias, assignment, reading)
+        slope = self.config.glu.slope
+        halves = expert_linear(x[:, :, None], self.gate_up, self.gate_up_bias, assignment, reading, slope)
         gate, up = jnp.unstack(halves, axis=-2)
         hidden = self.config.glu(gate, up, reading)
         outputs = expert_linear(hidden, self.down, self.down_bias, assignment, reading)
         y = reading.add_bias(self.router.combine(outputs, routing, reading), self.bias)
-        return (y if self.shared is None else y + self.shared(x, reading)), routing
+        return (y if self.shared is None else reading.rule.add(y, self.shared(x, reading))), routing

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.errors import ConfigError
 from moejax.layers.linear import Linear, wide_matmul
@@ -13,6 +13,7 @@ from moejax.ops.experts import Assignment, assign, expert_matmul
 from moejax.ops.mxfp4 import MXFP4
 from moejax.routing import SCORES, WEIGHTS, Routing, route
 from moejax.rules import Reading
+from moejax.rules.rule import Slope
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class Router(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Routing, Assignment]:
         """Where every token goes, and the same for the grouped products."""
         c = self.config
-        logits = reading.rule.linear(wide_matmul, x, self.linear.weight)
-        logits = reading.enter("router", reading.add_bias(logits, self.linear.bias))
+        logits = reading.enter("router", reading.linear(wide_matmul, x, self.linear.weight, self.linear.bias))
         routing = route(logits, c.num_selected, score=SCORES[c.score], weigh=WEIGHTS[c.weigh])
         return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts)
 
@@ -61,7 +61,7 @@ class Router(nnx.Module):
         """Gated weighted sum of the routed slots' outputs; ``prefix`` names the gates."""
         weights = routing.weights.astype(outputs.dtype)
         mixed = reading.leave("router", reading.rule.mix(weights, reading.enter("router", outputs)))
-        return reading.gate_experts(mixed, routing.ids, prefix).sum(-2)
+        return reading.rule.combine(reading.gate_experts(mixed, routing.ids, prefix))
 
 
 def expert_linear(
@@ -70,14 +70,16 @@ def expert_linear(
     bias: Float[Array, "E *M"] | None,
     assignment: Assignment,
     reading: Reading,
+    slope: Slope | None = None,
 ) -> Float[Array, "B T K *M"]:
-    """``weight[e] x + bias[e]`` for the expert ``e`` of every routed slot."""
+    """``weight[e] x + bias[e]`` for the expert ``e`` of every routed slot; ``slope`` as in :meth:`Rule.linear`."""
     batch, tokens = x.shape[:2]
-    rows = x.reshape(batch * tokens, *x.shape[2:])
-    product = reading.rule.linear(lambda x, w: expert_matmul(x, w, assignment), rows, weight)
-    product = product.reshape(batch, tokens, *product.shape[1:])
-    return product if bias is None else reading.add_bias(product, _of_slots(bias, assignment.ids, product))
 
+    def product(x: Array, weight: Array | MXFP4) -> Array:
+        rows = expert_matmul(x.reshape(batch * tokens, *x.shape[2:]), weight, assignment)
+        return rows.reshape(batch, tokens, *rows.shape[1:])
 
-def _of_slots(bias: Float[Array, "E *M"], ids: Int[Array, "N K"], like: Float[Array, "B T K *M"]) -> Array:
-    return bias[ids].reshape(like.shape).astype(like.dtype)
+    if bias is not None:
+        chosen = bias[assignment.ids]
+        bias = chosen.reshape(batch, tokens, *chosen.shape[1:]).astype(x.dtype)
+    return reading.linear(product, x, weight, bias, slope)

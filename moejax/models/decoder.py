@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
         reading: Reading = Reading(),
     ) -> Float[Array, "B *s V"]:
         """Final norm and head, the product accumulated and left in float32."""
-        return reading.rule.linear(wide_matmul, self.norm(stream, reading.at(-1)), self.output_embedding)
+        return reading.linear(wide_matmul, self.norm(stream, reading.at(-1)), self.output_embedding)
 
     @property
     def output_embedding(self) -> Float[Array, "V D"]:

@@ -40,6 +40,10 @@ class MXFP4:
         """Entries of the leading axes, still packed."""
         return type(self)(self.blocks[index], self.scales[index])
 
+    def __abs__(self) -> Self:
+        """The absolute values, packed: every sign bit cleared."""
+        return type(self)(self.blocks & 0x77, self.scales)
+
     def unpack(self, dtype: DTypeLike) -> Float[Array, "..."]:
         """The values: each four-bit float times ``2 ** (scale - 127)``, of two in a byte the low one first.
 

@@ -18,7 +18,7 @@ from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
 from moejax.relevance.targets import BEST, Aim, Argmax, Target
 from moejax.routing import Routing
-from moejax.rules import AttnLRP, Gates, Reading, Rule
+from moejax.rules import Gates, Reading, Rule, by_name
 
 _CANDIDATES = 5
 
@@ -83,7 +83,7 @@ def relevance(
         ids = jnp.where(seeds.ids == BEST, jnp.argmax(logits, axis=-1, keepdims=True), seeds.ids)
         # only the head's rows that a seed names take part in the backward pass
         normed = decoder.norm(stream, reading.at(-1))
-        rows = reading.rule.linear(_rows, normed, decoder.output_embedding[ids])
+        rows = reading.linear(_rows, normed, decoder.output_embedding[ids])
         return (rows * seeds.signs).sum(-1), (ids, logits, hidden.routing)
 
     target, pull, (ids, logits, routing) = jax.vjp(targets, readout, probes, has_aux=True)
@@ -114,7 +114,7 @@ def explain(
     prompt: Prompt,
     *,
     target: Target = Argmax(),
-    rule: Rule = AttnLRP(),
+    rule: Rule | str = "attnlrp",
     gates: Gates | None = None,
     chunk: int | None = None,
 ) -> Relevance:
@@ -123,7 +123,7 @@ def explain(
     Args:
         prompt: text or token ids.
         target: what to explain; by default the logit of the most likely next token.
-        rule: how relevance propagates.
+        rule: how relevance propagates, or the name of a rule in ``moejax.rules.RULES``.
         gates: interventions that hold during the pass.
         chunk: how many targets to propagate at a time, to bound memory; all by default.
 
@@ -138,13 +138,14 @@ def explain_batch(
     prompts: Sequence[Prompt],
     *,
     target: Target = Argmax(),
-    rule: Rule = AttnLRP(),
+    rule: Rule | str = "attnlrp",
     gates: Gates | None = None,
     chunk: int | None = None,
 ) -> list[Relevance]:
     """:func:`explain` for several prompts as one padded batch; ``gates`` must broadcast over it."""
     if not prompts:
         return []
+    rule = by_name(rule)
     resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
     tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]

@@ -5,14 +5,16 @@ With ``c = R / x`` the epsilon rule on a linear map is its ordinary VJP, so that
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from moejax.rules.primitives import elementwise_identity, scale_cotangent, uniform_product
-from moejax.rules.rule import Rule, Slope, activate
+from moejax.rules.primitives import elementwise_identity, scale_cotangent, share_by_size, uniform_product
+from moejax.rules.rule import AttentionProduct, Rule, Slope, activate
+
+Router = Literal["constant", "uniform", "gradient", "proportional"]
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,21 @@ class AttnLRP(Rule):
     ``router`` says what flows from an expert's weighted output into its routing weight:
     ``"constant"`` nothing, all goes to the expert's output (conserves);
     ``"uniform"`` one half to each factor, and the ordinary VJP through softmax and top-k (as LXT ships for Qwen3-MoE;
-    what the router's softmax does not conserve is booked as ``router`` in the ledger).
+    what the router's softmax does not conserve is booked as ``router`` in the ledger);
+    ``"gradient"`` the ordinary product rule, which hands all of it to both (booked likewise);
+    ``"proportional"`` nothing, and every dimension of the mixture is shared among the experts' weighted outputs by
+    their size, so that an expert working against the target cannot be seen (conserves).
     """
 
-    router: Literal["constant", "uniform"] = "constant"
+    router: Router = "constant"
 
     def __post_init__(self) -> None:
-        if self.router not in ("constant", "uniform"):
-            raise ValueError(f"router={self.router!r} is not a router rule; choose 'constant' or 'uniform'.")
+        if self.router not in get_args(Router):
+            raise ValueError(f"router={self.router!r} is not a router rule; choose from {', '.join(get_args(Router))}.")
 
     @property
     def leaks(self) -> frozenset[str]:
-        return frozenset({"softmax", "bias"} | ({"router"} if self.router == "uniform" else set()))
+        return frozenset({"softmax", "bias"} | ({"router"} if self.router in ("uniform", "gradient") else set()))
 
     def norm(self, x: Float[Array, "*b D"], inverse_rms: Float[Array, "*b 1"]) -> Float[Array, "*b D"]:
         """Identity rule (Prop. 3.4): the statistic is a constant."""
@@ -48,16 +53,24 @@ class AttnLRP(Rule):
         """
         return uniform_product(activate(lambda g: stop_gradient(slope(g)), gate), up, offset)
 
-    def attention_inputs(
-        self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"]
-    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S G C"], Float[Array, "B S G C"]]:
+    def attention(
+        self,
+        product: AttentionProduct,
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B S G C"],
+        v: Float[Array, "B S G C"],
+    ) -> Float[Array, "B T H C"]:
         """Uniform rule on both matrix products: the pattern gets one half, which queries and keys share."""
-        return scale_cotangent(q, 0.25), scale_cotangent(k, 0.25), scale_cotangent(v, 0.5)
+        return product(scale_cotangent(q, 0.25), scale_cotangent(k, 0.25), scale_cotangent(v, 0.5))
 
     def mix(self, weights: Float[Array, "*b K"], outputs: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
-        if self.router == "constant":
+        if self.router in ("constant", "proportional"):
             return super().mix(stop_gradient(weights), outputs)
-        return scale_cotangent(super().mix(weights, outputs), 0.5)
+        product = super().mix(weights, outputs)
+        return scale_cotangent(product, 0.5) if self.router == "uniform" else product
+
+    def combine(self, terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
+        return share_by_size(terms, axis=-2) if self.router == "proportional" else super().combine(terms)
 
     def clamp(self, x: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
         """Identity rule, so that saturated units keep their relevance."""
@@ -72,7 +85,11 @@ class CPLRP(AttnLRP):
     def leaks(self) -> frozenset[str]:
         return super().leaks - {"softmax"}
 
-    def attention_inputs(
-        self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"]
-    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S G C"], Float[Array, "B S G C"]]:
-        return stop_gradient(q), stop_gradient(k), v
+    def attention(
+        self,
+        product: AttentionProduct,
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B S G C"],
+        v: Float[Array, "B S G C"],
+    ) -> Float[Array, "B T H C"]:
+        return product(stop_gradient(q), stop_gradient(k), v)

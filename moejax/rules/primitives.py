@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 
@@ -32,6 +33,26 @@ def _scale_backward(factor, _, cotangent):
 
 
 scale_cotangent.defvjp(_scale_forward, _scale_backward)
+
+
+@jax.custom_vjp
+def attach(value: Float[Array, "*s"], surrogate: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """``value``, whose cotangent also flows to ``surrogate``: how a rule replaces a derivative by another function's.
+
+    With ``stop_gradient`` around ``value`` it flows to the surrogate alone, whose own value is never computed.
+    """
+    return value
+
+
+def _attach_forward(value, surrogate):
+    return value, None
+
+
+def _attach_backward(_, cotangent):
+    return cotangent, cotangent
+
+
+attach.defvjp(_attach_forward, _attach_backward)
 
 
 @jax.custom_vjp
@@ -115,3 +136,18 @@ def _product_backward(offset, saved, cotangent):
 
 
 uniform_product.defvjp(_product_forward, _product_backward)
+
+
+def by_size(value: Float[Array, "*s"], size: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """``value``, whose relevance goes to the terms of ``size``, the sum of its terms' absolute values.
+
+    With ``value = sum z`` and ``size = sum |z|`` a term receives ``|z| / size`` of the relevance (proportional rule).
+    Where ``size`` is zero there is nothing to share it among.
+    """
+    ratio = jnp.where(size == 0, 0, value / jnp.where(size == 0, 1, size))
+    return attach(stop_gradient(value), stop_gradient(ratio) * size)
+
+
+def share_by_size(terms: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """The sum of ``terms`` along ``axis``, which receive its relevance in proportion to their absolute values."""
+    return by_size(terms.sum(axis), jnp.abs(terms).sum(axis))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.rules.gates import Gates
 from moejax.rules.primitives import gate, probe
-from moejax.rules.rule import Plain, Rule
+from moejax.rules.rule import MatMul, Plain, Rule, Slope, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +71,20 @@ class Reading:
         """``x + bias``, with the relevance that the bias takes booked under ``bias``; a missing bias adds nothing."""
         if bias is None:
             return x
-        if "bias" not in self.probes:
-            return x + bias
-        return x + self.leave("bias", jnp.broadcast_to(bias, x.shape))
+        return self.rule.add(x, self._booked(bias, x.shape))
+
+    def linear(
+        self,
+        matmul: MatMul,
+        x: Float[Array, "B *s D"],
+        weight: Weight,
+        bias: Float[Array, "..."] | None = None,
+        slope: Slope | None = None,
+    ) -> Float[Array, "B *c"]:
+        """``matmul(x, weight) + bias`` under the rule (:meth:`Rule.linear`), the bias broadcast and booked."""
+        if bias is not None:
+            bias = self._booked(bias, jax.eval_shape(matmul, x, weight).shape)
+        return self.rule.linear(matmul, x, weight, bias, slope)
+
+    def _booked(self, bias: Array, shape: tuple[int, ...]) -> Array:
+        return self.leave("bias", jnp.broadcast_to(bias, shape))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,6 +12,13 @@ Weight = Array | Any
 
 MatMul = Callable[[Array, Weight], Array]
 Slope = Callable[[Array], Array]
+
+
+@runtime_checkable
+class AttentionProduct(Protocol):
+    """``softmax(q k^T * scale / temperature) v`` under the layer's mask, its sinks divided by the temperature too."""
+
+    def __call__(self, q: Array, k: Array, v: Array, temperature: float = 1.0) -> Array: ...
 
 
 def activate(slope: Slope, gate: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -48,11 +55,15 @@ class Rule:
         """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid)."""
         return activate(slope, gate) * (up + offset)
 
-    def attention_inputs(
-        self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"]
-    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S G C"], Float[Array, "B S G C"]]:
-        """Queries, keys and values as they enter the attention product, whatever kernel computes it."""
-        return q, k, v
+    def attention(
+        self,
+        product: AttentionProduct,
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B S G C"],
+        v: Float[Array, "B S G C"],
+    ) -> Float[Array, "B T H C"]:
+        """Heads from queries, keys and values; ``product`` is the kernel, whichever computes it."""
+        return product(q, k, v)
 
     def mix(self, weights: Float[Array, "*b K"], outputs: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
         """Routing weight times expert output, for each routed slot and before their sum."""
@@ -62,9 +73,28 @@ class Rule:
         """``x`` limited to ``[low, high]``."""
         return jnp.clip(x, low, high)
 
-    def linear(self, matmul: MatMul, x: Float[Array, "*b D"], weight: Weight) -> Float[Array, "*c M"]:
-        """``matmul(x, weight)``, linear in both; dense, per-expert and head products all come through here."""
-        return matmul(x, weight)
+    def combine(self, terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
+        """Sum of the routed slots' weighted outputs."""
+        return terms.sum(-2)
+
+    def linear(
+        self,
+        matmul: MatMul,
+        x: Float[Array, "*b D"],
+        weight: Weight,
+        bias: Float[Array, "*c"] | None = None,
+        slope: Slope | None = None,
+    ) -> Float[Array, "*c"]:
+        """``matmul(x, weight) + bias``; dense, per-expert and head products all come through here.
+
+        Args:
+            matmul: linear in both its arguments.
+            bias: of the product's shape.
+            slope: that of the activation which the product enters: of a gated unit's first product, whose last axes
+                are the two branches, the gate first, and their units.
+        """
+        y = matmul(x, weight)
+        return y if bias is None else y + bias
 
     def add(self, stream: Float[Array, "*b D"], branch: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """The residual sum."""

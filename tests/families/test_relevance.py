@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.rules import CPLRP, AttnLRP, Gates, Plain, Rule
+from moejax.rules import CPLRP, AttnLRP, Backtrace, Gates, Rule
 
 from .build import FAMILIES, loaded, random_batch
 
-RULES = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), CPLRP(router="uniform"), Plain()]
+RULES = [*moejax.rules.RULES.values(), CPLRP(router="uniform")]
+MAIN = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), Backtrace()]
 
 
 def contrast(lm: moejax.LM, prompt: np.ndarray) -> moejax.Contrast:
@@ -23,7 +24,9 @@ def prompt_of(length: int = 23) -> np.ndarray:
     return random_batch()[0][0, :length]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize(
+    "rule", [*MAIN, *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule not in MAIN)], ids=repr
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ledger_closes(family: str, rule: Rule) -> None:
     lm, prompt = loaded(family), prompt_of()

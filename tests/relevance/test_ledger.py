@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jax.lax import stop_gradient
 
+import moejax
 from moejax import LM, Argmax, Contrast, Relevance, explain
 from moejax.relevance import Ledger
 from moejax.rules import CPLRP, AttnLRP, Plain, Rule
@@ -18,7 +19,7 @@ from moejax.rules.primitives import scale_cotangent
 
 from .toy import LAYERS, PROMPT, VARIANTS, V, best_and_worst, make_config, make_lm, noisy, variant_lm
 
-RULES = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), CPLRP(router="uniform"), Plain()]
+RULES = [*moejax.rules.RULES.values(), CPLRP(router="uniform")]
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
@@ -129,17 +130,16 @@ class TestFlow:
 
 @dataclass(frozen=True)
 class WrongValueFactor(CPLRP):
-    def attention_inputs(self, q, k, v):
-        q, k, v = super().attention_inputs(q, k, v)
-        return q, k, scale_cotangent(v, 0.9)
+    def attention(self, product, q, k, v):
+        return super().attention(product, q, k, scale_cotangent(v, 0.9))
 
 
 @dataclass(frozen=True)
 class UndeclaredPattern(CPLRP):
     """The query and key path of AttnLRP, in a rule that claims a constant pattern."""
 
-    def attention_inputs(self, q, k, v):
-        return AttnLRP.attention_inputs(self, q, k, v)
+    def attention(self, product, q, k, v):
+        return AttnLRP.attention(self, product, q, k, v)
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ class UndeclaredBias(AttnLRP):
 
 @dataclass(frozen=True)
 class LossyLinear(AttnLRP):
-    def linear(self, matmul, x, weight):
-        return scale_cotangent(super().linear(matmul, x, weight), 0.99)
+    def linear(self, matmul, x, weight, bias=None, slope=None):
+        return scale_cotangent(super().linear(matmul, x, weight, bias, slope), 0.99)
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ class HalvedResidual(AttnLRP):
 
 @dataclass(frozen=True)
 class WrongSharedFactors(AttnLRP):
-    def attention_inputs(self, q, k, v):
-        return scale_cotangent(q, 0.25), scale_cotangent(k, 0.25), scale_cotangent(v, 0.4)
+    def attention(self, product, q, k, v):
+        return product(scale_cotangent(q, 0.25), scale_cotangent(k, 0.25), scale_cotangent(v, 0.4))
 
 
 MISTAKES = [

@@ -3,6 +3,8 @@
 Every rule divides by its output, which the library never does; nothing here knows cotangents. One sequence, no batch.
 """
 
+from typing import Any
+
 import numpy as np
 
 Array = np.ndarray
@@ -86,3 +88,79 @@ def mix_uniform(logits: Array, ids: Array, weigh: str, relevance: Array) -> tupl
     of_probability = np.zeros_like(logits)
     np.put_along_axis(of_probability, ids, of_weights, axis=-1)
     return relevance / 2, taylor_softmax(logits, of_probability)
+
+
+def attention_temperature(
+    q: Array, k: Array, v: Array, relevance: Array, scale: float, temperature: float
+) -> tuple[Array, Array, Array]:
+    """GIM: as :func:`attention`, but the softmax's Jacobian is that of ``softmax(scores / temperature)``."""
+    heads, groups = q.shape[1], k.shape[1]
+    out = [np.zeros_like(a) for a in (q, k, v)]
+    for h in range(heads):
+        g = h // (heads // groups)
+        for t in range(len(q)):
+            parts = scale * q[t, h] * k[: t + 1, g]
+            scores = parts.sum(-1)
+            pattern, flat = softmax(scores), softmax(scores / temperature)
+            products = pattern[:, None] * v[: t + 1, g]
+            share = products * relevance[t, h] / products.sum(0)
+            out[2][: t + 1, g] += share / 2
+            slope = share.sum(-1) / 2 / pattern
+            of_scores = scores * flat * (slope - flat @ slope)
+            share = parts * (of_scores / scores)[:, None] / 2
+            out[0][t, h] += share.sum(0)
+            out[1][: t + 1, g] += share
+    return out[0], out[1], out[2]
+
+
+def attention_by_size(q: Array, k: Array, v: Array, relevance: Array, scale: float) -> Array:
+    """The values take everything, in proportion to the absolute value of what they contribute."""
+    heads, groups = q.shape[1], k.shape[1]
+    out = np.zeros_like(v)
+    for h in range(heads):
+        g = h // (heads // groups)
+        for t in range(len(q)):
+            products = np.abs(softmax(scale * k[: t + 1, g] @ q[t, h])[:, None] * v[: t + 1, g])
+            out[: t + 1, g] += products * relevance[t, h] / products.sum(0)
+    return out
+
+
+def by_size(terms: Array, axis: int, relevance: Array) -> Array:
+    """Every term of a sum along ``axis`` takes a share in proportion to its absolute value."""
+    size = np.abs(terms)
+    return size / size.sum(axis, keepdims=True) * np.expand_dims(relevance, axis)
+
+
+def linear_gamma(x: Array, weight: Array, bias: Array | float, relevance: Array, gamma: float) -> Array:
+    """Contributions with the sign of their output count ``1 + gamma`` times; output by output, the bias one of them."""
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        for j, row in enumerate(weight):
+            terms = np.append(row * x[t], np.broadcast_to(bias, len(weight))[j])
+            favoured = np.where(terms * terms.sum() > 0, 1 + gamma, 1.0) * terms
+            out[t] += (favoured / favoured.sum() * relevance[t, j])[:-1]
+    return out
+
+
+def linear_by_size(
+    x: Array, weight: Array, bias: Array | float, relevance: Array, activation: Any = None, tolerance: float = 0.0
+) -> Array:
+    """Shares by absolute value; with an activation, only on the side of each sum that it sees."""
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        for j, row in enumerate(weight):
+            terms = np.append(row * x[t], np.broadcast_to(bias, len(weight))[j])
+            positive, negative = terms.clip(0).sum(), (-terms).clip(0).sum()
+            seen = np.ones_like(terms)
+            if activation is not None:
+                value = activation(positive - negative)
+                equal = lambda part, value=value: abs(value - activation(part)) <= tolerance * abs(value)  # noqa: E731
+                if positive - negative < -6:
+                    seen[terms > 0] = 0
+                elif positive > 0 and negative > 0 and equal(positive):
+                    seen[terms < 0] = 0
+                elif positive > 0 and negative > 0 and equal(-negative):
+                    seen[terms > 0] = 0
+            size = seen * np.abs(terms)
+            out[t] += (size / size.sum() * relevance[t, j])[:-1]
+    return out

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+from moejax import MoejaxError
 from moejax.layers import AttentionConfig, BlockConfig, MoEConfig, RouterConfig
 from moejax.models import Config, Decoder
 from moejax.ops.activation import SLOPES
+from moejax.ops.attention import attention
 from moejax.ops.rope import Rope
-from moejax.rules import CPLRP, AttnLRP, Gates, Plain, Reading, Rule
+from moejax.rules import CPLRP, GIM, RULES, AttnLRP, Backtrace, Gamma, Gates, Plain, Reading, Rule, by_name
 
 T, D, F, E, K, H, G, C, L, V = 7, 40, 20, 6, 2, 4, 2, 10, 3, 97
 
-LRP = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), CPLRP(router="uniform")]
+LRP = [*RULES.values(), CPLRP(router="uniform")]
 every_rule = pytest.mark.parametrize("rule", LRP, ids=repr)
 
 
@@ -81,14 +83,22 @@ class TestValuesToTheBit:
         normal = lambda *shape: jnp.asarray(2 * rng.normal(size=shape), dtype)  # noqa: E731
         x, y, scale = normal(T, D), normal(T, D), jnp.abs(normal(T, 1)).astype(jnp.float32)
         q, k, v = normal(1, T, H, C), normal(1, T, G, C), normal(1, T, G, C)
-        weights, outputs, matrix = normal(T, K), normal(T, K, D), normal(F, D)
+        weights, outputs, matrix, halves = normal(T, K), normal(T, K, D), normal(F, D), normal(2, F, D)
+        gated = lambda a, w: jnp.einsum("td,bfd->tbf", a, w)  # noqa: E731
+        mask = jnp.ones((1, T, T), bool)
+
+        def attend(q, k, v, temperature=1.0):
+            return attention(q, k, v, mask, scale=1 / temperature)
+
         calls: list[Callable[[Rule], object]] = [
             lambda r: r.norm(x.astype(jnp.float32), scale),
             lambda r: r.gated(SLOPES["silu"], x, y),
-            lambda r: r.attention_inputs(q, k, v),
+            lambda r: r.attention(attend, q, k, v),
+            lambda r: r.combine(outputs),
             lambda r: r.mix(weights, outputs),
             lambda r: r.clamp(x, -0.8, 0.8),
             lambda r: r.linear(lambda a, w: a @ w.T, x, matrix),
+            lambda r: r.linear(gated, x, halves, jnp.ones((T, 2, F), dtype), SLOPES["silu"]),
             lambda r: r.add(x, y),
         ]
         for call in calls:
@@ -121,7 +131,7 @@ class TestPlainIsCalculus:
 
 
 class TestRulesAreStatic:
-    @pytest.mark.parametrize("rule", [*LRP, Plain()], ids=repr)
+    @pytest.mark.parametrize("rule", LRP, ids=repr)
     def test_hashable_equal_and_frozen(self, rule):
         assert hash(rule) == hash(dataclasses.replace(rule))
         assert rule == dataclasses.replace(rule)
@@ -129,7 +139,7 @@ class TestRulesAreStatic:
             rule.anything = 1
 
     def test_all_differ(self):
-        assert len({*LRP, Plain()}) == 5
+        assert len(set(LRP)) == len(LRP) == 11
 
     def test_static_under_jit(self):
         leaves = jax.tree.leaves(Reading(AttnLRP()))
@@ -143,6 +153,17 @@ class TestRulesAreStatic:
     def test_declared_leaks(self):
         assert AttnLRP().leaks == {"softmax", "bias"}
         assert AttnLRP(router="uniform").leaks == {"softmax", "bias", "router"}
+        assert AttnLRP(router="gradient").leaks == {"softmax", "bias", "router"}
+        assert AttnLRP(router="proportional").leaks == {"softmax", "bias"}
         assert CPLRP().leaks == {"bias"}
+        assert GIM().leaks == {"softmax", "activation", "bias"}
+        assert Gamma().leaks == {"softmax", "bias"}
+        assert Backtrace().leaks == {"bias"}
         assert CPLRP(router="uniform").leaks == {"bias", "router"}
         assert Plain().leaks == {"norm", "activation", "clamp", "softmax", "router", "bias"}
+
+    def test_by_name(self):
+        assert by_name("gim") == GIM()
+        assert by_name(CPLRP()) == CPLRP()
+        with pytest.raises(MoejaxError, match="'lrp' is unknown; choose from attnlrp, attnlrp-uniform"):
+            by_name("lrp")
