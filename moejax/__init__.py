@@ -5,7 +5,21 @@ from moejax.checkpoints import convert, export, get_model_config, list_supported
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
 from moejax.lm import LM, load
 from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR
-from moejax.relevance import Argmax, Continuation, Contrast, Generated, Relevance, Token, explain, explain_batch
+from moejax.relevance import (
+    Argmax,
+    Continuation,
+    Contrast,
+    Direction,
+    Generated,
+    LogProbability,
+    MeanContrast,
+    Relevance,
+    RouterChoice,
+    Span,
+    Token,
+    explain,
+    explain_batch,
+)
 from moejax.rules import Gates
 
 __version__ = "0.1.0"
@@ -20,11 +34,16 @@ __all__ = [
     "ConfigError",
     "Continuation",
     "Contrast",
+    "Direction",
     "Gates",
     "Generated",
+    "LogProbability",
+    "MeanContrast",
     "MoejaxError",
     "PromptError",
     "Relevance",
+    "RouterChoice",
+    "Span",
     "Token",
     "convert",
     "explain",

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from moejax.checkpoints.plan import leaf_paths
 from moejax.models import Config, Decoder, Packed, family, unpack
-from moejax.relevance.explain import Seeds, relevance
+from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.rules import AttnLRP, Gates, Plain, Reading, Rule
 
 OLMOE_1B_7B = {
@@ -125,7 +125,7 @@ def explain(rule: Rule, targets: int) -> Callable:
     def run(decoder: Decoder, tokens: jax.Array) -> object:
         length = tokens.shape[1]
         positions = jnp.arange(length - targets, length, dtype=jnp.int32)[None]
-        seeds = Seeds(positions, jnp.full((1, targets, 1), -1, jnp.int32), jnp.ones((1, targets, 1)))
+        seeds = LogitSeeds.of(positions, jnp.full((1, targets, 1), -1, jnp.int32), jnp.ones((1, targets, 1)))
         return relevance(decoder, tokens, jnp.ones(tokens.shape, bool), seeds, Gates(), rule=rule)
 
     return run

@@ -13,6 +13,8 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# compiling is most of the time, and of tiny programs the optimiser makes nothing better; this halves it
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jaxtyping

@@ -13,6 +13,9 @@ from beartype import BeartypeConf, FrozenDict, beartype
 PYTREE_CONSTRUCTORS = {
     "moejax.models.packed.Packed.__init__",
     "moejax.ops.mxfp4.MXFP4.__init__",
+    "moejax.relevance.engine.LogitSeeds.__init__",
+    "moejax.relevance.engine.RoutingSeeds.__init__",
+    "moejax.relevance.engine.StreamSeeds.__init__",
     "moejax.rules.gates.Gates.__init__",
     "moejax.rules.reading.Reading.__init__",
 }

@@ -95,7 +95,9 @@ def attend(
     def product(q: Array, k: Array, v: Array, temperature: float = 1.0) -> Array:
         scale = q.shape[-1] ** -0.5 / temperature
         cooled = sinks if sinks is None or temperature == 1 else sinks / temperature
-        return attention(q, k, v, mask, scale=scale, sinks=cooled)
+        # a product at another temperature only stands in for a derivative
+        edges = reading.taps.get("edges") if temperature == 1 else None
+        return attention(q, k, v, mask, scale=scale, sinks=cooled, edges=edges)
 
     heads = reading.book("softmax", partial(reading.rule.attention, product), q, k, v)
     return heads, KeyValue(k, v)

@@ -62,12 +62,13 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValue | None, reading: Reading
     ) -> tuple[Float[Array, "B T D"], KeyValue, Routes]:
         """``reading`` is that of this layer."""
-        x = reading.gate("tokens", x)
-        attended, stored, attention_routing = self.attention(self.attention_norm(x, reading), context, cache, reading)
-        x = reading.rule.add(x, attended)
-        normed = self.feed_forward_norm(x, reading)
+        x = reading.tap("stream", reading.gate("tokens", x))
+        normed = reading.tap("attention_norm", self.attention_norm(x, reading))
+        attended, stored, attention_routing = self.attention(normed, context, cache, reading)
+        x = reading.rule.add(x, reading.tap("attention", attended))
+        normed = reading.tap("feed_forward_norm", self.feed_forward_norm(reading.tap("middle", x), reading))
         if isinstance(self.feed_forward, MLP):
             y, routing = self.feed_forward(normed, reading), None
         else:
             y, routing = self.feed_forward(normed, reading)
-        return reading.rule.add(x, y), stored, Routes(attention_routing, routing)
+        return reading.rule.add(x, reading.tap("feed_forward", y)), stored, Routes(attention_routing, routing)

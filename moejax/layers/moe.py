@@ -103,7 +103,7 @@ class MoE(nnx.Module):
         slope = self.config.glu.slope
         halves = expert_linear(x[:, :, None], self.gate_up, self.gate_up_bias, assignment, reading, slope)
         gate, up = jnp.unstack(halves, axis=-2)
-        hidden = self.config.glu(gate, up, reading)
+        hidden = reading.tap("neurons", self.config.glu(gate, up, reading))
         outputs = expert_linear(hidden, self.down, self.down_bias, assignment, reading)
         y = reading.add_bias(self.router.combine(outputs, routing, reading), self.bias)
         return (y if self.shared is None else reading.rule.add(y, self.shared(x, reading))), routing

@@ -34,11 +34,13 @@ class Hidden(NamedTuple):
     Attributes:
         stream: residual stream after the last layer, before the final norm.
         cache: the given cache with this pass's keys and values, or ``None``.
+        entering: residual stream entering each layer.
         routing: of every layer.
     """
 
     stream: Float[Array, "B T D"]
     cache: Cache | None
+    entering: list[Float[Array, "B T D"]]
     routing: list[Routes]
 
 
@@ -90,18 +92,25 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         cache: Cache | None = None,
         reading: Reading = Reading(),
+        rematerialise: bool = False,
     ) -> Hidden:
-        """Run all layers. Positions count valid tokens only, so padding may stand on either side."""
+        """Run all layers. Positions count valid tokens only, so padding may stand on either side.
+
+        With ``rematerialise`` a backward pass finds only the stream between layers kept and computes the rest again.
+        """
+        run_block = jax.checkpoint(_run_block) if rematerialise else _run_block
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
         context, cache = self._context(valid, cache)
         x = self.embedding[tokens]
-        stored, routing = [], []
+        stored, routing, entering = [], [], []
         for i, layer in enumerate(self.layers):
-            x, kv, route = _run_block(layer, x, context, cache and cache.layers[i], reading.at(i))
+            entering.append(x)
+            x, kv, route = run_block(layer, x, context, cache and cache.layers[i], reading.at(i))
             stored.append(kv)
             routing.append(route)
-        x = reading.at(-1).gate("tokens", x)
-        return Hidden(x, cache and cache._replace(layers=stored), routing)
+        last = reading.at(-1)
+        x = last.tap("stream", last.gate("tokens", x))
+        return Hidden(x, cache and cache._replace(layers=stored), entering, routing)
 
     def logits(
         self,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from moejax.errors import MoejaxError
 from moejax.relevance.ledger import Ledger
 
 
@@ -34,15 +35,72 @@ class ExpertRelevance:
     weights: Float[np.ndarray, "L T K"]
     count: int
 
-    def by_expert(self) -> Float[np.ndarray, "N L E"]:
-        """Relevance of each expert of each layer, summed over the tokens routed to it."""
-        targets, layers = self.slots.shape[:2]
-        out = np.zeros((targets, layers, self.count + 1), self.slots.dtype)
-        for layer, ids in enumerate(self.ids):
-            for target in range(targets):
-                np.add.at(out[target, layer], ids, self.slots[target, layer])
+    def by_expert(self, how: str = "sum") -> Float[np.ndarray, "N L E"]:
+        """Relevance of each expert of each layer over the tokens routed to it.
+
+        Args:
+            how: ``"sum"`` (signed, as the ledger counts), ``"absolute"`` (sum of absolute values), ``"positive"`` (of
+                positive parts), ``"count"`` (routed tokens), ``"mean"`` (sum over count). They rank experts
+                differently, since frequent experts collect more.
+
+        Raises:
+            MoejaxError: another word.
+        """
+        ways = {
+            "sum": self.slots,
+            "absolute": np.abs(self.slots),
+            "positive": self.slots.clip(0),
+            "count": np.ones_like(self.slots),
+        }
+        if how == "mean":
+            return self.by_expert() / self.by_expert("count").clip(1)
+        if how not in ways:
+            raise MoejaxError(f"how={how!r} is unknown; choose from {', '.join([*ways, 'mean'])}.")
+        return self._scatter(ways[how]).sum(2)
+
+    def by_token(self) -> Float[np.ndarray, "N L T E"]:
+        """Relevance of each expert for each token; zero where it was not selected."""
+        return self._scatter(self.slots)
+
+    def _scatter(self, slots: np.ndarray) -> np.ndarray:
+        out = np.zeros((*slots.shape[:3], self.count + 1), slots.dtype)
+        np.put_along_axis(out, np.broadcast_to(self.ids, slots.shape), slots, axis=-1)
         # id -1 has written to the last place, which no expert has
         return out[..., :-1]
+
+    def drop_renormalise(self) -> Float[np.ndarray, "N L T K"]:
+        """What the target loses, to first order, if a slot's expert is dropped and the others' weights grow to make up.
+
+        ``(R_k - w_k R) / (1 - w_k)`` with ``R`` the relevance of all slots of the token and ``w`` the weights over
+        their sum. A token's only expert cannot be made up for; its score is its relevance.
+        """
+        share = self._share
+        total = self.slots.sum(-1, keepdims=True)
+        return np.where(share < 1, (self.slots - share * total) / np.where(share < 1, 1 - share, 1), self.slots)
+
+    def advantage(self) -> Float[np.ndarray, "N L T K"]:
+        """How much better a slot's expert is for the target than the mixture it sits in, before its weight.
+
+        ``R_k / w_k - R / sum w``; weighted by ``w`` it sums to zero.
+        """
+        weights = np.where(self.weights == 0, 1, self.weights)
+        mixture = self.slots.sum(-1, keepdims=True) / np.where(self._sum == 0, 1, self._sum)
+        return np.where(self.weights == 0, 0, self.slots / weights - mixture)
+
+    def sensitivity(self) -> Float[np.ndarray, "N L T K"]:
+        """Derivative of the target by a selected expert's router logit, the other things being equal.
+
+        ``R_k - w_k R``, where ``w`` are the weights as they are: softmax over the selected experts or over all.
+        """
+        return self.slots - self.weights * self.slots.sum(-1, keepdims=True)
+
+    @property
+    def _sum(self) -> np.ndarray:
+        return self.weights.sum(-1, keepdims=True)
+
+    @property
+    def _share(self) -> np.ndarray:
+        return self.weights / np.where(self._sum == 0, 1, self._sum)
 
 
 @dataclass(frozen=True)
@@ -59,6 +117,7 @@ class Relevance:
         feed_forward: relevance of the experts of feed-forward layers; ``None`` if no layer has any.
         attention: relevance of attention experts; ``None`` in families without them.
         shared: relevance of the shared expert's gated output, for each token; ``None`` in families without it.
+        vectors: relevance of every number at the nodes that were asked for.
         ledger: the books.
         candidates: the most likely next tokens at each target's position.
     """
@@ -75,6 +134,7 @@ class Relevance:
     feed_forward: ExpertRelevance | None
     attention: ExpertRelevance | None
     shared: Float[np.ndarray, "N L T 1"] | None
+    vectors: dict[str, np.ndarray]
     ledger: Ledger
     candidates: list[list[Candidate]]
 
@@ -103,9 +163,25 @@ class Relevance:
         """Experts of a feed-forward layer."""
         return self._mixture.count
 
-    def by_expert(self) -> Float[np.ndarray, "N L E"]:
-        """Relevance of each feed-forward expert of each layer, summed over the tokens routed to it."""
-        return self._mixture.by_expert()
+    def by_expert(self, how: str = "sum") -> Float[np.ndarray, "N L E"]:
+        """Relevance of each feed-forward expert of each layer (:meth:`ExpertRelevance.by_expert`)."""
+        return self._mixture.by_expert(how)
+
+    def drop_renormalise(self) -> Float[np.ndarray, "N L T K"]:
+        """Score of dropping a feed-forward expert and renormalising (:meth:`ExpertRelevance.drop_renormalise`)."""
+        return self._mixture.drop_renormalise()
+
+    def neurons(self, layer: int, expert: int) -> Float[np.ndarray, "N T F"]:
+        """Relevance of an expert's hidden units for each token; zero where it was not selected.
+
+        Raises:
+            MoejaxError: the layer's neurons were not read (``explain(.., nodes=["neurons.LAYER"])``).
+        """
+        node = f"neurons.{layer}"
+        if node not in self.vectors:
+            raise MoejaxError(f"neurons of layer {layer} were not read; explain with nodes=[{node!r}].")
+        chosen = (self.expert_ids[layer] == expert)[..., None]
+        return np.where(chosen, self.vectors[node], 0).sum(2)
 
     @property
     def _mixture(self) -> ExpertRelevance:

@@ -1,34 +1,45 @@
-"""What is explained: a logit, or a difference of logits, at a position."""
+"""What is explained: logits, differences of them, log-probabilities, a router's choice, a direction of the stream."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from moejax.errors import PromptError
+from moejax.relevance.engine import BEST, LogitSeeds, RoutingSeeds, Seeds, StreamSeeds
 
 if TYPE_CHECKING:
     from moejax.lm import LM
 
-BEST = -1
-"""Stands for the token with the largest logit, known only after the forward pass."""
-
 
 @dataclass(frozen=True)
 class Aim:
-    """One target: the sum over ``terms`` of sign times logit, at ``position``.
+    """One target: the sum over ``terms`` of sign times logit, at ``position``, less what it is compared with.
 
     Attributes:
         position: index of the token whose successor is predicted, counted in the unpadded sequence.
         terms: pairs of token id (or :data:`BEST`) and sign.
+        rivals: token ids whose logits' average, weighted by their probabilities, is subtracted.
+        mean: how often the average logit of all tokens is subtracted.
+        expected: how often the expected logit is subtracted, ``sum p z``: the log-probability's gradient.
     """
 
     position: int
     terms: tuple[tuple[int, float], ...]
+    rivals: tuple[int, ...] = ()
+    mean: float = 0.0
+    expected: float = 0.0
 
 
 class Target(ABC):
     """A question about a prompt. Resolves to the sequence to run and N aims in it."""
+
+    joint = False
+    """Whether the aims are one target, their sum."""
 
     @abstractmethod
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
@@ -37,6 +48,46 @@ class Target(ABC):
         Raises:
             PromptError: a named token is several tokens, an id or a position is out of range.
         """
+
+    def seeds(self, rows: list[list[Aim]], offsets: list[int], dtype: DTypeLike) -> Seeds:
+        """The aims of all sequences as arrays.
+
+        Args:
+            rows: the aims of each sequence; those with fewer are filled up with aims at nothing.
+            offsets: how many places of padding stand before each sequence.
+        """
+        terms = max(len(aim.terms) + len(aim.rivals) for aims in rows for aim in aims)
+        count = max(map(len, rows))
+        positions, ids, rivals = np.zeros((len(rows), count)), *np.zeros((2, len(rows), count, terms))
+        signs, (mean, expected) = np.zeros(ids.shape), np.zeros((2, len(rows), count))
+        for row, (aims, offset) in enumerate(zip(rows, offsets, strict=True)):
+            positions[row] = offset
+            for n, aim in enumerate(aims):
+                positions[row, n] += aim.position
+                mean[row, n], expected[row, n] = aim.mean, aim.expected
+                for j, (token, sign) in enumerate([*aim.terms, *((token, 0.0) for token in aim.rivals)]):
+                    ids[row, n, j], signs[row, n, j] = token, sign
+                    rivals[row, n, j] = j >= len(aim.terms)
+        return LogitSeeds(
+            jnp.asarray(positions, jnp.int32),
+            jnp.asarray(ids, jnp.int32),
+            jnp.asarray(signs, dtype),
+            jnp.asarray(rivals, bool),
+            jnp.asarray(mean, dtype),
+            jnp.asarray(expected, dtype),
+            dense=bool(mean.any() or expected.any()),
+        )
+
+    def label(self, lm: "LM", aim: Aim, ids: np.ndarray) -> str:
+        """What the aim is, for people; ``ids`` are its tokens, the best one filled in."""
+        pieces = lm.pieces(ids[: len(aim.terms) + len(aim.rivals)].tolist())
+        named = [f"{'-' if sign < 0 else '+'} {p!r}" for p, (_, sign) in zip(pieces, aim.terms, strict=False)]
+        if aim.rivals:
+            named.append(f"- average of {', '.join(map(repr, pieces[len(aim.terms) :]))}")
+        if aim.mean:
+            named.append("- mean")
+        text = " ".join(named)[2:]
+        return f"log p({text})" if aim.expected else text
 
 
 def _token_id(lm: "LM", token: str | int) -> int:
@@ -74,15 +125,46 @@ class Token(Target):
 
 @dataclass(frozen=True)
 class Contrast(Target):
-    """The logit of one token minus that of another; blind to what raises all logits alike."""
+    """The logit of one token minus that of another; blind to what raises all logits alike.
+
+    ``other`` may be several tokens: their average logit, weighted by their probabilities.
+    """
 
     token: str | int
-    other: str | int
+    other: str | int | Sequence[str | int]
     position: int = -1
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
-        terms = ((_token_id(lm, self.token), 1.0), (_token_id(lm, self.other), -1.0))
-        return prompt, [Aim(_position(self.position, len(prompt)), terms)]
+        position, token = _position(self.position, len(prompt)), _token_id(lm, self.token)
+        several = not isinstance(self.other, str | int)
+        others = [_token_id(lm, other) for other in (self.other if several else [self.other])]  # type: ignore[union-attr]
+        if token in others or not others:
+            raise PromptError(f"a contrast needs two tokens; {self.token!r} stands on both sides, or nothing on one.")
+        if several:
+            return prompt, [Aim(position, ((token, 1.0),), rivals=tuple(others))]
+        return prompt, [Aim(position, ((token, 1.0), (others[0], -1.0)))]
+
+
+@dataclass(frozen=True)
+class MeanContrast(Target):
+    """The logit of one token minus the mean of all."""
+
+    token: str | int
+    position: int = -1
+
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+        return prompt, [Aim(_position(self.position, len(prompt)), ((_token_id(lm, self.token), 1.0),), mean=1.0)]
+
+
+@dataclass(frozen=True)
+class LogProbability(Target):
+    """The log-probability of one token, expanded at its logits: ``z - sum p z`` is what is shared out."""
+
+    token: str | int
+    position: int = -1
+
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+        return prompt, [Aim(_position(self.position, len(prompt)), ((_token_id(lm, self.token), 1.0),), expected=1.0)]
 
 
 @dataclass(frozen=True)
@@ -107,6 +189,79 @@ class Generated(Target):
         new = lm.generate_ids([prompt], max_new_tokens=self.max_new_tokens)[0]
         # an immediate end of text generates nothing; the end token itself is then what there is to explain
         return _teacher_forced(prompt, new) if new else Argmax().resolve(lm, prompt)
+
+
+@dataclass(frozen=True)
+class Span(Target):
+    """The log-probability of a whole answer: one target, the sum of its tokens' (:class:`LogProbability`)."""
+
+    answer: str | Sequence[int]
+    joint = True
+
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+        ids, aims = Continuation(self.answer).resolve(lm, prompt)
+        return ids, [Aim(aim.position, aim.terms, expected=1.0) for aim in aims]
+
+
+@dataclass(frozen=True)
+class RouterChoice(Target):
+    """A router's logit of one expert, at a token, minus that of another: why the token was sent there.
+
+    ``attention`` asks a mixture of attention experts.
+    """
+
+    layer: int
+    expert: int
+    versus: int
+    position: int = -1
+    attention: bool = False
+
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+        block = lm.config.blocks[self.layer] if -lm.config.num_layers <= self.layer < lm.config.num_layers else None
+        router = getattr(block and (block.attention if self.attention else block.feed_forward), "router", None)
+        if router is None:
+            raise PromptError(f"layer {self.layer} has no router.")
+        if self.expert == self.versus or not all(0 <= e < router.num_experts for e in (self.expert, self.versus)):
+            raise PromptError(f"experts {self.expert} and {self.versus} must be two of {router.num_experts}.")
+        terms = ((self.expert, 1.0), (self.versus, -1.0))
+        return prompt, [Aim(_position(self.position, len(prompt)), terms)]
+
+    def seeds(self, rows: list[list[Aim]], offsets: list[int], dtype: DTypeLike) -> Seeds:
+        logits = super().seeds(rows, offsets, dtype)
+        assert isinstance(logits, LogitSeeds)
+        return RoutingSeeds(logits.positions, logits.ids, logits.signs, self.layer, self.attention)
+
+    def label(self, lm: "LM", aim: Aim, ids: np.ndarray) -> str:
+        return f"layer {self.layer}: expert {self.expert} - expert {self.versus}"
+
+
+@dataclass(frozen=True, eq=False)
+class Direction(Target):
+    """The residual stream that enters a layer, at one token, along a vector of the model's width.
+
+    A probe's weight, a dictionary's feature, or a row of the identity for one of its numbers. ``layer`` may be the
+    number of layers: the stream that leaves the last.
+    """
+
+    vector: Any
+    layer: int
+    position: int = -1
+
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+        if np.shape(self.vector) != (lm.config.model_dim,) or not 0 <= self.layer <= lm.config.num_layers:
+            raise PromptError(
+                f"a direction of shape {np.shape(self.vector)} at layer {self.layer}: the stream has "
+                f"{lm.config.model_dim} numbers, and layers 0 to {lm.config.num_layers}."
+            )
+        return prompt, [Aim(_position(self.position, len(prompt)), ())]
+
+    def seeds(self, rows: list[list[Aim]], offsets: list[int], dtype: DTypeLike) -> Seeds:
+        positions = [[aim.position + offset for aim in aims] for aims, offset in zip(rows, offsets, strict=True)]
+        directions = jnp.broadcast_to(jnp.asarray(self.vector, dtype), (len(rows), 1, np.size(self.vector)))
+        return StreamSeeds(jnp.asarray(positions, jnp.int32), directions, self.layer)
+
+    def label(self, lm: "LM", aim: Aim, ids: np.ndarray) -> str:
+        return f"stream {self.layer} along a direction"
 
 
 def _teacher_forced(prompt: list[int], answer: list[int]) -> tuple[list[int], list[Aim]]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from moejax.errors import MoejaxError
+
 TokenIds = Int[Array | np.ndarray, "B T"] | Int[Array | np.ndarray, " T"] | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -74,6 +76,26 @@ class Gates:
         widths |= {"heads": config.num_heads, "shared": config.num_shared}
         gates = {name: jnp.ones((config.num_layers, *shape, width)) for name, width in widths.items() if width}
         return cls(tokens=jnp.ones((config.num_layers + 1, *shape)), **gates)
+
+    def check(self, config: _Sizes, tokens: TokenIds) -> Self:
+        """These gates, if they are gates on that model and those tokens.
+
+        Raises:
+            MoejaxError: a field does not broadcast to the model's layers, experts or heads, or to the tokens.
+        """
+        fit, readout = Gates.ones(config, tokens), Gates.readout(config, jnp.asarray(tokens))
+        for f in fields(self):
+            mine = getattr(self, f.name)
+            theirs = getattr(readout, f.name) if f.name.endswith("slots") else getattr(fit, f.name)
+            if mine is None:
+                continue
+            if theirs is None:
+                raise MoejaxError(f"gates on {f.name}, of which this model has none.")
+            # any axis but the last may be 1; of the tokens' gates the last is that of tokens
+            sizes = [(1, size) for size in theirs.shape[:-1]] + [theirs.shape[-1:]]
+            if mine.ndim != theirs.ndim or any(m not in fits for m, fits in zip(mine.shape, sizes, strict=True)):
+                raise MoejaxError(f"gates on {f.name} of shape {list(mine.shape)} do not fit {list(theirs.shape)}.")
+        return self
 
     def at(self, layer: int) -> Self:
         """The gates of one layer: every field without its first axis."""

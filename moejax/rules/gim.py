@@ -36,6 +36,8 @@ class GIM(AttnLRP):
         k: Float[Array, "B S G C"],
         v: Float[Array, "B S G C"],
     ) -> Float[Array, "B T H C"]:
+        if self.temperature == 1:
+            return super().attention(product, q, k, v)
         through_values = product(stop_gradient(q), stop_gradient(k), scale_cotangent(v, 0.5))
         # the derivative of softmax(l / temperature) has a factor 1 / temperature, which is not wanted
         share = 0.25 * self.temperature

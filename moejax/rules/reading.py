@@ -23,15 +23,25 @@ class Reading:
         gates: multiplicative gates, of all layers, or of one layer after :meth:`at`.
         probes: zeros, one entry per ledger name, layer and batch row; the cotangent of an entry is what the operation
             it names fails to conserve, ``R(outputs) - R(inputs)``.
+        taps: ones of a node's whole shape under its name (``"attention.3"``: that of layer 3; without the layer after
+            :meth:`at`); the cotangent of a tap is the relevance of every number at the node.
     """
 
     rule: Rule = field(default=Plain(), metadata={"static": True})
     gates: Gates = Gates()
     probes: dict[str, Float[Array, "L+1 B"]] = field(default_factory=dict)
+    taps: dict[str, Float[Array, "..."]] = field(default_factory=dict)
 
     def at(self, layer: int) -> Self:
-        """The reading of one layer."""
-        return replace(self, gates=self.gates.at(layer), probes={k: p[layer] for k, p in self.probes.items()})
+        """The reading of one layer; -1 is what follows the last."""
+        probes = {k: p[layer] for k, p in self.probes.items()}
+        names = {k: k.rpartition(".") for k in self.taps}
+        taps = {names[k][0]: tap for k, tap in self.taps.items() if names[k][2] == str(layer)}
+        return replace(self, gates=self.gates.at(layer), probes=probes, taps=taps)
+
+    def tap(self, name: str, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """``x`` as the node of that name, a place where the relevance of every number may be read."""
+        return gate(x, self.taps[name]) if name in self.taps else x
 
     def gate(self, name: str, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """``x`` times its gate of that name, if there is one; the gate's missing last axes broadcast."""

@@ -10,7 +10,7 @@ import pytest
 
 from moejax import Continuation, Gates, explain
 from moejax.lm import _logits
-from moejax.relevance.explain import Seeds, relevance
+from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.relevance.result import ExpertRelevance
 from moejax.rules import CPLRP, AttnLRP
 from sharding.tiny import LAYOUTS, VOCABULARY, close, single, spread
@@ -102,7 +102,7 @@ def _smallest_part(family: str, layout: str) -> int:
 def test_no_weights_travel_in_an_explanation(family: str, layout: str) -> None:
     """Forward and backward."""
     tokens = jnp.ones((1, 3), jnp.int32)
-    seeds = Seeds(jnp.array([[2]]), jnp.array([[[3]]]), jnp.array([[[1.0]]]))
+    seeds = LogitSeeds.of(jnp.array([[2]]), jnp.array([[[3]]]), jnp.array([[[1.0]]]))
     model = spread(family, layout)
     program = relevance.lower(model.packed, tokens, tokens > 0, seeds, Gates(), rule=AttnLRP("uniform")).compile()
     assert max(_messages(program)) < _smallest_part(family, layout)

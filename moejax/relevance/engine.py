@@ -1,0 +1,237 @@
+"""The compiled engine: one forward pass, one vector-Jacobian product per seed, read at the gates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.errors import PromptError
+from moejax.layers import MoEConfig
+from moejax.layers.linear import wide_matmul
+from moejax.models import Config, Decoder, Hidden, Packed, unpack
+from moejax.routing import Routing
+from moejax.rules import Gates, Reading, Rule
+
+BEST = -1
+"""Stands for the token with the largest logit, known only after the forward pass."""
+
+
+class Aimed(NamedTuple):
+    """Values of the targets, the tokens that were meant, and the logits at their positions."""
+
+    target: Float[Array, "B N"]
+    ids: Int[Array, "B N J"]
+    logits: Float[Array, "B N V"]
+
+
+@runtime_checkable
+class Seeds(Protocol):
+    """N targets for each of B sequences."""
+
+    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
+        """The targets' values, to be differentiated; ``reading`` is that of the whole pass."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LogitSeeds:
+    """Sums of logits ``z``: ``sum signs z[ids] - mean average(z) - expected sum(p z)``, ``p`` their softmax.
+
+    Attributes:
+        ids: tokens; :data:`BEST` is the one with the largest logit.
+        rivals: terms that count ``-p[id] / sum of p over the rivals`` instead of their sign.
+        dense: whether any ``mean`` or ``expected`` is not zero: then all logits take part in the backward pass.
+    """
+
+    positions: Int[Array, "B N"]
+    ids: Int[Array, "B N J"]
+    signs: Float[Array, "B N J"]
+    rivals: Bool[Array, "B N J"]
+    mean: Float[Array, "B N"]
+    expected: Float[Array, "B N"]
+    dense: bool = field(default=False, metadata={"static": True})
+
+    @classmethod
+    def of(cls, positions: Int[Array, "B N"], ids: Int[Array, "B N J"], signs: Float[Array, "B N J"]) -> Self:
+        """Sums of named logits alone."""
+        nothing = jnp.zeros(positions.shape, signs.dtype)
+        return cls(positions, ids, signs, jnp.zeros(ids.shape, bool), nothing, nothing)
+
+    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
+        stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
+        logits = stop_gradient(decoder.logits(stream))
+        ids = jnp.where(self.ids == BEST, jnp.argmax(logits, axis=-1, keepdims=True), self.ids)
+        named = jnp.take_along_axis(logits, ids, axis=-1)
+        signs = jnp.where(self.rivals, -jax.nn.softmax(named, axis=-1, where=self.rivals), self.signs)
+        last = reading.at(-1)
+        normed = decoder.norm(stream, last)
+        if not self.dense:
+            # only the head's rows that a seed names take part in the backward pass
+            rows = last.linear(_rows, normed, decoder.output_embedding[ids])
+            return Aimed((rows * signs).sum(-1), ids, logits)
+        background = self.mean[..., None] / logits.shape[-1] + self.expected[..., None] * jax.nn.softmax(logits)
+        one_hot = jax.nn.one_hot(ids, logits.shape[-1], dtype=logits.dtype)
+        every = last.linear(wide_matmul, normed, decoder.output_embedding)
+        return Aimed((every * ((one_hot * signs[..., None]).sum(-2) - background)).sum(-1), ids, logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutingSeeds:
+    """Sums of the router's logits of one layer: ``sum signs l[ids]``."""
+
+    positions: Int[Array, "B N"]
+    ids: Int[Array, "B N J"]
+    signs: Float[Array, "B N J"]
+    layer: int = field(metadata={"static": True})
+    attention: bool = field(default=False, metadata={"static": True})
+
+    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
+        routes = hidden.routing[self.layer]
+        routing = routes.attention if self.attention else routes.feed_forward
+        assert routing is not None
+        scores = jnp.take_along_axis(routing.logits, self.positions[..., None], axis=1)
+        target = (jnp.take_along_axis(scores, self.ids, axis=-1) * self.signs).sum(-1)
+        stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
+        return Aimed(target, self.ids, stop_gradient(decoder.logits(stream)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StreamSeeds:
+    """Products of directions with the residual stream that enters a layer; after the last, with what leaves it."""
+
+    positions: Int[Array, "B N"]
+    directions: Float[Array, "B N D"]
+    layer: int = field(metadata={"static": True})
+
+    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
+        stream = [*hidden.entering, hidden.stream][self.layer]
+        at = jnp.take_along_axis(stream, self.positions[..., None], axis=1).astype(self.directions.dtype)
+        last = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
+        ids = jnp.zeros((*self.positions.shape, 0), jnp.int32)
+        return Aimed((at * self.directions).sum(-1), ids, stop_gradient(decoder.logits(last)))
+
+
+class Slots(NamedTuple):
+    """The routed slots of all layers; a layer without a mixture has id -1 and weight 0."""
+
+    ids: Int[Any, "L B T K"]
+    weights: Float[Any, "L B T K"]
+
+
+class Readout(NamedTuple):
+    """All that one call reads, on the device or, once fetched, on the host.
+
+    ``ids`` are the seeds' with the best token filled in; ``vectors`` hold the relevance of every number at a node.
+    """
+
+    gates: Gates
+    leaks: dict[str, Float[Any, "N L+1 B"]]
+    vectors: dict[str, Float[Any, "N B ..."]]
+    target: Float[Any, "B N"]
+    ids: Int[Any, "B N J"]
+    logits: Float[Any, "B N V"]
+    routes: Slots | None
+    attention_routes: Slots | None
+
+
+@partial(jax.jit, static_argnames=("rule", "chunk", "nodes", "joint", "rematerialise"))
+def relevance(
+    weights: Decoder | Packed,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    seeds: Seeds,
+    knobs: Gates,
+    *,
+    rule: Rule,
+    chunk: int | None = None,
+    nodes: tuple[str, ...] = (),
+    joint: bool = False,
+    rematerialise: bool = False,
+) -> Readout:
+    """Relevance at every gate for all seeds, in one forward pass and one backward pass over a batch of seeds.
+
+    Args:
+        knobs: interventions that hold during the pass.
+        chunk: how many seeds to propagate at a time; all by default.
+        nodes: where to read the relevance of every number (:data:`NODES`), as ``"attention.3"``.
+        joint: propagate the sum of a sequence's seeds, one cotangent in place of N.
+        rematerialise: keep only the residual stream between layers and compute the rest again on the way back.
+
+    Raises:
+        PromptError: there is no such node.
+    """
+    decoder = unpack(weights)
+    dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
+    probes = {name: jnp.zeros((decoder.config.num_layers + 1, len(tokens)), dtype) for name in sorted(rule.leaks)}
+    readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
+    taps = {node: jnp.ones(_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
+
+    def targets(gates: Gates, probes: dict[str, Array], taps: dict[str, Array]) -> tuple[Array, tuple]:
+        reading = Reading(rule, gates.over(knobs), probes, _counted_from_the_end(taps, decoder.config))
+        hidden = decoder.hidden(tokens, valid=valid, reading=reading, rematerialise=rematerialise)
+        target, ids, logits = seeds.read(decoder, hidden, reading)
+        return target, (ids, logits, hidden.routing)
+
+    target, pull, (ids, logits, routing) = jax.vjp(targets, readout, probes, taps, has_aux=True)
+    count = 1 if joint else target.shape[1]
+    # joint: a one at every seed
+    seeded = jnp.broadcast_to(jnp.eye(count, dtype=target.dtype)[:, None], (count, *target.shape))
+    gates, leaks, vectors = jax.vmap(pull)(seeded) if chunk is None else jax.lax.map(pull, seeded, batch_size=chunk)
+    feed_forward = _stack([r.feed_forward for r in routing])
+    attention = _stack([r.attention for r in routing])
+    return Readout(gates, leaks, vectors, target, ids, logits, feed_forward, attention)
+
+
+NODES = {
+    "stream": "residual stream entering the layer; of the layer after the last, what enters the final norm",
+    "attention_norm": "what attention reads",
+    "edges": "what each query reads of each key, for each head [H T S]",
+    "attention": "what attention writes",
+    "middle": "residual stream between attention and feed-forward part",
+    "feed_forward_norm": "what the feed-forward part reads",
+    "neurons": "hidden units of the routed experts [T K F]",
+    "feed_forward": "what the feed-forward part writes",
+}
+"""Nodes of a layer; they have the shape [T D] where nothing else is said."""
+
+
+def _shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, ...]:
+    name, _, index = node.rpartition(".")
+    last = config.num_layers if name == "stream" else config.num_layers - 1
+    if name not in NODES or not index.isdecimal() or int(index) > last:
+        raise PromptError(f"there is no node {node!r}: name {', '.join(NODES)} and a layer, as 'attention.{last}'.")
+    if name == "edges":
+        return (batch[0], config.blocks[int(index)].attention.num_heads, batch[1], batch[1])
+    if name == "neurons":
+        moe = config.blocks[int(index)].feed_forward
+        if not isinstance(moe, MoEConfig):
+            raise PromptError(f"there is no node {node!r}: that layer has no experts.")
+        return (*batch, moe.router.num_selected, moe.expert_dim)
+    return (*batch, config.model_dim)
+
+
+def _counted_from_the_end(taps: dict[str, Array], config: Config) -> dict[str, Array]:
+    """What follows the last layer is read as layer -1."""
+    return {"stream.-1" if name == f"stream.{config.num_layers}" else name: tap for name, tap in taps.items()}
+
+
+def _stack(routing: Sequence[Routing | None]) -> Slots | None:
+    present = next((r for r in routing if r is not None), None)
+    if present is None:
+        return None
+    none = Slots(jnp.full_like(present.ids, -1), jnp.zeros_like(present.weights))
+    layers = [none if r is None else Slots(r.ids, r.weights) for r in routing]
+    return Slots(*map(jnp.stack, zip(*layers, strict=True)))
+
+
+def _rows(x: Float[Array, "B N D"], weight: Float[Array, "B N J D"]) -> Float[Array, "B N J"]:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("bnd,bnjd->bnj", x, weight, preferred_element_type=wide)
