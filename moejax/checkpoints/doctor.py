@@ -1,5 +1,6 @@
 """What this machine has, and whether a model fits it: what ``moejax doctor`` prints."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -9,7 +10,9 @@ import jax
 
 from moejax.checkpoints.convert import parse_dtype
 from moejax.checkpoints.describe import ModelConfig, architecture
+from moejax.checkpoints.load import pack
 from moejax.checkpoints.memory import estimate
+from moejax.errors import ConfigError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "torch", "transformers")
 _SHOWN = ("float32", "bfloat16")
@@ -33,6 +36,8 @@ def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
         config = architecture(model)
         dtypes = _SHOWN if dtype is None else (parse_dtype(dtype).name,)
         memory = [estimate(config, parse_dtype(name)).to_dict() for name in dtypes]
+        with contextlib.suppress(ConfigError):  # where there is nothing that could stay packed
+            memory.append(estimate(pack(config), parse_dtype(dtypes[-1])).to_dict())
         found |= {"model": str(model), "config": ModelConfig.of(config).to_dict(), "memory": memory}
     return found
 

@@ -17,7 +17,6 @@ from moejax.checkpoints.safetensors import SafetensorsFolder, TensorSource
 from moejax.checkpoints.torch import TorchModel
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models import Config, Decoder, Rules, family, shardings
-from moejax.models.keys import KeyTable
 from moejax.ops.mxfp4 import MXFP4
 
 PUBLISHED = ("*.json", "*.safetensors", "*.jinja")
@@ -59,20 +58,20 @@ def load_decoder(
     """
     kind = family(hugging_face.get("model_type"))
     config = kind.config(hugging_face)
-    abstract = Decoder.abstract(pack(config, kind.keys) if keep_packed else config)
+    abstract = Decoder.abstract(pack(config) if keep_packed else config)
     placed = {} if mesh is None else shardings(abstract, mesh, rules)
     plans = make_plan(abstract, kind.keys, source.entries)
     leaves = [_read(plan, source, dtype, placed.get(plan.path)) for plan in plans]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def pack(config: Config, keys: KeyTable) -> Config:
+def pack(config: Config) -> Config:
     """``config`` with experts held as MXFP4.
 
     Raises:
         ConfigError: the family is not published so.
     """
-    if "layers.{layer}.feed_forward.gate_up.blocks" not in keys:
+    if "layers.{layer}.feed_forward.gate_up.blocks" not in family(config.model_type).keys:
         raise ConfigError(f"{config.model_type} is not published with MXFP4 experts; there is nothing to keep packed.")
     return config.pack()
 

@@ -38,7 +38,7 @@ class Memory:
     """Bytes of a model in one dtype.
 
     Attributes:
-        dtype: of all weights.
+        dtype: of all weights, and whether experts stay packed.
         layers: each layer's.
         outer: embedding, final norm and head.
         cache_per_token: keys and values of a token in all layers.
@@ -65,20 +65,23 @@ class Memory:
 
 
 def estimate(config: Config, dtype: np.dtype) -> Memory:
-    """The memory of a model; allocates none of it."""
-    sizes = {path: math.prod(leaf.shape) * dtype.itemsize for path, leaf in leaf_paths(Decoder.abstract(config))}
+    """The memory of a model with its values in ``dtype``; what stays packed, stays as it is. Allocates none of it."""
+    abstract = dict(leaf_paths(Decoder.abstract(config, dtype)))
+    sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in abstract.items()}
     grouped = parts(sizes)
     layers = tuple(_layer(i, config, {p: sizes[p] for p in grouped[f"layers.{i}"]}) for i in range(config.num_layers))
     heads = [block.attention.num_kv_heads * block.attention.head_dim for block in config.blocks]
     outer = sum(sizes.values()) - sum(layer.total for layer in layers)
-    return Memory(str(dtype), layers, outer, 2 * sum(heads) * dtype.itemsize)
+    return Memory(
+        f"{dtype}, packed experts" if config.is_packed else str(dtype), layers, outer, 2 * sum(heads) * dtype.itemsize
+    )
 
 
 def _layer(index: int, config: Config, sizes: Mapping[str, int]) -> LayerMemory:
     mixture = getattr(config.blocks[index].feed_forward, "router", None)
     if mixture is None:
         return LayerMemory(index, 0, 0, sum(sizes.values()))
-    names = ("gate_up", "down", "gate_up_bias", "down_bias")
-    experts = sum(sizes.get(f"layers.{index}.feed_forward.{name}", 0) for name in names)
+    parts_of_experts = tuple(f"layers.{index}.feed_forward.{name}" for name in ("gate_up", "down"))
+    experts = sum(size for path, size in sizes.items() if path.startswith(parts_of_experts))
     active = experts * mixture.num_selected // mixture.num_experts
     return LayerMemory(index, experts, active, sum(sizes.values()) - experts)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import moejax
+from moejax.checkpoints.doctor import examine
 from moejax.checkpoints.verify import verify
 from moejax.models import family
 from moejax.ops.mxfp4 import MXFP4
@@ -176,3 +177,14 @@ def test_what_cannot_be_kept_packed(packed: Path, tmp_path: Path) -> None:
         moejax.load(tmp_path / "orbax", keep_packed=True)
     with pytest.raises(moejax.ConfigError, match="blocks have 32 values"):
         family("gpt_oss").config(json.loads((packed / "config.json").read_text()) | {"intermediate_size": 20}).pack()
+
+
+def test_doctor_counts_what_stays_packed(packed: Path) -> None:
+    kept = moejax.load(packed, keep_packed=True)
+    *_, column = examine(packed, dtype="bfloat16")["memory"]
+    assert column["dtype"] == "bfloat16, packed experts"
+    assert column["total"] == sum(leaf.nbytes for leaf in jax.tree.leaves(kept.decoder))
+    moe = kept.decoder.layers[0].feed_forward
+    experts = jax.tree.leaves((moe.gate_up, moe.down, moe.gate_up_bias, moe.down_bias))
+    assert column["layers"][0]["experts"] == sum(leaf.nbytes for leaf in experts)
+    assert [column["dtype"] for column in examine("tiny-olmoe")["memory"]] == ["float32", "bfloat16"]

@@ -253,3 +253,23 @@ def test_residual_is_target_less_tokens_and_leaks():
     assert all(leak.shape == (1, LAYERS + 1) for leak in books.leaks.values())
     want = books.target - books.tokens - sum(leak.sum(-1) for leak in books.leaks.values())
     np.testing.assert_allclose(books.residual, want, atol=1e-12)
+
+
+def test_printed_as_a_table():
+    books = Ledger(
+        target=np.array([3.0, -1.0]),
+        tokens=np.array([2.25, -1.0]),
+        leaks={"softmax": np.array([[0.5, 0.0], [0.0, 0.0]]), "bias": np.array([[0.0, 0.25], [0.125, -0.125]])},
+    )
+    first, second = str(books).split("\n\n")
+    assert first.splitlines() == [
+        "target 3.0000 = tokens 2.2500 + leaks 0.7500 + residual 0.0e+00",
+        " layer     softmax        bias",
+        "     0      0.5000      0.0000",
+        "  head      0.0000      0.2500",
+        "   sum      0.5000      0.2500",
+    ]
+    assert second.startswith("target -1.0000 = tokens -1.0000 + leaks 0.0000")
+    assert str(Ledger(np.array([1.0]), np.array([1.0]), {})) == (
+        "target 1.0000 = tokens 1.0000 + leaks 0.0000 + residual 0.0e+00"
+    )

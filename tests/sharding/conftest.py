@@ -6,7 +6,6 @@ Arguments of a test (parameters, ``tmp_path``) are pickled on the way.
 """
 
 import importlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,8 +17,6 @@ DEVICES = 4
 
 
 def _emulate_devices() -> None:
-    # compiling is nearly all of the time; this nearly halves it
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     import jax
 
     jax.config.update("jax_platforms", "cpu")
