@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.checkpoints import find, load_folder, load_torch, read_config
 from moejax.checkpoints.tokenizer import Tokenizer
-from moejax.errors import ConfigError, MoejaxError, PromptError
-from moejax.generation import Sampling, generate_tokens
+from moejax.errors import ConfigError, PromptError
+from moejax.generation import Generation, Sampling, generate_tokens
 from moejax.models import Config, Decoder, Packed, Rules, unpack
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
@@ -71,7 +71,14 @@ class LM:
     @overload
     def generate(self, prompt: list[str], **options: Any) -> list[str]: ...
     def generate(self, prompt: str | list[str], **options: Any) -> str | list[str]:
-        """Continue a prompt, or each of several; returns the new text only. Options as in :meth:`generate_ids`."""
+        """Continue a prompt, or each of several; returns the new text only. Options as in :meth:`generate_ids`.
+
+        Raises:
+            PromptError: an empty prompt, or several answers to a prompt that is not in a list.
+            MoejaxError: an option out of range.
+        """
+        if isinstance(prompt, str) and options.get("num_return_sequences", 1) != 1:
+            raise PromptError("one prompt gives one text; put the prompt in a list to get a list of answers.")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         tokenizer = self.need_tokenizer()
         rows = self.generate_ids([self.encode(p) for p in prompts], **options)
@@ -79,41 +86,71 @@ class LM:
         return texts[0] if isinstance(prompt, str) else texts
 
     def generate_ids(
+        self, prompts: Sequence[Sequence[int]], *, eos_ids: Sequence[int] | None = None, **options: Any
+    ) -> list[list[int]]:
+        """New token ids of each prompt, up to and without the token that ended it.
+
+        Options as in :meth:`generate_tokens`. The answers of one prompt lie side by side, if several are asked for.
+
+        Raises:
+            PromptError: an empty prompt, or an id outside the vocabulary.
+            MoejaxError: an option out of range.
+        """
+        if not prompts:
+            return []
+        found = self.generate_tokens(prompts, eos_ids=eos_ids, **options)
+        ends = self.config.eos_ids if eos_ids is None else tuple(eos_ids)
+        rows, lengths = np.asarray(found.tokens).tolist(), np.asarray(found.lengths).tolist()
+        return [_until(row[:length], ends) for row, length in zip(rows, lengths, strict=True)]
+
+    def generate_tokens(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int = 32,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         seed: int = 0,
         gates: Gates | None = None,
-    ) -> list[list[int]]:
-        """New token ids of each prompt, up to and without the token that ended it.
+        eos_ids: Sequence[int] | None = None,
+        pad_id: int | None = None,
+        max_time: float | None = None,
+        return_scores: bool = False,
+        **settings: Any,
+    ) -> Generation:
+        """Continue each prompt; returns arrays, with the scores of every token if ``return_scores``.
 
-        Greedy at temperature 0; otherwise a draw that ``seed`` determines. ``gates`` must broadcast over tokens.
+        Greedy unless ``settings``, the fields of :class:`moejax.generation.Sampling`, say otherwise: ``temperature``,
+        ``top_k``, ``top_p``, ``min_new_tokens``, ``repetition_penalty``, ``no_repeat_ngram_size``, ``bad_words``,
+        ``num_beams``, ``length_penalty``, ``early_stopping``, ``num_return_sequences``.
+
+        Args:
+            max_new_tokens: of each answer.
+            seed: determines the draw.
+            gates: interventions; must broadcast over tokens.
+            eos_ids: tokens that end an answer; by default those of the configuration.
+            pad_id: fills answers behind their end; by default that of the configuration.
+            max_time: seconds after which no further token is begun, compiling not counted.
 
         Raises:
-            PromptError: an empty prompt, or an id outside the vocabulary.
-            MoejaxError: a sampling option out of range.
+            PromptError: no prompts, an empty one, or an id outside the vocabulary.
+            MoejaxError: an option out of range.
         """
-        if max_new_tokens < 1:
-            raise MoejaxError(f"max_new_tokens={max_new_tokens}: at least 1 is needed.")
         if not prompts:
-            return []
-        tokens, valid = left_pad([self.check(p) for p in prompts], self.config.pad_id)
-        new = generate_tokens(
+            raise PromptError("there are no prompts to continue.")
+        pad_id = self.config.pad_id if pad_id is None else pad_id
+        tokens, valid = left_pad([self.check(p) for p in prompts], pad_id)
+        return generate_tokens(
             self.packed,
             tokens,
             valid,
             jax.random.key(seed),
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p),
-            eos_ids=self.config.eos_ids,
-            pad_id=self.config.pad_id,
+            sampling=Sampling(**settings),
+            eos_ids=self.config.eos_ids if eos_ids is None else tuple(eos_ids),
+            pad_id=pad_id,
             reading=Reading(gates=gates or Gates()),
+            max_time=max_time,
+            return_scores=return_scores,
         )
-        return [_until(row, self.config.eos_ids) for row in np.asarray(new).tolist()]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, checked.

@@ -2,5 +2,6 @@
 
 from moejax.generation.decode import generate_tokens
 from moejax.generation.sampling import Sampling
+from moejax.generation.turn import Generation
 
-__all__ = ["Sampling", "generate_tokens"]
+__all__ = ["Generation", "Sampling", "generate_tokens"]

@@ -1,27 +1,42 @@
 """Prefill and decode as one compiled program: the loop over tokens never visits the host."""
 
+import time
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from moejax.errors import MoejaxError
+from moejax.generation.beams import Beams
+from moejax.generation.draws import Draws
 from moejax.generation.sampling import Sampling
+from moejax.generation.turn import Generation, Plan, Turn
 from moejax.models import Cache, Decoder, Packed, unpack
 from moejax.rules import Reading
 
 
+class _Call(NamedTuple):
+    """What stays the same over all steps."""
+
+    weights: Decoder | Packed
+    tokens: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    key: PRNGKeyArray
+    sampling: Sampling
+    reading: Reading
+
+
 class _State(NamedTuple):
+    """After ``step`` tokens; the cache is that of the rows before the last one was chosen."""
+
     step: Int[Array, ""]
     cache: Cache
-    logits: Float[Array, "B V"]
-    tokens: Int[Array, "B N"]
-    done: Bool[Array, " B"]
-    key: PRNGKeyArray
+    choice: Draws | Beams
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "eos_ids", "pad_id"))
 def generate_tokens(
     weights: Decoder | Packed,
     tokens: Int[Array, "B T"],
@@ -33,33 +48,140 @@ def generate_tokens(
     eos_ids: tuple[int, ...] = (),
     pad_id: int = 0,
     reading: Reading = Reading(),
-) -> Int[Array, "B N"]:
+    max_time: float | None = None,
+    return_scores: bool = False,
+) -> Generation:
     """Continue each row of left-padded prompts by up to ``max_new_tokens`` tokens.
 
     A row that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it. The gates of ``reading`` apply to the
     prompt and must broadcast over tokens (size 1 there) to apply to the new tokens as well.
-    """
-    decoder = unpack(weights)
-    batch, prompt = tokens.shape
 
-    def advance(new: Array, valid: Array, cache: Cache) -> tuple[Array, Cache]:
-        hidden = decoder.hidden(new, valid=valid, cache=cache, reading=reading)
-        assert hidden.cache is not None
-        return decoder.logits(hidden.stream[:, -1], reading), hidden.cache
+    Args:
+        max_time: seconds after which no further token is begun (of beam search, one last, with which running beams
+            become answers); compiling is not counted. The loop then comes back to the host from time to time.
+        return_scores: return the scores of every token; takes ``B N V`` numbers, for beams ``B num_beams N V``.
+
+    Raises:
+        MoejaxError: a setting that does not fit the model or the others.
+    """
+    plan = Plan(max_new_tokens, tuple(eos_ids), pad_id, return_scores)
+    if sampling.min_new_tokens > max_new_tokens:
+        raise MoejaxError(f"min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={max_new_tokens}.")
+    _check_words(sampling, weights)
+    call = _Call(weights, tokens, valid, key, sampling, reading)
+    if max_time is None:
+        return _whole(call, plan)
+    if not max_time > 0:
+        raise MoejaxError(f"max_time={max_time}: a number of seconds above 0, or None for no limit.")
+    return _timed(call, plan, max_time)
+
+
+def _check_words(sampling: Sampling, weights: Decoder | Packed) -> None:
+    worst = max((max(word) for word in sampling.bad_words), default=-1)
+    if worst >= 0 and worst >= (size := unpack(weights).config.vocab_size):
+        raise MoejaxError(f"bad_words holds token id {worst}, outside the vocabulary of {size}.")
+
+
+def _prefill(call: _Call, plan: Plan) -> _State:
+    """Read the prompts and choose the first token. The last token to be chosen needs no slot: none follows it."""
+    decoder, rows = unpack(call.weights), call.sampling.rows
+    batch, prompt = call.tokens.shape
+    cache = decoder.empty_cache(batch, prompt + plan.max_new_tokens - 1)
+    logits, cache = _forward(decoder, call.tokens, call.valid, cache, call.reading)
+    if rows > 1:
+        each = jnp.repeat(jnp.arange(batch), rows)
+        logits, cache = logits[each], _take_rows(cache, each)
+    kind = Beams if call.sampling.num_beams > 1 else Draws
+    return _choose(call, plan, kind.start(logits, call.sampling, plan), logits, cache, 0, plan.max_new_tokens)
+
+
+def _decode(call: _Call, state: _State, plan: Plan, until: Int[Array, ""] | int, limit: Int[Array, ""] | int) -> _State:
+    """Go on until ``until`` tokens or until no row can; at ``limit`` tokens every row ends."""
+    decoder, rows = unpack(call.weights), call.sampling.rows
+    # gates that differ by prompt hold for each of its rows
+    gates = jax.tree.map(lambda g: g if g.shape[1] == 1 else jnp.repeat(g, rows, axis=1), call.reading.gates)
+    reading = replace(call.reading, gates=gates)
 
     def unfinished(state: _State) -> Array:
-        return (state.step < max_new_tokens) & ~state.done.all()
+        return (state.step < until) & ~state.choice.finished(call.sampling)
 
     def step(state: _State) -> _State:
-        key, draw_key = jax.random.split(state.key)
-        drawn = sampling.draw(state.logits, draw_key).astype(jnp.int32)
-        drawn = jnp.where(state.done, pad_id, drawn)
-        done = state.done | jnp.isin(drawn, jnp.array(eos_ids, jnp.int32))
-        written = jax.lax.dynamic_update_slice_in_dim(state.tokens, drawn[:, None], state.step, axis=1)
-        logits, cache = advance(drawn[:, None], jnp.ones((batch, 1), bool), state.cache)
-        return _State(state.step + 1, cache, logits, written, done, key)
+        parents = state.choice.parents
+        cache = state.cache if parents is None else _take_rows(state.cache, parents)
+        newest = jax.lax.dynamic_slice_in_dim(state.choice.written, state.step - 1, 1, axis=1)
+        logits, cache = _forward(decoder, newest, jnp.ones(newest.shape, bool), cache, reading)
+        return _choose(call, plan, state.choice, logits, cache, state.step, limit)
 
-    logits, cache = advance(tokens, valid, decoder.empty_cache(batch, prompt + max_new_tokens))
-    out = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
-    start = _State(jnp.zeros((), jnp.int32), cache, logits, out, jnp.zeros(batch, bool), key)
-    return jax.lax.while_loop(unfinished, step, start).tokens
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _choose(
+    call: _Call,
+    plan: Plan,
+    choice: Draws | Beams,
+    logits: Array,
+    cache: Cache,
+    step: Int[Array, ""] | int,
+    limit: Int[Array, ""] | int,
+) -> _State:
+    history = _history(call, choice, step) if call.sampling.reads_history else None
+    turn = Turn(logits, history, step, limit, jax.random.fold_in(call.key, step))
+    return _State(jnp.asarray(step + 1, jnp.int32), cache, choice.choose(turn, call.sampling, plan))
+
+
+def _history(call: _Call, choice: Draws | Beams, step: Int[Array, ""] | int) -> Int[Array, "R S"]:
+    """Prompt and tokens so far of every row, the newest last, -1 where there is none."""
+    prompt = jnp.repeat(jnp.where(call.valid, call.tokens, -1), call.sampling.rows, axis=0)
+    room = choice.written.shape[1]
+    written = jnp.where(jnp.arange(room) < step, choice.written, -1)
+    return jnp.roll(jnp.concatenate([prompt, written], axis=1), room - step, axis=1)
+
+
+def _result(call: _Call, state: _State, plan: Plan) -> Generation:
+    return state.choice.result(state.step, call.sampling, plan)
+
+
+def _forward(decoder: Decoder, new: Array, valid: Array, cache: Cache, reading: Reading) -> tuple[Array, Cache]:
+    """Logits ``[B V]`` behind the last of the ``new`` tokens, and the cache with them."""
+    hidden = decoder.hidden(new, valid=valid, cache=cache, reading=reading)
+    assert hidden.cache is not None
+    return decoder.logits(hidden.stream[:, -1], reading), hidden.cache
+
+
+def _take_rows(cache: Cache, rows: Int[Array, " R"]) -> Cache:
+    def take(x: Array) -> Array:
+        # said to be in bounds, it is a plain copy of rows; otherwise each is checked
+        return x.at[rows].get(mode="promise_in_bounds")
+
+    return cache._replace(layers=jax.tree.map(take, cache.layers), valid=take(cache.valid))
+
+
+@partial(jax.jit, static_argnames="plan")
+def _whole(call: _Call, plan: Plan) -> Generation:
+    limit = plan.max_new_tokens
+    return _result(call, _decode(call, _prefill(call, plan), plan, limit, limit), plan)
+
+
+# The same in parts. A part's state is the next one's to overwrite, so that there is one cache only.
+_jit_prefill = jax.jit(_prefill, static_argnames="plan")
+_jit_decode = jax.jit(_decode, static_argnames="plan", donate_argnames="state")
+_jit_result = jax.jit(_result, static_argnames="plan")
+
+
+def _timed(call: _Call, plan: Plan, max_time: float) -> Generation:
+    """Decode in parts, each as long as half of the time left should allow, so that the overrun is about one step."""
+    limit = plan.max_new_tokens
+    # no steps: compiles the loop while the device reads the prompt
+    state = _jit_decode(call, _jit_prefill(call, plan), plan, 1, limit)
+    end, pace = time.monotonic() + max_time, float("inf")
+    while not bool(state.choice.finished(call.sampling)) and (step := int(state.step)) < limit:
+        begun = time.monotonic()
+        if begun >= end:
+            # running beams become answers in a last step, as they do in transformers
+            if call.sampling.num_beams > 1:
+                state = _jit_decode(call, state, plan, step + 1, step + 1)
+            break
+        count = max(1, int((end - begun) / pace / 2))
+        state = jax.block_until_ready(_jit_decode(call, state, plan, min(step + count, limit), limit))
+        pace = (time.monotonic() - begun) / count
+    return _jit_result(call, state, plan)

@@ -62,8 +62,3 @@ class MXFP4:
         bits = jnp.where((exponent < 255) & (scale < 255), bits, 0x7F80)
         bits = jnp.where(size > 0, bits, jnp.where(scale < 255, 0, 0x7FC0))
         return jax.lax.bitcast_convert_type(bits | sign, jnp.bfloat16).astype(dtype).reshape(self.shape)
-
-
-def unpacked(weight: Array | MXFP4, dtype: DTypeLike) -> Array:
-    """``weight`` as an array: itself if it is one, else its values in ``dtype``."""
-    return weight.unpack(dtype) if isinstance(weight, MXFP4) else weight

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.extend.core
@@ -11,40 +10,13 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax import Gates, MoejaxError, PromptError
-from moejax.generation import Sampling, generate_tokens
-from moejax.models import Decoder
-
-PROMPTS = [[5, 31, 8, 44, 17, 9, 23], [12], [40, 7, 7, 51]]
-NEW = 64
-
-
-def transformers_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    import torch
-
-    tokens = torch.tensor([prompt])
-    with torch.no_grad():
-        out = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=1,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
-def with_ends(lm: moejax.LM, *eos_ids: int) -> moejax.LM:
-    """The same weights with other end-of-text tokens."""
-    tree = jax.tree.structure(Decoder.abstract(dataclasses.replace(lm.config, eos_ids=eos_ids)))
-    return moejax.LM(jax.tree.unflatten(tree, jax.tree.leaves(lm.decoder)))
-
-
-@pytest.fixture(scope="module")
-def greedy(toy_torch: Any) -> list[list[int]]:
-    """What transformers continues each prompt with."""
-    return [transformers_greedy(toy_torch, prompt, NEW) for prompt in PROMPTS]
+from generation.conftest import NEW
+from generation.reference import PAD, PROMPTS, theirs, until
+from moejax import Gates, PromptError
+from moejax.generation import Sampling, decode, generate_tokens
+from moejax.lm import left_pad
+from moejax.models import Cache, Decoder
+from moejax.rules import Reading
 
 
 def test_the_model_is_worth_generating_from(greedy: list[list[int]]) -> None:
@@ -52,9 +24,8 @@ def test_the_model_is_worth_generating_from(greedy: list[list[int]]) -> None:
     assert all(len(row) == NEW and len(set(row)) > 5 for row in greedy)
 
 
-@pytest.mark.parametrize("row", range(3))
-def test_greedy_tokens_equal_transformers(row: int, toy_lm: moejax.LM, greedy: list[list[int]]) -> None:
-    assert toy_lm.generate_ids([PROMPTS[row]], max_new_tokens=NEW) == [greedy[row]]
+def test_greedy_tokens_equal_transformers(toy_lm: moejax.LM, greedy: list[list[int]]) -> None:
+    assert toy_lm.generate_ids(PROMPTS[:1], max_new_tokens=NEW) == greedy[:1]
 
 
 def test_batch_of_unequal_prompts_equals_single_prompts(toy_lm: moejax.LM, greedy: list[list[int]]) -> None:
@@ -64,59 +35,64 @@ def test_batch_of_unequal_prompts_equals_single_prompts(toy_lm: moejax.LM, greed
 @pytest.mark.parametrize("options", [{"norm_topk_prob": True, "clip_qkv": 0.5}], ids=["renormalised and clipped"])
 def test_greedy_tokens_of_another_architecture(options: dict, make_olmoe: Callable) -> None:
     model = make_olmoe(**options)
-    want = transformers_greedy(model, PROMPTS[0], NEW)
-    assert moejax.load(model).generate_ids([PROMPTS[0]], max_new_tokens=NEW) == [want]
+    want = theirs(model, PROMPTS[0], NEW).new
+    assert moejax.load(model).generate_ids([PROMPTS[0]], max_new_tokens=NEW) == want
 
 
-def until(row: list[int], *ends: int) -> list[int]:
-    """The tokens before the first of ``ends``."""
-    return row[: min((row.index(e) for e in ends if e in row), default=len(row))]
+@pytest.fixture(scope="module")
+def ends(greedy: list[list[int]]) -> tuple[int, ...]:
+    """One stops the second row at once, one the first row later."""
+    return greedy[0][9], greedy[1][0]
 
 
-def test_end_of_text_stops_a_row_and_only_that_row(toy_lm: moejax.LM, greedy: list[list[int]]) -> None:
-    end = greedy[0][9]
-    want = [until(row, end) for row in greedy]
-    assert len({len(row) for row in want}) > 1, "the rows must stop at different steps"
-    assert with_ends(toy_lm, end).generate_ids(PROMPTS, max_new_tokens=NEW) == want
+@pytest.fixture(scope="module")
+def ending(toy_lm: moejax.LM, ends: tuple[int, ...]) -> moejax.LM:
+    """The same weights, configured to end there."""
+    tree = jax.tree.structure(Decoder.abstract(dataclasses.replace(toy_lm.config, eos_ids=ends)))
+    return moejax.LM(jax.tree.unflatten(tree, jax.tree.leaves(toy_lm.decoder)))
 
 
-def test_several_ends(toy_lm: moejax.LM, greedy: list[list[int]]) -> None:
-    ends = greedy[0][20], greedy[0][12]
-    got = with_ends(toy_lm, *ends).generate_ids([PROMPTS[0]], max_new_tokens=NEW)
-    assert got == [until(greedy[0], *ends)]
+def test_the_first_of_several_ends_stops_a_row_and_only_that_row(
+    ending: moejax.LM, greedy: list[list[int]], ends: tuple[int, ...]
+) -> None:
+    want = [until(row, *ends) for row in greedy]
+    assert len({len(row) for row in want}) == 3, "the rows must stop at different steps"
+    assert want[1] == []
+    assert ending.generate_ids(PROMPTS, max_new_tokens=NEW) == want
 
 
-def test_immediate_end_gives_nothing(toy_lm: moejax.LM, greedy: list[list[int]]) -> None:
-    assert with_ends(toy_lm, greedy[1][0]).generate_ids([PROMPTS[1]], max_new_tokens=NEW) == [[]]
+def test_tokens_behind_the_end_are_padding(ending: moejax.LM, greedy: list[list[int]], ends: tuple[int, ...]) -> None:
+    found = ending.generate_tokens(PROMPTS, max_new_tokens=NEW)
+    for tokens, length, row in zip(found.tokens.tolist(), found.lengths.tolist(), greedy, strict=True):
+        assert length == min(len(until(row, *ends)) + 1, NEW)
+        assert tokens == row[:length] + [PAD] * (NEW - length)
 
 
-def test_tokens_behind_the_end_are_padding(toy_lm: moejax.LM, greedy: list[list[int]]) -> None:
-    end = greedy[1][3]
-    stop = greedy[1].index(end)
-    tokens = jnp.array([PROMPTS[1]])
-    out = generate_tokens(
-        toy_lm.decoder,
-        tokens,
-        jnp.ones_like(tokens, bool),
-        jax.random.key(0),
-        max_new_tokens=16,
-        eos_ids=(end,),
-        pad_id=1,
-    )
-    assert out[0, : stop + 1].tolist() == greedy[1][: stop + 1]
-    assert set(out[0, stop + 1 :].tolist()) == {1}
+def test_no_forward_pass_follows_the_last_token(toy_lm: moejax.LM) -> None:
+    """All slots of the cache are written: those of the prompt and of every new token but the last."""
+    tokens, valid = left_pad([np.array(prompt) for prompt in PROMPTS], PAD)
+    call = decode._Call(toy_lm.packed, tokens, valid, jax.random.key(0), Sampling(), Reading())
+    plan = decode.Plan(NEW, (), PAD, return_scores=False)
+    state = decode._jit_decode(call, decode._jit_prefill(call, plan), plan, NEW, NEW)
+    assert int(state.step) == NEW
+    assert int(state.cache.length) == tokens.shape[1] + NEW - 1 == state.cache.valid.shape[1]
 
 
 def test_cached_logits_equal_the_full_forward(toy_lm: moejax.LM, toy_tokens: np.ndarray) -> None:
     """Prefill of three tokens, then one at a time, against one pass over all; one row is left-padded."""
     decoder, tokens = toy_lm.decoder, jnp.asarray(toy_tokens)
     valid = jnp.asarray(np.arange(7) >= np.array([[0], [2], [0]]))
-    want = decoder(tokens, valid=valid)
+    want = toy_lm(tokens, valid=valid)
     cache, got = decoder.empty_cache(3, 9), []
+
+    @jax.jit
+    def advance(new: jax.Array, valid: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        hidden = decoder.hidden(new, valid=valid, cache=cache)
+        return decoder.logits(hidden.stream), hidden.cache
+
     for part in [slice(0, 3), *(slice(i, i + 1) for i in range(3, 7))]:
-        hidden = decoder.hidden(tokens[:, part], valid=valid[:, part], cache=cache)
-        cache = hidden.cache
-        got.append(decoder.logits(hidden.stream))
+        logits, cache = advance(tokens[:, part], valid[:, part], cache)
+        got.append(logits)
     assert int(cache.length) == 7
     difference = np.asarray(jnp.concatenate(got, axis=1) - want)[np.asarray(valid)]
     assert np.abs(difference).max() <= 1e-5 * np.abs(want).max()
@@ -127,28 +103,31 @@ def test_cache_is_in_the_dtype_of_the_weights(toy_lm: moejax.LM) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(half.empty_cache(2, 3).layers)} == {jnp.dtype(jnp.bfloat16)}
 
 
-SAMPLED = {"max_new_tokens": 12, "temperature": 1.3, "top_k": 20, "top_p": 0.95}
+SAMPLED = {"max_new_tokens": 12, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "num_return_sequences": 2}
 
 
-def test_seed_determines_the_draw(toy_lm: moejax.LM) -> None:
+def test_seed_determines_the_draws(toy_lm: moejax.LM) -> None:
     first = toy_lm.generate_ids(PROMPTS, seed=3, **SAMPLED)
     assert toy_lm.generate_ids(PROMPTS, seed=3, **SAMPLED) == first
     assert toy_lm.generate_ids(PROMPTS, seed=4, **SAMPLED) != first
-
-
-def test_top_k_of_one_is_greedy(toy_lm: moejax.LM, greedy: list[list[int]]) -> None:
-    got = toy_lm.generate_ids(PROMPTS, max_new_tokens=12, temperature=1.0, top_k=1, seed=5)
-    assert got == [row[:12] for row in greedy]
+    assert len(first) == 6
+    assert all(one != other for one, other in zip(first[::2], first[1::2], strict=True)), "answers of one prompt"
 
 
 def test_gates_apply_to_new_tokens(toy_lm: moejax.LM) -> None:
-    """An expert switched off while generating is switched off in the forward pass over the result, too."""
-    gates = Gates.ones(toy_lm.config, jnp.zeros((1, 1), jnp.int32)).drop_expert(layer=0, expert=3)
-    gates = gates.drop_expert(layer=1, expert=6)
-    new = toy_lm.generate_ids([PROMPTS[0]], max_new_tokens=12, gates=gates)[0]
-    assert new != toy_lm.generate_ids([PROMPTS[0]], max_new_tokens=12)[0]
-    logits = toy_lm(jnp.array(PROMPTS[0] + new), gates=gates)
-    assert jnp.argmax(logits[0, len(PROMPTS[0]) - 1 : -1], axis=-1).tolist() == new
+    """An expert switched off while generating is switched off in the forward pass over the result, too.
+
+    The gates differ by prompt, and every beam of a prompt has that prompt's.
+    """
+    prompts = [PROMPTS[0], PROMPTS[0]]
+    gates = Gates.ones(toy_lm.config, jnp.zeros((2, 1), jnp.int32))
+    gates = dataclasses.replace(gates, experts=gates.experts.at[0, 1, :, 3].set(0).at[1, 1, :, 6].set(0))
+    found = toy_lm.generate_tokens(prompts, max_new_tokens=12, gates=gates, num_beams=2, return_scores=True)
+    assert found.tokens[0].tolist() != found.tokens[1].tolist()
+    logits = toy_lm(jnp.concatenate([jnp.array(prompts), found.tokens], axis=1), gates=gates)
+    plain = jax.nn.log_softmax(logits[:, len(PROMPTS[0]) - 1 : -1])
+    want = jnp.take_along_axis(plain, found.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found.log_probs, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", [[], [53], [-1]], ids=str)
@@ -170,14 +149,6 @@ def test_one_empty_prompt_of_several(toy_lm: moejax.LM) -> None:
 
 def test_no_prompts_give_no_answers(toy_lm: moejax.LM) -> None:
     assert toy_lm.generate_ids([]) == []
-
-
-@pytest.mark.parametrize(
-    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}], ids=str
-)
-def test_bad_options(options: dict, toy_lm: moejax.LM) -> None:
-    with pytest.raises(MoejaxError, match=next(iter(options))):
-        toy_lm.generate_ids([PROMPTS[0]], **options)
 
 
 def jaxprs_within(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.Jaxpr]:

@@ -68,12 +68,19 @@ def test_greedy_takes_the_first_of_equals() -> None:
     assert Sampling().draw(jnp.array([[1.0, 4.0, 4.0], [0.0, 0.0, 0.0]]), jax.random.key(0)).tolist() == [1, 0]
 
 
+def test_one_kept_token_is_the_greedy_choice() -> None:
+    logits = jax.random.normal(jax.random.key(0), (40, 31))
+    for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6)):
+        drawn = sampling.draw(sampling.limited(logits), jax.random.key(1))
+        assert drawn.tolist() == Sampling().draw(logits, jax.random.key(2)).tolist()
+
+
 def test_draws_follow_the_limited_distribution() -> None:
     """40 000 draws: each token's count within 4.5 standard deviations, none of what the limits left out."""
     logits, sampling, draws = jnp.array([0.0, 1.0, 2.0, 2.5, -1.0, 0.5, -3.0]), Sampling(1.5, 5, 0.9), 40_000
-    rows = jnp.tile(logits, (draws, 1))
-    counts = np.bincount(np.asarray(sampling.draw(rows, jax.random.key(7))), minlength=7)
-    probability = np.asarray(jax.nn.softmax(sampling.limited(logits[None])[0]), np.float64)
+    limited = sampling.limited(logits[None])
+    counts = np.bincount(np.asarray(sampling.draw(jnp.tile(limited, (draws, 1)), jax.random.key(7))), minlength=7)
+    probability = np.asarray(jax.nn.softmax(limited[0]), np.float64)
     assert 2 < (probability > 0).sum() < 6
     assert not counts[probability == 0].any()
     deviation = np.sqrt(draws * probability * (1 - probability))

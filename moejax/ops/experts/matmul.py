@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from moejax.ops.experts.assignment import Assignment
-from moejax.ops.mxfp4 import MXFP4, unpacked
+from moejax.ops.mxfp4 import MXFP4
 
 Implementation = Literal["gather", "padded"]
 
@@ -58,11 +58,11 @@ def _gather(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: 
     m = _outputs(weight)
     spec = f"tk{m},tk{m}d->tkd" if transpose else f"tkd,tk{m}d->tk{m}"
     rows = jnp.broadcast_to(x, (*assignment.ids.shape, *x.shape[2:]))
-    return jnp.einsum(spec, rows, unpacked(weight[assignment.ids], x.dtype))
+    return jnp.einsum(spec, *_unpacked_in_turn(rows, weight[assignment.ids]))
 
 
 def _padded(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
-    weight = unpacked(packed, x.dtype)
+    x, weight = _unpacked_in_turn(x, packed)
     m, slots = _outputs(weight), assignment.ids.shape[1]
     spec = f"ec{m},e{m}d->ecd" if transpose else f"ecd,e{m}d->ec{m}"
     width = weight.shape[-1:] if transpose else weight.shape[1:-1]
@@ -89,6 +89,17 @@ def _padded(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: 
         return one_pass(capacity, x, weight, rows, assignment.rank)
 
     return _by_capacity(single, passes, assignment, x, weight)
+
+
+def _unpacked_in_turn(x: Array, weight: Array | MXFP4) -> tuple[Array, Array]:
+    """``x``, and the matrices in its dtype, unpacked no earlier than ``x`` is there and for this product alone.
+
+    Otherwise XLA unpacks all layers at once, or keeps what the forward pass unpacked for the backward pass.
+    """
+    if not isinstance(weight, MXFP4):
+        return x, weight
+    x, weight = jax.lax.optimization_barrier((x, weight))
+    return x, weight.unpack(x.dtype)
 
 
 def _weight_gradient(x: Array, cotangent: Array, weight: Array, assignment: Assignment, transpose: bool) -> Array:
