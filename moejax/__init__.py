@@ -7,6 +7,7 @@ from moejax.lm import LM, load
 from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR
 from moejax.relevance import (
     Argmax,
+    Cell,
     Continuation,
     Contrast,
     Direction,
@@ -17,9 +18,12 @@ from moejax.relevance import (
     RouterChoice,
     Span,
     Token,
+    ablate,
+    baselines,
     explain,
     explain_batch,
 )
+from moejax.relevance.backtrace import Backtrace
 from moejax.rules import Gates
 
 __version__ = "0.1.0"
@@ -30,6 +34,8 @@ __all__ = [
     "LM",
     "TENSOR",
     "Argmax",
+    "Backtrace",
+    "Cell",
     "CheckpointError",
     "ConfigError",
     "Continuation",
@@ -45,6 +51,8 @@ __all__ = [
     "RouterChoice",
     "Span",
     "Token",
+    "ablate",
+    "baselines",
     "convert",
     "explain",
     "explain_batch",

@@ -13,11 +13,15 @@ from moejax.models import FAMILIES, Config, family
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers that describe a mixture, under the names that Hugging Face configs have for them."""
+    """The numbers that describe a mixture, under the names that Hugging Face configs have for them.
+
+    ``intermediate_size`` is the width of a routed expert, whatever a family calls it.
+    """
 
     model_type: str
     vocab_size: int
     hidden_size: int
+    intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_experts: int
@@ -31,6 +35,7 @@ class ModelConfig:
             model_type=config.model_type,
             vocab_size=config.vocab_size,
             hidden_size=config.model_dim,
+            intermediate_size=config.expert_dim,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_experts=config.num_experts,

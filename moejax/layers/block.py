@@ -65,10 +65,12 @@ class Block(nnx.Module):
         x = reading.tap("stream", reading.gate("tokens", x))
         normed = reading.tap("attention_norm", self.attention_norm(x, reading))
         attended, stored, attention_routing = self.attention(normed, context, cache, reading)
-        x = reading.rule.add(x, reading.tap("attention", attended))
-        normed = reading.tap("feed_forward_norm", self.feed_forward_norm(reading.tap("middle", x), reading))
+        x = reading.rule.add(x, reading.tap("attention", reading.gate("attention", attended)))
+        x = reading.tap("middle", x)
+        normed = reading.tap("feed_forward_norm", self.feed_forward_norm(x, reading))
         if isinstance(self.feed_forward, MLP):
             y, routing = self.feed_forward(normed, reading), None
         else:
             y, routing = self.feed_forward(normed, reading)
-        return reading.rule.add(x, reading.tap("feed_forward", y)), stored, Routes(attention_routing, routing)
+        y = reading.tap("feed_forward", reading.gate("feed_forward", y))
+        return reading.rule.add(x, y), stored, Routes(attention_routing, routing)

@@ -67,7 +67,7 @@ class MixtureAttention(nnx.Module):
         c = self.config
         batch, tokens = x.shape[:2]
         slots, groups = c.router.num_selected, c.num_kv_heads
-        routing, assignment = self.router(x, reading)
+        routing, assignment = self.router(x, reading, "attention_")
         q = expert_linear(x[:, :, None], self.query, None, assignment, reading)
         k, v = jnp.split(self.key_value(x, reading), 2, axis=-1)
         k, v = (t.reshape(batch, tokens, groups, c.head_dim) for t in (k, v))

@@ -48,11 +48,18 @@ class Router(nnx.Module):
         """Random weights."""
         return cls(Linear.init(key, model_dim, config.num_experts, bias=config.bias, dtype=dtype), config)
 
-    def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Routing, Assignment]:
-        """Where every token goes, and the same for the grouped products."""
+    def __call__(self, x: Float[Array, "B T D"], reading: Reading, prefix: str = "") -> tuple[Routing, Assignment]:
+        """Where every token goes, and the same for the grouped products; ``prefix`` names the gates."""
         c = self.config
         logits = reading.enter("router", reading.linear(wide_matmul, x, self.linear.weight, self.linear.bias))
-        routing = route(logits, c.num_selected, score=SCORES[c.score], weigh=WEIGHTS[c.weigh])
+        routing = route(
+            logits,
+            c.num_selected,
+            score=SCORES[c.score],
+            weigh=WEIGHTS[c.weigh],
+            choices=reading.by_expert(f"{prefix}choices", x.shape[:-1]),
+            shares=reading.by_expert(f"{prefix}shares", x.shape[:-1]),
+        )
         return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts)
 
     def combine(

@@ -58,6 +58,11 @@ class Config:
         return max((moe.router.num_experts for moe in self._moe), default=0)
 
     @property
+    def expert_dim(self) -> int:
+        """Hidden units of an expert."""
+        return max((moe.expert_dim for moe in self._moe), default=0)
+
+    @property
     def num_selected(self) -> int:
         """Routed slots of a token."""
         return max((moe.router.num_selected for moe in self._moe), default=0)

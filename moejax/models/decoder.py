@@ -93,15 +93,17 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         reading: Reading = Reading(),
         rematerialise: bool = False,
+        embedded: Float[Array, "B T D"] | None = None,
     ) -> Hidden:
         """Run all layers. Positions count valid tokens only, so padding may stand on either side.
 
+        ``embedded`` enters the first layer in place of the tokens' embeddings.
         With ``rematerialise`` a backward pass finds only the stream between layers kept and computes the rest again.
         """
         run_block = jax.checkpoint(_run_block) if rematerialise else _run_block
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
         context, cache = self._context(valid, cache)
-        x = self.embedding[tokens]
+        x = self.embedding[tokens] if embedded is None else embedded
         stored, routing, entering = [], [], []
         for i, layer in enumerate(self.layers):
             entering.append(x)

@@ -1,5 +1,18 @@
 """Relevance: targets, ``explain``, and the conservation ledger."""
 
+from moejax.relevance.ablate import Cell, ablate
+from moejax.relevance.baselines import (
+    BASELINES,
+    Direct,
+    Scores,
+    activation_norm,
+    direct_logit_attribution,
+    frequency,
+    integrated_gradients,
+    reap,
+    rollout,
+    router_weight,
+)
 from moejax.relevance.engine import NODES
 from moejax.relevance.explain import explain, explain_batch
 from moejax.relevance.ledger import Ledger
@@ -19,11 +32,14 @@ from moejax.relevance.targets import (
 )
 
 __all__ = [
+    "BASELINES",
     "NODES",
     "Argmax",
     "Candidate",
+    "Cell",
     "Continuation",
     "Contrast",
+    "Direct",
     "Direction",
     "Generated",
     "Ledger",
@@ -31,9 +47,18 @@ __all__ = [
     "MeanContrast",
     "Relevance",
     "RouterChoice",
+    "Scores",
     "Span",
     "Target",
     "Token",
+    "ablate",
+    "activation_norm",
+    "direct_logit_attribution",
     "explain",
     "explain_batch",
+    "frequency",
+    "integrated_gradients",
+    "reap",
+    "rollout",
+    "router_weight",
 ]

@@ -50,6 +50,10 @@ class Gates:
         heads: an attention head's output for a token.
         attention_experts, attention_slots: as ``experts`` and ``slots``, for mixtures of attention experts.
         shared: a shared expert's contribution to a token.
+        attention, feed_forward: all that a layer's attention, or its feed-forward part, writes for a token.
+        shares: an expert's routing weight, made up for by those of the token's other experts: their sum is kept.
+        choices: an expert that a token may be routed to; at zero the next best takes its place.
+        attention_shares, attention_choices: as ``shares`` and ``choices``, for mixtures of attention experts.
     """
 
     tokens: Float[Array, "L+1 B T"] | None = None
@@ -59,10 +63,19 @@ class Gates:
     attention_experts: Float[Array, "L B T E"] | None = None
     attention_slots: Float[Array, "L B T K"] | None = None
     shared: Float[Array, "L B T N"] | None = None
+    attention: Float[Array, "L B T"] | None = None
+    feed_forward: Float[Array, "L B T"] | None = None
+    shares: Float[Array, "L B T E"] | None = None
+    choices: Float[Array, "L B T E"] | None = None
+    attention_shares: Float[Array, "L B T E"] | None = None
+    attention_choices: Float[Array, "L B T E"] | None = None
 
     @classmethod
     def ones(cls, config: _Sizes, tokens: TokenIds) -> Self:
-        """Gates that change nothing, as knobs for ``tokens``: by expert id, none by slot."""
+        """Gates that change nothing, as knobs for ``tokens``: by expert id, none by slot.
+
+        Those on whole parts of a layer and on the routing stay ``None`` until a ``drop_..`` sets them.
+        """
         return cls._ones(config, tokens, experts=config.num_experts, attention_experts=config.num_attention_experts)
 
     @classmethod
@@ -86,7 +99,7 @@ class Gates:
         fit, readout = Gates.ones(config, tokens), Gates.readout(config, jnp.asarray(tokens))
         for f in fields(self):
             mine = getattr(self, f.name)
-            theirs = getattr(readout, f.name) if f.name.endswith("slots") else getattr(fit, f.name)
+            theirs = getattr(readout, f.name) if f.name.endswith("slots") else fit.like(f.name)
             if mine is None:
                 continue
             if theirs is None:
@@ -110,13 +123,35 @@ class Gates:
         theirs = {f.name: getattr(knobs, f.name) for f in fields(knobs)}
         return replace(self, **{k: _product(mine[k], theirs[k]) for k in mine})
 
-    def drop_expert(self, layer: int, expert: int, token: int | None = None, value: float = 0.0) -> Self:
-        """Switch one expert of one layer off, for one token position or for all."""
-        return self._set("experts", layer, token, expert, value)
+    def drop_expert(
+        self, layer: int, expert: int, token: int | None = None, value: float = 0.0, how: str = "zero"
+    ) -> Self:
+        """Switch one expert of one layer off, for one token position or for all.
 
-    def drop_attention_expert(self, layer: int, expert: int, token: int | None = None, value: float = 0.0) -> Self:
-        """Switch one attention expert of one layer off, for one token position or for all."""
-        return self._set("attention_experts", layer, token, expert, value)
+        Args:
+            how: what happens to the token's other experts, a word of :data:`HOW`: ``"zero"`` nothing,
+                ``"renormalise"`` their weights grow so that the sum of the weights is kept, ``"replace"`` the next best
+                expert runs too, with the weights as if the router had selected it.
+        """
+        return self._set(_way(how), layer, token, expert, value)
+
+    def drop_attention_expert(
+        self, layer: int, expert: int, token: int | None = None, value: float = 0.0, how: str = "zero"
+    ) -> Self:
+        """:meth:`drop_expert` for attention experts."""
+        return self._set(f"attention_{_way(how)}", layer, token, expert, value)
+
+    def drop_shared(self, layer: int, token: int | None = None, value: float = 0.0) -> Self:
+        """Switch the shared expert of one layer off, for one token position or for all."""
+        return self._set("shared", layer, token, 0, value)
+
+    def drop_attention(self, layer: int, token: int | None = None, value: float = 0.0) -> Self:
+        """Switch all that the attention of one layer writes off, for one token position or for all."""
+        return self._set("attention", layer, token, None, value)
+
+    def drop_feed_forward(self, layer: int, token: int | None = None, value: float = 0.0) -> Self:
+        """Switch all that the feed-forward part of one layer writes off, for one token position or for all."""
+        return self._set("feed_forward", layer, token, None, value)
 
     def drop_head(self, layer: int, head: int, token: int | None = None, value: float = 0.0) -> Self:
         """Switch one attention head of one layer off, for one query position or for all."""
@@ -125,31 +160,61 @@ class Gates:
     def drop_token(self, token: int, layer: int = 0, value: float = 0.0) -> Self:
         """Zero the residual stream of one token where it enters ``layer`` (0: its embedding)."""
         gate = self._field("tokens")
-        _check_index("layer", layer, gate.shape[0])
-        _check_index("token", token, gate.shape[-1])
+        check_index("layer", layer, gate.shape[0])
+        check_index("token", token, gate.shape[-1])
         return replace(self, tokens=gate.at[layer, :, token].set(value))
 
-    def _set(self, name: str, layer: int, token: int | None, index: int, value: float) -> Self:
+    def _set(self, name: str, layer: int, token: int | None, index: int | None, value: float) -> Self:
+        """``index`` is that of the expert or head; fields without such an axis have none."""
         gate = self._field(name)
-        _check_index("layer", layer, gate.shape[0])
-        _check_index(name[:-1], index, gate.shape[-1])
-        if token is not None:
-            _check_index("token", token, gate.shape[-2])
+        check_index("layer", layer, gate.shape[0])
+        check_index("token", token or 0, gate.shape[2])
+        last = () if index is None else (index,)
+        if index is not None:
+            check_index(_ALIKE.get(name, name)[:-1], index, gate.shape[-1])
         where = slice(None) if token is None else token
-        return replace(self, **{name: gate.at[layer, :, where, index].set(value)})
+        return replace(self, **{name: gate.at[(layer, slice(None), where, *last)].set(value)})
 
     def _field(self, name: str) -> Array:
-        gate = getattr(self, name)
+        gate = self.like(name)
         if gate is None:
             raise ValueError(f"these gates have no {name!r}; start from Gates.ones(config, tokens).")
         return gate
+
+    def like(self, name: str) -> Array | None:
+        """The field, or the ones that it would be in gates that have its kin."""
+        gate = getattr(self, name)
+        kin = None if gate is not None or name not in _ALIKE else getattr(self, _ALIKE[name])
+        if kin is None:
+            return gate
+        return jnp.ones_like(kin[: max(1, len(kin) - 1)] if _ALIKE[name] == "tokens" else kin)
+
+
+HOW = {"zero": "experts", "renormalise": "shares", "replace": "choices"}
+"""Ways to switch an expert off, and the field of :class:`Gates` that does it."""
+
+_ALIKE = {
+    "attention": "tokens",
+    "feed_forward": "tokens",
+    "shares": "experts",
+    "choices": "experts",
+    "attention_shares": "attention_experts",
+    "attention_choices": "attention_experts",
+}
+"""Fields that :meth:`Gates.ones` leaves out, and a field of the same shape (the tokens' without its last layer)."""
+
+
+def _way(how: str) -> str:
+    if how not in HOW:
+        raise MoejaxError(f"how={how!r} is unknown; choose from {', '.join(HOW)}.")
+    return HOW[how]
 
 
 def _product(a: Array | None, b: Array | None) -> Array | None:
     return b if a is None else a if b is None else a * b
 
 
-def _check_index(what: str, index: int, size: int) -> None:
+def check_index(what: str, index: int, size: int) -> None:
     # jax drops out-of-range updates in silence, which would pass as "this expert does not matter"
     if not -size <= index < size:
         raise IndexError(f"{what} {index} is out of range: there are {size}.")

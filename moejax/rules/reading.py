@@ -56,11 +56,13 @@ class Reading:
         ``prefix`` names another set of experts, such as ``"attention_"``.
         """
         x = self.gate(f"{prefix}slots", x)
-        experts = getattr(self.gates, f"{prefix}experts")
-        if experts is None:
-            return x
-        experts = jnp.broadcast_to(experts, (*ids.shape[:-1], experts.shape[-1]))
-        return gate(x, jnp.take_along_axis(experts, ids, axis=-1)[..., None])
+        experts = self.by_expert(f"{prefix}experts", ids.shape[:-1])
+        return x if experts is None else gate(x, jnp.take_along_axis(experts, ids, axis=-1)[..., None])
+
+    def by_expert(self, name: str, batch: tuple[int, ...]) -> Float[Array, "B T E"] | None:
+        """The gate of that name for every token and expert, if there is one."""
+        experts = getattr(self.gates, name)
+        return None if experts is None else jnp.broadcast_to(experts, (*batch, experts.shape[-1]))
 
     def enter(self, name: str, x: Float[Array, "B *s"]) -> Float[Array, "B *s"]:
         """``x`` as an input of the operation that the ledger books under ``name``."""

@@ -84,6 +84,9 @@ class Edits:
     experts: set[tuple[int, int, int]] = field(default_factory=set)  # layer, token, expert
     heads: set[tuple[int, int, int]] = field(default_factory=set)  # layer, token, head
     tokens: set[tuple[int, int]] = field(default_factory=set)  # layer, token
+    # experts left out in another way: the others' weights keep the sum; the next best takes the place
+    renormalised: set[tuple[int, int, int]] = field(default_factory=set)
+    replaced: set[tuple[int, int, int]] = field(default_factory=set)
 
 
 class Layer:
@@ -127,18 +130,24 @@ class Layer:
         self.moe_in = x
         self.logits = Affine.of(moe.router.linear).forward(x)
         self.probability = softmax(self.logits)
-        self.ids = np.array(
-            [sorted(range(c.router.num_experts), key=lambda e: -row[e])[: c.router.num_selected] for row in self.logits]
-        )
+        self.ids = np.array([self._best(t, row)[: c.router.num_selected] for t, row in enumerate(self.logits)])
         self.weights = np.take_along_axis(self.probability, self.ids, axis=-1)
         if c.router.weigh == "renormalised":
             self.weights = self.weights / self.weights.sum(-1, keepdims=True)
+        for t, row in enumerate(self.ids):
+            gone = [(self.index, t, e) in self.edits.renormalised for e in row]
+            if any(gone) and not all(gone):
+                kept = np.where(gone, 0, self.weights[t])
+                self.weights[t] = kept / kept.sum() * self.weights[t].sum()
         self.terms = np.zeros((len(x), c.router.num_selected, c.model_dim))
         for t, row in enumerate(self.ids):
             for slot, e in enumerate(row):
                 if (self.index, t, e) not in self.edits.experts:
                     self.terms[t, slot] = self.weights[t, slot] * (wide(moe.down[e]) @ self._hidden(t, e)[2])
         self.mixed = self.terms.sum(1)
+
+    def _best(self, t: int, logits: Array) -> list[int]:
+        return sorted(range(len(logits)), key=lambda e: ((self.index, t, e) in self.edits.replaced, -logits[e]))
 
     def _hidden(self, t: int, e: int) -> tuple[Array, Array, Array]:
         gate, up = (wide(m) @ self.moe_in[t] for m in self.block.feed_forward.gate_up[e])

@@ -98,8 +98,8 @@ def _unpacked_in_turn(x: Array, weight: Array | MXFP4) -> tuple[Array, Array]:
     """
     if not isinstance(weight, MXFP4):
         return x, weight
-    x, weight = jax.lax.optimization_barrier((x, weight))
-    return x, weight.unpack(x.dtype)
+    x, packed = jax.lax.optimization_barrier((x, weight))
+    return x, packed.unpack(x.dtype)
 
 
 def _weight_gradient(x: Array, cotangent: Array, weight: Array, assignment: Assignment, transpose: bool) -> Array:

@@ -1,0 +1,268 @@
+"""``ablate``: switch parts of a model off, many at a time, and see how a target changes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moejax.errors import MoejaxError
+from moejax.lm import LM, Prompt
+from moejax.models import Config, Decoder, Hidden, Packed, unpack
+from moejax.relevance.engine import Aimed, LogitSeeds, Seeds
+from moejax.relevance.explain import decoder_dtype
+from moejax.relevance.result import Relevance
+from moejax.relevance.targets import Aim, Argmax, Target
+from moejax.rules import Gates, Reading
+from moejax.rules.gates import HOW, check_index
+
+Kind = Literal["expert", "attention_expert", "head", "token", "attention", "feed_forward", "shared"]
+
+_TOKENS_AT_A_TIME = 8192
+"""Tokens of one batch of interventions, unless a chunk is given."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One part of a model that can be switched off; make it with :meth:`expert` and the other constructors.
+
+    Attributes:
+        index: of the expert or head; 0 where there is nothing to count.
+        position: the token at which it is switched off; at all by default.
+    """
+
+    kind: Kind
+    layer: int
+    index: int = 0
+    position: int | None = None
+
+    @classmethod
+    def expert(cls, layer: int, expert: int, token: int | None = None) -> Self:
+        """What an expert contributes to a token."""
+        return cls("expert", layer, expert, token)
+
+    @classmethod
+    def attention_expert(cls, layer: int, expert: int, token: int | None = None) -> Self:
+        """What an attention expert contributes to a token."""
+        return cls("attention_expert", layer, expert, token)
+
+    @classmethod
+    def head(cls, layer: int, head: int, token: int | None = None) -> Self:
+        """The output of an attention head at a query."""
+        return cls("head", layer, head, token)
+
+    @classmethod
+    def token(cls, token: int, layer: int = 0) -> Self:
+        """The residual stream of a token where it enters a layer; of the first, its embedding."""
+        return cls("token", layer, position=token)
+
+    @classmethod
+    def attention(cls, layer: int, token: int | None = None) -> Self:
+        """All that a layer's attention writes."""
+        return cls("attention", layer, position=token)
+
+    @classmethod
+    def feed_forward(cls, layer: int, token: int | None = None) -> Self:
+        """All that a layer's feed-forward part writes."""
+        return cls("feed_forward", layer, position=token)
+
+    @classmethod
+    def shared(cls, layer: int, token: int | None = None) -> Self:
+        """What a layer's shared expert contributes to a token."""
+        return cls("shared", layer, position=token)
+
+    @classmethod
+    def routed(cls, relevance: Relevance) -> list[Self]:
+        """The expert of every routed slot at its token, in the order of ``relevance.experts[n].ravel()``.
+
+        Slots of layers without experts are left out.
+        """
+        ids = relevance.expert_ids
+        return [cls.expert(*map(int, (at[0], ids[at], at[1]))) for at in np.ndindex(ids.shape) if ids[at] >= 0]
+
+
+def ablate(
+    lm: LM,
+    prompt: Prompt,
+    *,
+    cells: Sequence[Cell | Sequence[Cell]],
+    target: Target = Argmax(),
+    how: str = "zero",
+    gates: Gates | None = None,
+    chunk: int | None = None,
+) -> Float[np.ndarray, "M N"]:
+    """How much each of M interventions takes from each of N targets: the target without it minus that with it.
+
+    A target's tokens are those of the intact pass. Averages of logits weighted by probabilities count as the
+    logarithms that they are the first order of: the change of :class:`LogProbability` is that of the log-probability.
+
+    Args:
+        cells: what to switch off; several cells in one place are switched off together.
+        how: what happens in place of an expert: ``"zero"`` nothing, ``"renormalise"`` the weights of the token's other
+            experts grow so that their sum is kept, ``"replace"`` the next best expert runs with the weights as if the
+            router had selected it. All else is zeroed.
+        gates: interventions that hold throughout; they must broadcast over the batch.
+        chunk: how many interventions to run at a time, to bound memory; by default as many as make 8192 tokens.
+
+    Raises:
+        PromptError: as in :func:`explain`.
+        IndexError: a cell is not in the model or the prompt.
+        MoejaxError: an unknown ``how``, a kind of cell that the layer has not, no expert left to take a place.
+    """
+    question = Question.of(lm, prompt, target)
+    length = question.tokens.shape[1]
+    interventions = [[c] if isinstance(c, Cell) else list(c) for c in cells]
+    knobs = Gates() if gates is None else gates.check(lm.config, question.tokens)
+    rows = max(1, min(chunk or _TOKENS_AT_A_TIME // length, len(interventions)))
+    found = []
+    switches = _switches(lm.config, length, interventions, how)
+    for start in range(0, len(interventions), rows):
+        # the first row is the intact pass; a last chunk is filled up with more of the same, not to compile it anew
+        part = {name: _filled(s[start : start + rows], 1, rows + 1) for name, s in switches.items()}
+        found.append(_values(lm.packed, question.tokens, question.seeds, part, knobs))
+    values = [np.asarray(v, np.float64) for v in found]
+    changes = np.concatenate([np.zeros((0, len(question.aims))), *(v[:1] - v[1:] for v in values)])[
+        : len(interventions)
+    ]
+    return changes.sum(-1, keepdims=True) if target.joint else changes
+
+
+class Question(NamedTuple):
+    """A target resolved for one prompt."""
+
+    aims: list[Aim]
+    tokens: Int[Array, "1 T"]
+    seeds: Seeds
+
+    @classmethod
+    def of(cls, lm: LM, prompt: Prompt, target: Target) -> "Question":
+        """The sequence to run and the seeds in it.
+
+        Raises:
+            PromptError: as in :func:`explain`.
+        """
+        ids, aims = target.resolve(lm, lm.encode(prompt))
+        return cls(aims, jnp.asarray([ids], jnp.int32), target.seeds([aims], [0], decoder_dtype(lm)))
+
+
+def spread(seeds: Seeds, rows: int) -> Seeds:
+    """One sequence's seeds for ``rows`` copies of it."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape[1:])), seeds)
+
+
+@jax.jit
+def _values(
+    weights: Packed, tokens: Int[Array, "1 T"], seeds: Seeds, switches: dict[str, Int[Array, "M J 3"]], knobs: Gates
+) -> Float[Array, "M N"]:
+    """The targets' values under each intervention; the first, which is none, says what the best tokens are."""
+    decoder = unpack(weights)
+    rows = len(next(iter(switches.values())))
+    tokens, seeds = jnp.broadcast_to(tokens, (rows, tokens.shape[1])), spread(seeds, rows)
+    reading = Reading(gates=_gates(decoder.config, tokens, switches).over(knobs))
+    return read_as_first(seeds, decoder, decoder.hidden(tokens, reading=reading), reading)[1]
+
+
+def read_as_first(
+    seeds: Seeds, decoder: Decoder, hidden: Hidden, reading: Reading
+) -> tuple[Aimed, Float[Array, "M N"]]:
+    """The targets of every row, their tokens those of the first: as they are differentiated, and their values.
+
+    ``sum p z`` has the derivative of ``log sum exp z`` with ``p`` held constant; the latter is larger by the entropy.
+    """
+    aimed = seeds.read(decoder, hidden, reading)
+    if not isinstance(seeds, LogitSeeds):
+        return aimed, aimed.target
+    seeds = replace(seeds, ids=jnp.broadcast_to(aimed.ids[:1], aimed.ids.shape))
+    aimed = seeds.read(decoder, hidden, reading)
+    return aimed, _exact(seeds, aimed)
+
+
+def _gates(config: Config, tokens: Array, switches: Mapping[str, Int[Array, "M J 3"]]) -> Gates:
+    """Gates that are zero at the switches, one batch row for each intervention."""
+    ones, rows = Gates.ones(config, tokens), jnp.arange(len(tokens))[:, None, None]
+    gates = {}
+    for name, places in switches.items():
+        gate = ones.like(name)
+        assert gate is not None
+        layer, token, index = (places[..., i, None] for i in range(3))
+        at = layer, rows, jnp.where(token < 0, jnp.arange(tokens.shape[1]), token), index
+        # no switch has a layer beyond the last, where nothing is set
+        gates[name] = gate.at[at[: gate.ndim]].set(0, mode="drop")
+    return Gates(**gates)
+
+
+def _exact(seeds: LogitSeeds, aimed: Aimed) -> Float[Array, "M N"]:
+    named = jnp.take_along_axis(aimed.logits, aimed.ids, axis=-1)
+    several = seeds.rivals.any(-1)
+    of_rivals = _entropy(jnp.where(seeds.rivals | ~several[..., None], named, -jnp.inf)) * several
+    return aimed.target - of_rivals - seeds.expected * _entropy(aimed.logits)
+
+
+def _entropy(logits: Float[Array, "*b V"]) -> Float[Array, "*b"]:
+    return jax.scipy.special.entr(jax.nn.softmax(logits)).sum(-1)
+
+
+def _switches(
+    config: Config, length: int, interventions: Sequence[Sequence[Cell]], how: str
+) -> dict[str, Int[np.ndarray, "M J 3"]]:
+    """Layer, token (-1 for all) and index of every cell, by field of :class:`Gates`."""
+    if how not in HOW:
+        raise MoejaxError(f"how={how!r} is unknown; choose from {', '.join(HOW)}.")
+    places: dict[str, list[list[tuple[int, int, int]]]] = {}
+    for row, cells in enumerate(interventions):
+        for cell in cells:
+            name, place = _place(config, length, cell, how)
+            places.setdefault(name, [[] for _ in interventions])[row].append(place)
+    out = {}
+    for name, by_row in places.items():
+        out[name] = np.full((len(by_row), max(map(len, by_row)), 3), config.num_layers + 1, np.int32)
+        for row, found in enumerate(by_row):
+            out[name][row, : len(found)] = np.reshape(found, (-1, 3))
+    # interventions of no cell at all
+    return out or {"tokens": np.full((len(interventions), 0, 3), 0, np.int32)}
+
+
+def _place(config: Config, length: int, cell: Cell, how: str) -> tuple[str, tuple[int, int, int]]:
+    """The field of :class:`Gates` in which a cell lies, and where.
+
+    Raises:
+        IndexError: it lies outside the model or the prompt.
+        MoejaxError: the layer has none of its kind, or no expert is left to take the place of one.
+    """
+    if cell.kind not in get_args(Kind):
+        raise MoejaxError(f"cells of kind {cell.kind!r} are unknown; choose from {', '.join(get_args(Kind))}.")
+    layers = config.num_layers + (cell.kind == "token")
+    check_index("layer", cell.layer, layers)
+    check_index("token", cell.position or 0, length)
+    name, count = cell.kind, 1
+    if cell.kind == "token":
+        name = "tokens"
+    elif cell.kind == "head":
+        name, count = "heads", config.num_heads
+    elif cell.kind in ("expert", "attention_expert"):
+        name, count = _experts(config, cell, how)
+    elif cell.kind == "shared" and getattr(config.blocks[cell.layer].feed_forward, "shared_dim", None) is None:
+        raise MoejaxError(f"layer {cell.layer} has no shared expert.")
+    check_index(cell.kind, cell.index, count)
+    position = -1 if cell.position is None else cell.position % length
+    return name, (cell.layer % layers, position, cell.index % count)
+
+
+def _experts(config: Config, cell: Cell, how: str) -> tuple[str, int]:
+    block, of_attention = config.blocks[cell.layer], cell.kind == "attention_expert"
+    router = getattr(block.attention if of_attention else block.feed_forward, "router", None)
+    if router is None:
+        raise MoejaxError(f"layer {cell.layer} has no {cell.kind.replace('_', ' ')}s.")
+    if how == "replace" and router.num_selected == router.num_experts:
+        raise MoejaxError(f"every expert of layer {cell.layer} is selected; none is left to take the place of another.")
+    return ("attention_" if of_attention else "") + HOW[how], router.num_experts
+
+
+def _filled(places: np.ndarray, before: int, rows: int) -> Array:
+    """``places`` with rows of no switch before them, and behind them up to ``rows``."""
+    out = np.full((rows, *places.shape[1:]), np.iinfo(np.int32).max, np.int32)
+    out[before : before + len(places)] = places
+    return jnp.asarray(out)
