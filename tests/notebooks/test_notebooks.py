@@ -21,6 +21,8 @@ SAID = {
         "dtypes, shapes and bytes",
         "missing model.layers.1.mlp.experts.7.up_proj.weight",
     ],
+    "03_experts": ["decoder_feed_forward_3_ff_expert: (21, 16)", "correlation with what was predicted"],
+    "04_write_a_rule": ["residual of the mistake", "relp ", "correlation with removal"],
 }
 
 
