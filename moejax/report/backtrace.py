@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moejax.report.aggregate import DIVERGING, Floats, scale_of
-from moejax.report.plots import _Fonts
+from moejax.report.plots import Fonts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def token_map(
     values = np.full((len(tokens), len(columns)), np.nan)
     for index, column in enumerate(columns):
         values[: len(column), index] = column
-    drawing, fonts = _drawing(figsize), _Fonts()
+    drawing, fonts = _drawing(figsize), Fonts()
     axes = drawing.subplots()
     _heat(drawing, axes, values)
     if len(tokens) > prompt:
@@ -57,7 +57,7 @@ def token_map(
 
 def token_heatmap(scores: Floats, tokens: Sequence[str], step: str, figsize: Size) -> Figure:
     """One step's tokens in a row."""
-    drawing, fonts = _drawing(figsize), _Fonts()
+    drawing, fonts = _drawing(figsize), Fonts()
     axes = drawing.subplots()
     _heat(drawing, axes, scores[None])
     _name(axes, "x", tokens, fonts)
@@ -134,7 +134,7 @@ def _heat(drawing: Figure, axes: Axes, values: Floats) -> None:
                 axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=6, color=ink)
 
 
-def _name(axes: Axes, which: str, names: Sequence[str], fonts: _Fonts) -> None:
+def _name(axes: Axes, which: str, names: Sequence[str], fonts: Fonts) -> None:
     step = max(1, -(-len(names) // _LABELS))
     ticks = list(range(0, len(names), step))
     labels = [fonts.drawable(names[i]) for i in ticks]

@@ -40,7 +40,7 @@ def figure(report: Report, target: int = 0) -> Figure:
     drawing = NotebookFigure(figsize=(_WIDTH, sum(heights) + 2.4), layout="constrained", dpi=120)
     cmap = colors.LinearSegmentedColormap.from_list("relevance", [tuple(c / 255 for c in stop) for stop in DIVERGING])
     top, middle, bottom = drawing.subplots(3, 1, height_ratios=heights)
-    fonts = _Fonts()
+    fonts = Fonts()
     _draw_title(drawing, report, target, fonts)
     _draw_tokens(top, report, chosen, cmap, fonts)
     _draw_map(middle, experts, cmap, "Layer by expert, summed over tokens", "expert")
@@ -51,7 +51,7 @@ def figure(report: Report, target: int = 0) -> Figure:
     return drawing
 
 
-class _Fonts:
+class Fonts:
     """The installed fonts that can be asked for, and which characters they can draw between them."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class _Fonts:
         return {"parse_math": False, "fontfamily": self.families}
 
 
-def _draw_title(drawing: Figure, report: Report, target: int, fonts: _Fonts) -> None:
+def _draw_title(drawing: Figure, report: Report, target: int, fonts: Fonts) -> None:
     chosen = report["targets"][target]
     label = " - ".join(fonts.drawable(part) for part in chosen["label"].split(" - "))
     drawing.suptitle(f"{label}   {chosen['value']:.3f}   ({report['model']})", fontsize=12, **fonts.style())
@@ -81,7 +81,7 @@ def _draw_title(drawing: Figure, report: Report, target: int, fonts: _Fonts) -> 
     drawing.supxlabel(line, fontsize=8.5, color=_GREY, **fonts.style())
 
 
-def _draw_tokens(axes: Axes, report: Report, chosen: dict[str, Any], cmap: Colormap, fonts: _Fonts) -> None:
+def _draw_tokens(axes: Axes, report: Report, chosen: dict[str, Any], cmap: Colormap, fonts: Fonts) -> None:
     values = aggregate.floats(chosen["tokens"])
     scale = aggregate.scale_of(values)
     # Never the white of zero: a small bar must still be seen, so colours begin a third of the way out.
@@ -115,7 +115,7 @@ def _label_layers(axes: Axes, rows: int, final: bool) -> None:
     axes.set_yticks(ticks + [last] * final, [str(row) for row in ticks] + ["final"] * final)
 
 
-def _label_tokens(axes: Axes, tokens: list[str], weight: Floats, fonts: _Fonts) -> None:
+def _label_tokens(axes: Axes, tokens: list[str], weight: Floats, fonts: Fonts) -> None:
     """Name every token where there is room, else those with the most relevance that do not stand too close."""
     gap = len(tokens) / _LABELS
     chosen: list[int] = []
