@@ -22,33 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench import GPT_OSS_20B, OLMOE_1B_7B, TOY
 from rich.console import Console
 from rich.table import Table
 
-OLMOE = {
-    "model_type": "olmoe",
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-}
-GPT_OSS = {
-    "model_type": "gpt_oss",
-    "vocab_size": 201088,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-}
-MODELS = {"OLMoE-1B-7B (bfloat16)": (OLMOE, False), "GPT-OSS-20b (MXFP4)": (GPT_OSS, True)}
-SHRUNK = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+MODELS = {"OLMoE-1B-7B (bfloat16)": (OLMOE_1B_7B, False), "GPT-OSS-20b (MXFP4)": (GPT_OSS_20B, True)}
+SHRUNK = TOY | {"intermediate_size": 64}  # whole blocks of MXFP4
 _PIECE = 16 << 20
 _SHARD = 4_000_000_000
 
