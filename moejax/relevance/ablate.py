@@ -116,7 +116,7 @@ def ablate(
     length = question.tokens.shape[1]
     interventions = [[c] if isinstance(c, Cell) else list(c) for c in cells]
     knobs = Gates() if gates is None else gates.check(lm.config, question.tokens)
-    rows = max(1, min(chunk or _TOKENS_AT_A_TIME // length, len(interventions)))
+    rows = max(1, min(chunk or _TOKENS_AT_A_TIME // length, _rounded(len(interventions))))
     found = []
     switches = _switches(lm.config, length, interventions, how)
     for start in range(0, len(interventions), rows):
@@ -218,7 +218,7 @@ def _switches(
             places.setdefault(name, [[] for _ in interventions])[row].append(place)
     out = {}
     for name, by_row in places.items():
-        out[name] = np.full((len(by_row), max(map(len, by_row)), 3), config.num_layers + 1, np.int32)
+        out[name] = np.full((len(by_row), _rounded(max(map(len, by_row))), 3), config.num_layers + 1, np.int32)
         for row, found in enumerate(by_row):
             out[name][row, : len(found)] = np.reshape(found, (-1, 3))
     # interventions of no cell at all
@@ -259,6 +259,11 @@ def _experts(config: Config, cell: Cell, how: str) -> tuple[str, int]:
     if how == "replace" and router.num_selected == router.num_experts:
         raise MoejaxError(f"every expert of layer {cell.layer} is selected; none is left to take the place of another.")
     return ("attention_" if of_attention else "") + HOW[how], router.num_experts
+
+
+def _rounded(count: int) -> int:
+    """Up to a power of two, so that few numbers of cells have to be compiled."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 def _filled(places: np.ndarray, before: int, rows: int) -> Array:

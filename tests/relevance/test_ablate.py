@@ -14,7 +14,7 @@ from moejax.layers.mlp import MLPConfig
 from moejax.models import Config
 from moejax.relevance import Cell
 from moejax.routing import SCORES, WEIGHTS, route
-from moejax.rules import Plain
+from moejax.rules import Plain, Reading
 
 from .reference import Edits, Reference
 from .toy import PROMPT, ROW, C, D, E, F, G, H, L, T, V, make_config, make_lm, noisy, word_tokenizer
@@ -71,7 +71,7 @@ class TestExperts:
         lm = toy()
         cells = Cell.routed(explain(lm, PROMPT, target=AIM))
         zero, shared, replaced = (
-            ablate(lm, PROMPT, cells=cells, target=AIM, how=h) for h in ("zero", "renormalise", "replace")
+            ablate(lm, PROMPT, cells=cells, target=AIM, how=h, chunk=32) for h in ("zero", "renormalise", "replace")
         )
         assert len(cells) == LAYERS * T * K
         for one, other in ((zero, shared), (zero, replaced), (shared, replaced)):
@@ -165,8 +165,7 @@ class TestCells:
         ]
         whole = ablate(lm, PROMPT, cells=cells, target=AIM)
         np.testing.assert_allclose(ablate(lm, PROMPT, cells=cells, target=AIM, chunk=2), whole, **EXACT)
-        for i in (0, 2):
-            np.testing.assert_allclose(ablate(lm, PROMPT, cells=[cells[i]], target=AIM)[0], whole[i], **EXACT)
+        np.testing.assert_allclose(ablate(lm, PROMPT, cells=[cells[2]], target=AIM)[0], whole[2], **EXACT)
 
     def test_no_cells(self):
         assert ablate(toy(), PROMPT, cells=[], target=AIM).shape == (0, 1)
@@ -256,13 +255,21 @@ class TestOtherMixtures:
             np.testing.assert_allclose(row, [g[11] - g[60] for g in gone], **EXACT)
             assert np.abs(row).max() > 1e-3
 
-    def test_zero_and_renormalised_attention_experts(self):
+    def test_weights_of_attention_experts(self):
+        """All but one dropped, that one has all the weight, as if it had been selected alone."""
         lm = mixture_lm()
-        cell, ones = Cell.attention_expert(0, 2, 4), Gates.ones(lm.config, ROW)
-        for how in ("zero", "renormalise"):
-            got = ablate(lm, PROMPT, cells=[cell], target=AIM, how=how)[0, 0]
-            gone = np.asarray(lm(ROW) - lm(ROW, gates=ones.drop_attention_expert(0, 2, 4, how=how)))[0, 5]
-            np.testing.assert_allclose(got, gone[11] - gone[60], **EXACT)
+        others = [Cell.attention_expert(0, e) for e in range(E) if e != 2]
+        ones = Gates.ones(lm.config, ROW)
+        for cell in others:
+            ones = ones.drop_attention_expert(cell.layer, cell.index, how="renormalise")
+        got = ablate(lm, PROMPT, cells=[others], target=AIM, how="renormalise")[0, 0]
+        gone = np.asarray(lm(ROW) - lm(ROW, gates=ones))[0, 5]
+        np.testing.assert_allclose(got, gone[11] - gone[60], **EXACT)
+        hidden = jax.jit(lambda decoder: decoder.hidden(ROW, reading=Reading(gates=ones)))(lm.decoder)
+        routing = hidden.routing[0].attention
+        alone = np.asarray(routing.ids) == 2
+        assert alone.any()
+        np.testing.assert_allclose(routing.weights, alone, rtol=1e-12)
 
     def test_shared_expert(self):
         lm = mixture_lm()

@@ -62,9 +62,9 @@ class TestIntegratedGradients:
         lm, target = make_lm(0, "float64", layers=1, sizes=(D, 20, K, K, H, 2, C)), LogProbability(11, AT)
         start = lm.decoder.embedding.mean(0)
         coarse, fine = (
-            integrated_gradients(lm, PROMPT, target=target, steps=n, baseline=start, chunk=5) for n in (5, 200)
+            integrated_gradients(lm, PROMPT, target=target, steps=n, baseline=start, chunk=5) for n in (5, 100)
         )
-        assert abs(fine.gap[0]) < 1e-3 < abs(coarse.gap[0])
+        assert abs(fine.gap[0]) < 0.02 * abs(coarse.gap[0])
         z = np.asarray(jax.nn.log_softmax(lm(ROW)))[0, AT]
         end = lm.decoder.hidden(ROW, embedded=jnp.broadcast_to(start, (1, T, D))).stream
         z0 = np.asarray(jax.nn.log_softmax(lm.decoder.logits(end)))[0, AT]
@@ -73,9 +73,9 @@ class TestIntegratedGradients:
 
     @pytest.mark.parametrize("over", ["gates", "heads"])
     def test_gates_complete(self, over):
-        """Experts of a single layer are routed to alike all along the path; so they are if heads have no norm below."""
+        """Experts of a single layer are routed to alike all along the path: no score is of another."""
         lm = toy(layers=1)
-        got = integrated_gradients(lm, PROMPT, target=AIM, steps=60, over=over)
+        got = integrated_gradients(lm, PROMPT, target=AIM, steps=20, over=over)
         ones = Gates.ones(lm.config, ROW)
         off = Gates(experts=0 * ones.experts) if over == "gates" else Gates(heads=0 * ones.heads)
         gone = np.asarray(lm(ROW) - lm(ROW, gates=off))[0, AT]
@@ -83,7 +83,7 @@ class TestIntegratedGradients:
         np.testing.assert_allclose(scores.sum() + got.gap, [gone[11] - gone[60]], rtol=1e-10)
         if over == "gates":
             assert got.experts.shape == (1, 1, T, K)
-            assert abs(got.gap[0]) < 1e-3 * abs(gone[11] - gone[60])
+            assert abs(got.gap[0]) < 1e-2 * abs(gone[11] - gone[60])
             np.testing.assert_array_equal(got.expert_ids, explain(lm, PROMPT, target=AIM).expert_ids)
         else:
             assert got.heads.shape == (1, 1, T, H)

@@ -36,7 +36,12 @@ def test_greedy_generation(family: str, layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "layout", "rule"),
-    [(*model, rule) for model in MODELS for rule in RULES if (model[1], rule) != ("both", "cp")],
+    [
+        pytest.param(*model, rule, marks=[] if rule == "uniform" else pytest.mark.slow)
+        for model in MODELS
+        for rule in RULES
+        if (model[1], rule) != ("both", "cp")
+    ],
 )
 def test_relevance(family: str, layout: str, rule: str) -> None:
     prompt = TOKENS[0, :9].tolist()
