@@ -6,7 +6,7 @@ Sizes are all different, so that a swapped axis cannot pass: B=3, T=7, L=2, D=48
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import jax
 import jaxtyping
 import numpy as np
 import pytest
@@ -40,6 +41,13 @@ TOY = {
     "eos_token_id": None,
     "pad_token_id": 1,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Every compiled program keeps memory maps, of which a process may have 65,530; then the compiler aborts."""
+    yield
+    jax.clear_caches()
 
 
 @cache
