@@ -18,7 +18,7 @@ from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
 from moejax.models import Decoder, Hidden, Packed, unpack
 from moejax.relevance.ablate import Question, read_as_first, spread
-from moejax.relevance.engine import LogitSeeds, Readout, Seeds, Slots, relevance
+from moejax.relevance.engine import LogitSeeds, Readout, Seeds, Slots, refuse_half, relevance
 from moejax.relevance.explain import decoder_dtype, explain
 from moejax.relevance.result import ExpertRelevance
 from moejax.relevance.targets import Argmax, Target
@@ -110,7 +110,7 @@ def integrated_gradients(
         PromptError: as in :func:`explain`.
         MoejaxError: no steps, an unknown ``over``, a baseline that does not fit, weights in float16.
     """
-    _refuse_half(lm)
+    refuse_half(lm.decoder)
     question = Question.of(lm, prompt, target)
     path, knobs = _path(lm, question, over)
     if steps < 1 or (baseline is not None and over != "embeddings"):
@@ -447,7 +447,6 @@ BASELINES: Mapping[str, Baseline] = {
 
 def _read(lm: LM, question: Question, rule: Activations, nodes: tuple[str, ...] = ()) -> Readout:
     """One backward pass that every layer takes part in, whatever the target; on the host."""
-    _refuse_half(lm)
     tokens, seeds = question.tokens, question.seeds
     if not isinstance(seeds, LogitSeeds):
         last, one = jnp.full((1, 1), tokens.shape[1] - 1), jnp.ones((1, 1, 1), decoder_dtype(lm))
@@ -483,10 +482,3 @@ def _sum(scores: Scores) -> Float[np.ndarray, " N"]:
 def _of_target(values: np.ndarray, target: Target) -> np.ndarray:
     """The sum over a joint target's parts, along the first axis."""
     return values.sum(0, keepdims=True) if target.joint else values
-
-
-def _refuse_half(lm: LM) -> None:
-    if lm.decoder.embedding.dtype == jnp.float16:
-        raise MoejaxError(
-            "float16 overflows and underflows in silence on the way back; load with dtype='bfloat16' or 'float32'."
-        )

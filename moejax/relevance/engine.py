@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import PromptError
+from moejax.errors import MoejaxError, PromptError
 from moejax.layers import MoEConfig
 from moejax.layers.linear import wide_matmul
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
@@ -167,8 +167,10 @@ def relevance(
 
     Raises:
         PromptError: there is no such node.
+        MoejaxError: weights in float16.
     """
     decoder = unpack(weights)
+    refuse_half(decoder)
     dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
     probes = {name: jnp.zeros((decoder.config.num_layers + 1, len(tokens)), dtype) for name in sorted(rule.leaks)}
     readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
@@ -190,6 +192,14 @@ def relevance(
     return Readout(gates, leaks, vectors, target, ids, logits, feed_forward, attention)
 
 
+def refuse_half(decoder: Decoder) -> None:
+    """Raise ``MoejaxError`` for weights in float16."""
+    if decoder.embedding.dtype == jnp.float16:
+        raise MoejaxError(
+            "float16 overflows and underflows in silence on the way back; load with dtype='bfloat16' or 'float32'."
+        )
+
+
 NODES = {
     "stream": "residual stream entering the layer; of the layer after the last, what enters the final norm",
     "attention_norm": "what attention reads",
@@ -205,9 +215,10 @@ NODES = {
 
 def _shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, ...]:
     name, _, index = node.rpartition(".")
-    last = config.num_layers if name == "stream" else config.num_layers - 1
-    if name not in NODES or not index.isdecimal() or int(index) > last:
-        raise PromptError(f"there is no node {node!r}: name {', '.join(NODES)} and a layer, as 'attention.{last}'.")
+    layers = config.num_layers + (name == "stream")
+    if name not in NODES or not index.isdecimal() or int(index) >= layers:
+        example = f"attention.{config.num_layers - 1}"
+        raise PromptError(f"there is no node {node!r}: name {', '.join(NODES)} and a layer, as {example!r}.")
     if name == "edges":
         return (batch[0], config.blocks[int(index)].attention.num_heads, batch[1], batch[1])
     if name == "neurons":

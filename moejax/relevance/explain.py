@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt, left_pad
 from moejax.relevance.engine import Readout, Slots, relevance
 from moejax.relevance.ledger import Ledger
@@ -19,18 +17,28 @@ from moejax.rules import Gates, Rule, by_name
 _CANDIDATES = 5
 
 
-def explain(lm: LM, prompt: Prompt, **options: Any) -> Relevance:
+def explain(
+    lm: LM,
+    prompt: Prompt,
+    *,
+    target: Target = Argmax(),
+    rule: Rule | str = "attnlrp",
+    gates: Gates | None = None,
+    nodes: Sequence[str] = (),
+    chunk: int | None = None,
+    rematerialise: bool = False,
+) -> Relevance:
     """Which tokens, experts, heads and layers caused an output.
 
     Args:
-        prompt: text or token ids.
-        options: those of :func:`explain_batch`.
+        prompt: text or token ids; the rest as in :func:`explain_batch`.
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
         MoejaxError: an unknown rule, gates of another model, weights in float16.
     """
-    return explain_batch(lm, [prompt], **options)[0]
+    options = {"target": target, "rule": rule, "gates": gates, "nodes": nodes}
+    return explain_batch(lm, [prompt], **options, chunk=chunk, rematerialise=rematerialise)[0]
 
 
 def explain_batch(
@@ -62,10 +70,6 @@ def explain_batch(
     """
     if not prompts:
         return []
-    if lm.decoder.embedding.dtype == jnp.float16:
-        raise MoejaxError(
-            "float16 overflows and underflows in silence on the way back; load with dtype='bfloat16' or 'float32'."
-        )
     rule = by_name(rule)
     resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
     tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)

@@ -409,6 +409,10 @@ class TestErrors:
     def test_float16(self):
         with pytest.raises(MoejaxError, match="float16 overflows and underflows"):
             explain(make_lm(dtype="float16", layers=1), PROMPT)
+        with pytest.raises(MoejaxError, match="float16 overflows and underflows"):
+            moejax.Backtrace(make_lm(dtype="float16", layers=1)).run_task(
+                inputs=[PROMPT], max_new_tokens=1, return_relevance=True
+            )
 
     @pytest.mark.parametrize("other", [11, "w11", [60, 11], []])
     def test_contrast_of_equal_tokens(self, lm, other):
@@ -421,7 +425,9 @@ class TestErrors:
 
     @pytest.mark.parametrize("node", ["attention", "attention.2", "attention.-1", "logits.0", "stream.3", "neurons.x"])
     def test_unknown_node(self, lm, node):
-        with pytest.raises(PromptError, match=f"there is no node '{node}': name stream, .* and a layer, as 'attention"):
+        with pytest.raises(
+            PromptError, match=f"there is no node '{node}': name stream, .* and a layer, as 'attention.1'"
+        ):
             explain(lm, PROMPT, nodes=[node])
 
     @pytest.mark.parametrize(

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.models import Decoder, Packed, unpack
-from moejax.relevance.backtrace.nodes import EMBEDDINGS, HEAD, NORM
+from moejax.relevance.backtrace.nodes import EMBEDDINGS, HEAD, NORM, PARTS
 from moejax.rules import Reading
-
-_NODES = ("stream", "attention_norm", "attention", "middle", "feed_forward_norm", "feed_forward")
 
 
 @jax.custom_vjp
@@ -41,7 +39,7 @@ def values(weights: Decoder | Packed, tokens: Int[Array, "B T"], valid: Bool[Arr
     decoder = unpack(weights)
     layers, shape = decoder.config.num_layers, (*tokens.shape, decoder.config.model_dim)
     dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
-    taps = {f"{node}.{i}": jnp.zeros(shape, dtype) for node in _NODES for i in range(layers)}
+    taps = {f"{node}.{i}": jnp.zeros(shape, dtype) for node in PARTS for i in range(layers)}
 
     def run(taps: dict[str, Array]) -> tuple[Array, Array]:
         stream = decoder.hidden(tokens, valid=valid, reading=_Recording(taps=taps)).stream

@@ -61,10 +61,13 @@ def weights(decoder: Decoder) -> dict[str, Any]:
     return found
 
 
+PARTS = ("stream", "attention_norm", "attention", "middle", "feed_forward_norm", "feed_forward")
+"""The engine's nodes of a layer that ours are made of."""
+
+
 def engine_nodes(layers: int) -> tuple[str, ...]:
     """The engine's nodes that :func:`from_engine` needs."""
-    parts = ("stream", "attention_norm", "attention", "middle", "feed_forward_norm", "feed_forward")
-    return (*(f"{part}.{i}" for i in range(layers) for part in parts), f"stream.{layers}")
+    return (*(f"{part}.{i}" for i in range(layers) for part in PARTS), f"stream.{layers}")
 
 
 def from_engine(vectors: Mapping[str, Any], layers: int) -> dict[str, Any]:

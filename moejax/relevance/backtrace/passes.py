@@ -170,10 +170,6 @@ def _last(batch: Batch, column: int) -> Int[np.ndarray, " B"]:
 
 def _read(run: Run, seeds: LogitSeeds | StartWeights, nodes: tuple[str, ...]) -> Readout:
     lm = run.lm
-    if lm.decoder.embedding.dtype == jnp.float16:
-        raise MoejaxError(
-            "float16 overflows and underflows in silence on the way back; pass Backtrace(dtype='bfloat16') or float32."
-        )
     tokens, valid = run.batch.left(lm.config.pad_id)
     out = relevance(lm.packed, tokens, valid, seeds, Gates(), rule=run.rule, nodes=nodes)
     return jax.tree.map(np.asarray, out)
