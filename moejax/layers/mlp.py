@@ -16,11 +16,16 @@ from moejax.rules import Reading
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """Architecture of one dense feed-forward layer."""
+    """Architecture of one dense feed-forward layer.
+
+    Attributes:
+        bias: all three products have biases.
+    """
 
     model_dim: int
     hidden_dim: int
     glu: GLU = GLU()
+    bias: bool = False
 
 
 @nnx.dataclass
@@ -29,15 +34,23 @@ class MLP(nnx.Module):
 
     input: Float[Array, "2 F D"] = nnx.data()
     output: Float[Array, "D F"] = nnx.data()
+    input_bias: Float[Array, "2 F"] | None = nnx.data()
+    output_bias: Float[Array, " D"] | None = nnx.data()
     config: MLPConfig = nnx.static()
 
     @classmethod
     def init(cls, key: PRNGKeyArray, config: MLPConfig, dtype: DTypeLike) -> Self:
-        """Random weights."""
-        k1, k2 = jax.random.split(key)
-        shape = (config.hidden_dim, config.model_dim)
-        return cls(normal(k1, (2, *shape), dtype), normal(k2, shape[::-1], dtype), config)
+        """Random weights, zero biases."""
+        c, (k1, k2) = config, jax.random.split(key)
+        return cls(
+            normal(k1, (2, c.hidden_dim, c.model_dim), dtype),
+            normal(k2, (c.model_dim, c.hidden_dim), dtype),
+            jnp.zeros((2, c.hidden_dim), dtype) if c.bias else None,
+            jnp.zeros(c.model_dim, dtype) if c.bias else None,
+            c,
+        )
 
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T D"]:
-        gate, up = jnp.unstack(reading.linear(matmul, x, self.input, slope=self.config.glu.slope), axis=-2)
-        return reading.linear(matmul, self.config.glu(gate, up, reading), self.output)
+        halves = reading.linear(matmul, x, self.input, self.input_bias, self.config.glu.slope)
+        gate, up = jnp.unstack(halves, axis=-2)
+        return reading.linear(matmul, self.config.glu(gate, up, reading), self.output, self.output_bias)
