@@ -13,9 +13,10 @@ from moejax.models import FAMILIES, Config, family
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers that describe a mixture, under the names that Hugging Face configs have for them.
+    """The numbers that describe a model, under the names that Hugging Face configs have for them.
 
-    ``intermediate_size`` is the width of a routed expert, whatever a family calls it.
+    ``intermediate_size`` is the width of a routed expert, whatever a family calls it; where there are none (then
+    ``num_experts`` is zero), that of the dense layers.
     """
 
     model_type: str
@@ -35,7 +36,7 @@ class ModelConfig:
             model_type=config.model_type,
             vocab_size=config.vocab_size,
             hidden_size=config.model_dim,
-            intermediate_size=config.expert_dim,
+            intermediate_size=config.expert_dim or config.dense_dim,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_experts=config.num_experts,

@@ -87,7 +87,7 @@ def verify(source: Any, *, dtype: Any = "float32", batch: int = 2, length: int =
     bad = {path: count for path, leaf in leaf_paths(decoder) if (count := count_nonfinite(np.asarray(leaf)))}
     del decoder
     with _for_transformers(folder) as readable:
-        theirs, scores = _theirs(readable, name, tokens)
+        theirs, scores = _theirs(readable, name, tokens, bool(routed))
     error = ours - theirs
     return Verification(
         model=str(source),
@@ -110,7 +110,7 @@ def _ours(decoder: Decoder, tokens: np.ndarray) -> tuple[np.ndarray, list[np.nda
     return logits, [np.asarray(r.feed_forward.ids) for r in hidden.routing if r.feed_forward is not None]
 
 
-def _theirs(folder: Path, dtype: str, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+def _theirs(folder: Path, dtype: str, tokens: np.ndarray, routed: bool) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits ``[B, T, V]``, and the router's scores ``[B*T, E]`` of each layer that reports them."""
     import torch
     import transformers
@@ -127,8 +127,9 @@ def _theirs(folder: Path, dtype: str, tokens: np.ndarray) -> tuple[np.ndarray, l
         raise CheckpointError(f"{folder}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from error
     with contextlib.suppress(AttributeError, ValueError):
         model.set_experts_implementation("eager")  # plain loops, whose order of summation is fixed
+    routers = {"output_router_logits": True} if routed else {}
     with torch.no_grad():
-        output = model.eval()(torch.from_numpy(tokens), output_router_logits=True)
+        output = model.eval()(torch.from_numpy(tokens), **routers)
     scores = [layer.float().numpy() for layer in getattr(output, "router_logits", None) or ()]
     return output.logits.double().numpy(), scores
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
-from moejax.layers import BlockConfig, MixtureAttentionConfig, MoEConfig, RegisteredConfig
+from moejax.layers import BlockConfig, MixtureAttentionConfig, MLPConfig, MoEConfig, RegisteredConfig
 from moejax.ops.rope import Rope
 
 
@@ -59,8 +59,14 @@ class Config:
 
     @property
     def expert_dim(self) -> int:
-        """Hidden units of an expert."""
+        """Hidden units of an expert; zero if every layer is dense."""
         return max((moe.expert_dim for moe in self._moe), default=0)
+
+    @property
+    def dense_dim(self) -> int:
+        """Hidden units of a dense layer; zero if every layer is a mixture."""
+        dense = [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MLPConfig)]
+        return max((mlp.hidden_dim for mlp in dense), default=0)
 
     @property
     def num_selected(self) -> int:

@@ -23,6 +23,7 @@ _WITHOUT_EFFECT = {
     "return_dict",
     "router_aux_loss_coef",
     "torch_dtype",
+    "transformers.js_config",
     "transformers_version",
     "use_cache",
     # PretrainedConfig's own, written by older versions of transformers for every model

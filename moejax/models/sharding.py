@@ -70,6 +70,8 @@ AXES: Mapping[str, Axes] = {
     "feed_forward.shared.gate.weight": (None, "model"),
     "feed_forward.input": _GATED,
     "feed_forward.output": _DOWN,
+    "feed_forward.input_bias": (None, "hidden"),
+    "feed_forward.output_bias": (None,),
 }
 """Logical axes of every leaf, by its path (that of a layer's leaf within its layer)."""
 

@@ -145,7 +145,7 @@ class Relevance:
 
     @property
     def experts(self) -> Float[np.ndarray, "N L T K"]:
-        """Relevance of each routed slot of the feed-forward layers."""
+        """Relevance of each routed slot of the feed-forward layers; K is 0 if no layer has experts."""
         return self._mixture.slots
 
     @property
@@ -185,9 +185,12 @@ class Relevance:
 
     @property
     def _mixture(self) -> ExpertRelevance:
-        if self.feed_forward is None:
-            raise AttributeError("every feed-forward layer of this model is dense: there are no experts.")
-        return self.feed_forward
+        """The experts; where there are none, arrays that hold none, so that no reader has to ask."""
+        if self.feed_forward is not None:
+            return self.feed_forward
+        shape = (*self.heads.shape[:-1], 0)
+        none = np.zeros(shape[1:], self.heads.dtype)
+        return ExpertRelevance(np.zeros(shape, self.heads.dtype), none.astype(np.int32), none, 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON and for the reports."""

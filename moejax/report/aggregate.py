@@ -46,7 +46,8 @@ def check(report: Report) -> None:
         raise ValueError(
             f"expert_ids has shape {ids.shape}, expected [layers, tokens, slots]: pass Relevance.to_dict()"
         )
-    if ids.size and not (ids.min() >= 0 and ids.max() < report["num_experts"]):
+    # -1 in layers without experts; of a model that has none at all there are no slots
+    if ids.size and not (ids.min() >= -1 and ids.max() < report["num_experts"]):
         raise ValueError(f"expert_ids holds {ids.min()}..{ids.max()}, but num_experts is {report['num_experts']}")
     slots = (layers, length, ids.shape[2])
     _expect("token_ids", report["token_ids"], (length,))
@@ -66,18 +67,20 @@ def check(report: Report) -> None:
 
 def expert_map(report: Report, target: int = 0) -> Floats:
     """Relevance of every expert, summed over the tokens routed to it: [layers, experts]."""
-    ids = _integers(report["expert_ids"])
-    relevance = floats(report["targets"][target]["experts"])
-    experts = int(report["num_experts"])
-    rows = [np.bincount(i.ravel(), r.ravel(), experts) for i, r in zip(ids, relevance, strict=True)]
-    return np.asarray(rows, dtype=np.float64).reshape(len(rows), experts)
+    return _by_expert(report, floats(report["targets"][target]["experts"]))
 
 
 def routed_counts(report: Report) -> Ints:
     """How many tokens of the sequence are routed to every expert: [layers, experts]."""
-    experts = int(report["num_experts"])
-    rows = [np.bincount(ids.ravel(), minlength=experts) for ids in _integers(report["expert_ids"])]
-    return np.asarray(rows, dtype=np.int64).reshape(len(rows), experts)
+    return _by_expert(report, np.ones(np.shape(report["expert_ids"]))).astype(np.int64)
+
+
+def _by_expert(report: Report, slots: Floats) -> Floats:
+    """Sums over the slots [layers, tokens, slots] of each expert; layers without experts have zeros."""
+    ids, experts = _integers(report["expert_ids"]), int(report["num_experts"])
+    # one place for slots of no expert, in front
+    rows = [np.bincount(i.ravel() + 1, s.ravel(), experts + 1)[1:] for i, s in zip(ids, slots, strict=True)]
+    return np.asarray(rows, dtype=np.float64).reshape(len(rows), experts)
 
 
 def head_map(report: Report, target: int = 0) -> Floats:

@@ -41,13 +41,14 @@ def doctor_tables(found: dict[str, Any]) -> list[Table]:
 def _model_table(found: dict[str, Any]) -> Table:
     """Rows are parts of the model, columns dtypes, each beside the first device's memory."""
     config, memory = found["config"], found["memory"]
-    about = f"{config['num_hidden_layers']} layers, {config['num_experts']} experts of which {{}} are used"
-    title = f"{found['model']}: {about.format(config['num_experts_per_tok'])}"
-    table = Table("weights", *(column["dtype"] for column in memory), title=title)
-    largest = [max(column["layers"], key=lambda layer: layer["experts"]) for column in memory]
-    table.add_row("largest MoE layer", *(_gib(column["largest_moe_layer"]) for column in memory))
-    table.add_row("  its experts", *(_gib(layer["experts"]) for layer in largest))
-    table.add_row("  of which a token uses", *(_gib(layer["active"]) for layer in largest))
+    experts = f"{config['num_experts']} experts of which {config['num_experts_per_tok']} are used"
+    about = f"{config['num_hidden_layers']} layers, {experts if config['num_experts'] else 'all dense'}"
+    table = Table("weights", *(column["dtype"] for column in memory), title=f"{found['model']}: {about}")
+    if config["num_experts"]:
+        largest = [max(column["layers"], key=lambda layer: layer["experts"]) for column in memory]
+        table.add_row("largest MoE layer", *(_gib(column["largest_moe_layer"]) for column in memory))
+        table.add_row("  its experts", *(_gib(layer["experts"]) for layer in largest))
+        table.add_row("  of which a token uses", *(_gib(layer["active"]) for layer in largest))
     table.add_row("all layers", *(_gib(column["total"] - column["outer"]) for column in memory))
     table.add_row("embedding, norm and head", *(_gib(column["outer"]) for column in memory))
     table.add_row("model", *(_gib(column["total"]) for column in memory), style="bold")

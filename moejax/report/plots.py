@@ -27,6 +27,8 @@ _FALLBACK_FONTS = ("Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sa
 def figure(report: Report, target: int = 0) -> Figure:
     """One figure for one target: relevance by token, by layer and expert, and by layer and token.
 
+    Of a model without experts, by layer and head in their place.
+
     The figure belongs to no pyplot state: it shows itself in a notebook and saves itself with ``savefig``.
     """
     from matplotlib import colors
@@ -35,16 +37,18 @@ def figure(report: Report, target: int = 0) -> Figure:
 
     aggregate.check(report)
     chosen = report["targets"][target]
-    experts, layers = aggregate.expert_map(report, target), aggregate.floats(chosen["layers"])
-    heights = [2.0, _map_height(len(experts)), _map_height(len(layers))]
+    layers, parts = aggregate.floats(chosen["layers"]), aggregate.expert_map(report, target)
+    kind = "expert" if parts.size else "head"
+    parts = parts if parts.size else aggregate.head_map(report, target)
+    heights = [2.0, _map_height(len(parts)), _map_height(len(layers))]
     drawing = NotebookFigure(figsize=(_WIDTH, sum(heights) + 2.4), layout="constrained", dpi=120)
     cmap = colors.LinearSegmentedColormap.from_list("relevance", [tuple(c / 255 for c in stop) for stop in DIVERGING])
     top, middle, bottom = drawing.subplots(3, 1, height_ratios=heights)
     fonts = Fonts()
     _draw_title(drawing, report, target, fonts)
     _draw_tokens(top, report, chosen, cmap, fonts)
-    _draw_map(middle, experts, cmap, "Layer by expert, summed over tokens", "expert")
-    _label_layers(middle, len(experts), final=False)
+    _draw_map(middle, parts, cmap, f"Layer by {kind}, summed over tokens", kind)
+    _label_layers(middle, len(parts), final=False)
     _draw_map(bottom, layers, cmap, "Layer by token, residual stream entering each layer", "")
     _label_layers(bottom, len(layers), final=True)
     _label_tokens(bottom, report["tokens"], np.abs(np.nan_to_num(layers)).max(axis=0), fonts)

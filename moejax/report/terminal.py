@@ -35,8 +35,9 @@ def render(report: Report, console: Console | None = None, top: int = 3) -> None
         console.print(_legend(console, target))
         console.print(_strongest(console, report, target))
         console.print(_candidates(console, target))
-        console.print(_labelled(console, "top experts per layer", ["relevance, share of the layer, tokens routed"]))
-        console.print(_experts(report, index, top))
+        if report["num_experts"]:
+            console.print(_labelled(console, "top experts per layer", ["relevance, share of the layer, tokens routed"]))
+            console.print(_experts(report, index, top))
         # Not wrapped here: a pipe gets the equation in one line, a terminal folds it by itself.
         console.print(_text(console, aggregate.summary_line(report, index)), soft_wrap=True)
 

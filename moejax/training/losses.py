@@ -23,7 +23,8 @@ def language_model_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross-entropy in nats of predicting each next token, plus weighted auxiliary losses.
 
-    Also returns the parts: ``cross_entropy``, ``balance``, ``z`` and ``load`` (share of slots, ``[L E]``).
+    Also returns the parts: ``cross_entropy``, ``balance``, ``z`` and ``load`` (share of slots, ``[L E]``; only layers
+    with experts count). Of a dense model the auxiliary losses are zero.
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
     hidden = decoder.hidden(inputs)
@@ -31,9 +32,11 @@ def language_model_loss(
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     cross_entropy = (jax.nn.logsumexp(logits, axis=-1) - picked).mean()
     routing = [r.feed_forward for r in hidden.routing if r.feed_forward is not None]
-    balance = jnp.stack([balance_loss(r) for r in routing]).mean()
-    z = jnp.stack([z_loss(r) for r in routing]).mean()
-    experts = jnp.arange(decoder.config.num_experts)
-    load = jnp.stack([(r.ids[..., None] == experts).mean((0, 1, 2)) for r in routing])
+    balance, z, load = jnp.zeros(()), jnp.zeros(()), jnp.zeros((0, 0))
+    if routing:
+        balance = jnp.stack([balance_loss(r) for r in routing]).mean()
+        z = jnp.stack([z_loss(r) for r in routing]).mean()
+        experts = jnp.arange(decoder.config.num_experts)
+        load = jnp.stack([(r.ids[..., None] == experts).mean((0, 1, 2)) for r in routing])
     total = cross_entropy + weights.balance * balance + weights.z * z
     return total, {"cross_entropy": cross_entropy, "balance": balance, "z": z, "load": load}

@@ -173,7 +173,15 @@ def test_model_config() -> None:
 
 
 def test_supported_models() -> None:
-    assert set(moejax.list_supported_models()) == {"olmoe", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "jetmoe"}
+    assert set(moejax.list_supported_models()) == {
+        "olmoe",
+        "qwen3_moe",
+        "qwen2_moe",
+        "mixtral",
+        "gpt_oss",
+        "jetmoe",
+        "llama",
+    }
 
 
 def test_published_sizes() -> None:

@@ -40,10 +40,10 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_bytes_and_leaves_survive(published: Path, tmp_path: Path) -> None:
     moejax.convert(published, tmp_path / "orbax", progress=False)
-    moejax.export(tmp_path / "orbax", tmp_path / "again", max_shard_bytes=100_000, progress=False)
+    moejax.export(tmp_path / "orbax", tmp_path / "again", max_shard_bytes=40_000, progress=False)
     assert raw(tmp_path / "again") == raw(published)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
-    assert all(p.stat().st_size < 110_000 + 50_000 for p in (tmp_path / "again").glob("*.safetensors"))
+    assert all(p.stat().st_size < 40_000 + 50_000 for p in (tmp_path / "again").glob("*.safetensors"))
     before, after = moejax.load(published), moejax.load(tmp_path / "orbax")
     assert before.config == after.config == moejax.load(tmp_path / "again").config
     assert same_leaves(before.decoder, after.decoder)
@@ -54,7 +54,7 @@ def test_transformers_loads_what_is_exported(published: Path, tmp_path: Path) ->
     folders, auto = (published, tmp_path / "again"), transformers.AutoModelForCausalLM
     before, after = (auto.from_pretrained(folder, dtype=torch.float32) for folder in folders)
     for model in (before, after):
-        if model.config.model_type != "jetmoe":  # its experts have but one implementation
+        if model.config.model_type not in ("jetmoe", "llama"):  # whose experts have but one implementation, or none
             model.set_experts_implementation("eager")
     tokens = torch.arange(1, 14)[None]
     with torch.no_grad():

@@ -25,7 +25,7 @@ _YARN = {
     "original_max_position_embeddings": 32,
 }
 
-FAMILIES = ("olmoe", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "jetmoe")
+FAMILIES = ("olmoe", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "jetmoe", "llama")
 
 
 def _config(family: str, **changes: Any) -> tf.PretrainedConfig:
@@ -49,6 +49,9 @@ def _config(family: str, **changes: Any) -> tf.PretrainedConfig:
         sizes = {"intermediate_size": 20, "num_local_experts": 7, "num_experts_per_tok": 3, **wide}
         glu = {"swiglu_limit": 1.1, "swiglu_alpha": 1.5, "sliding_window": 5, "max_position_embeddings": 256}
         return tf.GptOssConfig(**(sizes | glu | {"rope_parameters": _YARN} | c))
+    if family == "llama":
+        sizes = {"intermediate_size": 36, "attention_bias": True, "mlp_bias": True, **heads}
+        return tf.LlamaConfig(**sizes, rope_parameters=plain, **c)
     sizes = {"intermediate_size": 20, "num_key_value_heads": 3, "kv_channels": 14}
     sizes |= {"num_local_experts": 6, "num_experts_per_tok": 2, "rms_norm_eps": 1e-3}
     return tf.JetMoeConfig(**sizes, rope_parameters=plain, **c)

@@ -101,6 +101,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-3,
         "rope_parameters": _rope(5e3),
     },
+    "llama": {
+        "intermediate_size": 36,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 14,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": _rope(5e3),
+    },
 }
 FAMILIES = sorted(CONFIGS)
 
@@ -116,7 +125,7 @@ def _torch_model(family: str, seed: int, changes: str) -> Any:
     config = transformers.AutoConfig.for_model(family, **(_COMMON | CONFIGS[family] | json.loads(changes)))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.set_attn_implementation("eager")
-    if family != "jetmoe":
+    if family not in ("jetmoe", "llama"):
         model.set_experts_implementation("eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -37,6 +37,7 @@ def test_logits(family: str) -> None:
         ("mixtral", {"sliding_window": None, "tie_word_embeddings": True}),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]}),
         ("jetmoe", {"num_experts_per_tok": 3}),
+        ("llama", {"attention_bias": False, "mlp_bias": False, "head_dim": None, "tie_word_embeddings": True}),
     ],
 )
 def test_logits_of_variants(family: str, changes: dict) -> None:
@@ -131,6 +132,7 @@ MISTAKES = {
     ("gpt_oss", "yarn bounds truncated"): yarn(truncate=True),
     ("gpt_oss", "no yarn attention factor"): yarn(attention_factor=1.0),
     ("jetmoe", "softmax over all experts"): router(score="softmax", weigh="raw"),
+    ("llama", "another rope base"): theta,
     ("jetmoe", "block norms with the config's eps"): blocks(lambda block: replace(block, norm_eps=1e-3)),
 }
 

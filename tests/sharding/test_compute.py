@@ -22,7 +22,9 @@ MODELS = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 23))
 
 
-@pytest.mark.parametrize(("family", "layout"), [*MODELS, ("qwen2_moe", "both"), ("mixtral", "both")])
+@pytest.mark.parametrize(
+    ("family", "layout"), [*MODELS, ("qwen2_moe", "both"), ("mixtral", "both"), ("llama", "tensor")]
+)
 def test_logits(family: str, layout: str) -> None:
     close(spread(family, layout)(TOKENS), single(family)(TOKENS))
 

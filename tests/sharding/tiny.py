@@ -71,6 +71,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": EXPERTS,
         "num_experts_per_tok": 2,
     },
+    "llama": {**_ATTENTION, **_ROPE, "attention_bias": True, "mlp_bias": True, "intermediate_size": DENSE},
 }
 FAMILIES = sorted(CONFIGS)
 

@@ -32,6 +32,8 @@ GROUPED_QUERY: KeyTable = {
 DENSE: KeyTable = {
     "layers.{layer}.feed_forward.input": [stacked(MLP + "gate_proj.weight", MLP + "up_proj.weight")],
     "layers.{layer}.feed_forward.output": [whole(MLP + "down_proj.weight")],
+    "layers.{layer}.feed_forward.input_bias": [stacked(MLP + "gate_proj.bias", MLP + "up_proj.bias")],
+    "layers.{layer}.feed_forward.output_bias": [whole(MLP + "down_proj.bias")],
 }
 """Layers without experts."""
 

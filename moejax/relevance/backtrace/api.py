@@ -386,7 +386,8 @@ class Backtrace:
 
     def __repr__(self) -> str:
         config = self._lm and self._lm.config
-        size = f"{config.num_layers} layers, {config.num_experts} experts" if config else "unloaded"
+        experts = f"{config.num_experts} experts" if config and config.num_experts else "dense"
+        size = f"{config.num_layers} layers, {experts}" if config else "unloaded"
         return f"Backtrace({self.model_type}, {size}, device={self.device!r})"
 
     def _set(self, found: StepRelevance) -> None:

@@ -258,7 +258,8 @@ function renderHeader() {
   byId('model').textContent = visible(data.model);
   const prompt = el('dd', {class: 'prompt', tabindex: data.prompt.length > 400 ? 0 : null}, data.prompt.split('\n').map(visible).join('↵\n').replace(/∅/g, ''));
   fill(byId('facts'), el('dt', {}, 'Rule'), el('dd', {}, visible(data.rule)), el('dt', {}, 'Prompt'), prompt,
-    el('dt', {}, 'Shape'), el('dd', {}, `${T} tokens, ${L} layers, ${E} experts, ${data.expert_ids[0][0].length} routed per token`));
+    el('dt', {}, 'Shape'), el('dd', {}, `${T} tokens, ${L} layers, ` +
+      (E ? `${E} experts, ${data.expert_ids[0][0].length} routed per token` : 'all dense')));
   byId('targets').hidden = data.targets.length < 2;
   fill(byId('targets'), ...data.targets.map((t, n) => el('button', {type: 'button', 'data-target': n, 'aria-pressed': 'false',
     onclick: () => selectTarget(n)}, el('span', {class: 'mono'}, visible(t.label)), el('small', {}, `after ${t.position}`))));
@@ -333,7 +334,7 @@ function renderToken() {
     ...Array.from({length: slots}, (_, k) => el('th', {scope: 'col', style: {textAlign: 'left'}}, `slot ${k}`)));
   const rows = data.expert_ids.map((layer, l) => el('tr', {}, el('th', {scope: 'row'}, String(l)),
     el('td', {class: 'num'}, fmt(t.layers[l][c])),
-    ...layer[c].map((expert, k) => el('td', {class: 'slot', style: paint(t.experts[l][c][k], scale),
+    ...layer[c].map((expert, k) => expert < 0 ? el('td', {class: 'slot'}, el('small', {}, 'dense')) : el('td', {class: 'slot', style: paint(t.experts[l][c][k], scale),
       title: `layer ${l}, expert ${expert}: weight ${fmt(data.expert_weights[l][c][k], false)}, relevance ${fmt(t.experts[l][c][k])}`},
       el('b', {}, `E${expert} `), el('span', {class: 'num'}, fmt(t.experts[l][c][k])),
       el('small', {}, `weight ${fmt(data.expert_weights[l][c][k], false)}`)))));
@@ -360,7 +361,8 @@ function buildMaps() {
 
 function renderMaps() {
   const t = current();
-  maps.experts.show(t.expert_map, 'Relevance by layer and expert');
+  byId('map-experts').closest('section').hidden = !E;
+  if (E) maps.experts.show(t.expert_map, 'Relevance by layer and expert');
   maps.layers.show(t.layers, 'Relevance by layer and token');
   byId('map-heads').closest('section').hidden = !t.head_map[0].length;
   if (t.head_map[0].length) maps.heads.show(t.head_map, 'Relevance by layer and attention head');

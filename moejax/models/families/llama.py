@@ -1,0 +1,35 @@
+"""Llama (Touvron et al., arXiv 2302.13971; ``modeling_llama.py`` of transformers) and models of its architecture.
+
+Every layer is dense. Biases of attention, output projection included, and of the feed-forward part are optional; the
+rotary scaling of Llama 3.1 is refused.
+"""
+
+from moejax.layers import GLU, BlockConfig, MLPConfig
+from moejax.models.config import Config
+from moejax.models.families._shared import DENSE, GROUPED_QUERY, OUTER, grouped_query
+from moejax.models.hf_config import Fields
+from moejax.models.keys import KeyTable
+
+
+def config(fields: Fields) -> Config:
+    """Map the fields of ``LlamaConfig``."""
+    eps, bias = fields("rms_norm_eps", 1e-6), fields("attention_bias", False)
+    fields("pretraining_tp", None)  # how a product was cut up in training; its value is the same
+    fields("is_llama_config", None)  # a note of those who published SmolLM2
+    attention = grouped_query(fields, eps, bias=bias, output_bias=bias)
+    dense = MLPConfig(
+        attention.model_dim,
+        fields.size("intermediate_size"),
+        GLU(fields("hidden_act", "silu")),
+        bias=fields("mlp_bias", False),
+    )
+    return Config(
+        model_type="llama",
+        blocks=(BlockConfig(attention, dense, eps),) * fields.size("num_hidden_layers"),
+        rope=fields.rope(),
+        norm_eps=eps,
+        **fields.common(max_positions=2048),
+    )
+
+
+KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}
