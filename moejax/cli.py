@@ -1,6 +1,7 @@
 """The ``moejax`` command."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,6 +163,50 @@ def doctor(
         Console().print(*doctor_tables(found))
 
 
+@app.command()
+def analyse(
+    model: Annotated[str, typer.Argument(help="Bundled name, hub id, or a folder of either kind.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A prepared corpus (.npz, with its domains), .jsonl (a document a line: text, and label if it has one),"
+            " or text (one document)."
+        ),
+    ],
+    against: Annotated[str | None, typer.Option(help="Another checkpoint of the model, to compare with.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table, the numbers and the plots.")] = Path("analysis"),
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Draw windows up to so many tokens; default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    drop_top: Annotated[int, typer.Option(min=0, help="Also mask each token's best 1, 2, .. so many experts.")] = 0,
+    probe_tokens: Annotated[int, typer.Option(min=1, help="Sample of the data for --drop-top.")] = 4096,
+    by_token: Annotated[
+        bool | None, typer.Option("--by-token/--no-by-token", help="Count by token id; default: where it fits.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a model's routers use their experts on data, beside its loss."""
+    import moejax
+    from moejax import study
+    from moejax.report.routing import routing_tables, write_routing
+
+    _folder(out)
+    lm = moejax.load(model)
+    windows = study.Windows(study.Documents.read(data, lm), length, batch, max_tokens, seed)
+    other = None if against is None else moejax.load(against)
+    options = {"against": other, "by_token": by_token, "drop": drop_top, "probe_tokens": probe_tokens}
+    found = study.analyse(lm, windows, **options, progress=_bar(as_json)).to_dict()
+    written = write_routing(found, out)
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+    else:
+        Console().print(*routing_tables(found))
+        print(f"{out}: {', '.join(path.name for path in written)}")
+
+
 def _no_device() -> None:
     """Keep to the host: files are rearranged, and an accelerator would be taken for nothing."""
     import jax
@@ -195,3 +240,12 @@ def _writable(path: Path) -> None:
 
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise MoejaxError(f"cannot write {path}: its folder does not exist, or it is a folder itself.")
+
+
+def _folder(path: Path) -> None:
+    """Whether files can be written there, before hours are spent on what they should hold."""
+    from moejax import MoejaxError
+
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise MoejaxError(f"cannot write into {path}: {nearest} is no folder, or not yours to write to.")

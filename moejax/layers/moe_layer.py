@@ -23,8 +23,9 @@ from moejax.layers.glu import GLU, Activation, Unit
 from moejax.layers.linear import wide_matmul
 from moejax.layers.mlp import MLP
 from moejax.ops.experts import assign
-from moejax.routing import SCORES, WEIGHTS, Routing, balance_loss, diversity_loss, route, z_loss
+from moejax.routing import SCORES, WEIGHTS, Routing, balance_loss, route, z_loss
 from moejax.routing.losses import Count, Scope
+from moejax.routing.statistics import diversity
 from moejax.rules import Reading
 
 Info = dict[str, Array]
@@ -276,7 +277,7 @@ class MoeLayer(nnx.Module):
 
         Args:
             expert_outputs: outputs of all experts, if they are known already.
-            return_topk_outputs: return a pair of the sum and the :func:`~moejax.routing.diversity_loss` of the slots.
+            return_topk_outputs: return a pair of the sum and the :func:`~moejax.routing.statistics.diversity` of the slots.
         """
         ids, weights = self.resolve(selected_experts, weights)
         slots, tokens = ids.shape[-1], ids.shape[0] * ids.shape[1]
@@ -301,7 +302,7 @@ class MoeLayer(nnx.Module):
         self.note("ids", ids)
         self.note("weights", weights)
         y = results + combine(outputs, weights, ids, self.reading)
-        return (y, diversity_loss(outputs, self.mask)) if return_topk_outputs else y
+        return (y, diversity(outputs, self.mask, weights=weights)) if return_topk_outputs else y
 
     # losses
 
@@ -337,8 +338,8 @@ class MoeLayer(nnx.Module):
         return self.args.balance_loss_coef * balance + self.args.router_z_loss_coef * z, balance, z
 
     def experts_diversity_loss(self, outputs: Float[Array, "B T K O"]) -> Float[Array, ""]:
-        """:func:`moejax.routing.diversity_loss` of a token's selected outputs."""
-        return diversity_loss(outputs, self.mask)
+        """:func:`moejax.routing.statistics.diversity` of a token's selected outputs."""
+        return diversity(outputs, self.mask)
 
     @staticmethod
     def routing(selected: Array | None, scores: Array | None, logits: Array) -> Routing:
