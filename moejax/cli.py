@@ -2,7 +2,9 @@
 
 import json
 import os
+import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,8 +171,8 @@ def analyse(
     data: Annotated[
         Path,
         typer.Option(
-            help="A prepared corpus (.npz, with its domains), .jsonl (a document a line: text, and label if it has one),"
-            " or text (one document)."
+            help="A prepared corpus (.npz, with its domains), .jsonl (a document a line: text, and label if it has"
+            " one), or text (one document)."
         ),
     ],
     against: Annotated[str | None, typer.Option(help="Another checkpoint of the model, to compare with.")] = None,
@@ -205,6 +207,38 @@ def analyse(
     else:
         Console().print(*routing_tables(found))
         print(f"{out}: {', '.join(path.name for path in written)}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="JSON file with the fields of moejax.training.TrainConfig.")],
+    moe_name: Annotated[
+        str | None, typer.Option(help="Registered MoE layer, with its default settings; an unknown name lists all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on.")] = Path("runs/train"),
+    data: Annotated[str | None, typer.Option(help="Train on this .npz, .jsonl or text instead.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead.")] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="Python file to run first: one that registers a layer of your own.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small decoder on text; writes metrics, checkpoints, and a model that every other command takes."""
+    from moejax.report.training import follow
+    from moejax.training import Run, TrainConfig
+
+    if plugin is not None:
+        runpy.run_path(str(plugin))
+    settings = TrainConfig.read(config, data=data, steps=steps)
+    if data is not None:
+        settings = replace(settings, heldout=None)
+    run = Run(settings if moe_name is None else settings.with_moe(moe_name), out)
+    if as_json:
+        for row in run:
+            print(json.dumps(row), flush=True)
+    else:
+        follow(run, settings.steps)
+        Console().print(f"the trained model: {out / 'model'}", highlight=False)
 
 
 def _no_device() -> None:

@@ -277,7 +277,7 @@ class MoeLayer(nnx.Module):
 
         Args:
             expert_outputs: outputs of all experts, if they are known already.
-            return_topk_outputs: return a pair of the sum and the :func:`~moejax.routing.statistics.diversity` of the slots.
+            return_topk_outputs: return a pair of the sum and :meth:`experts_diversity_loss` of the slots.
         """
         ids, weights = self.resolve(selected_experts, weights)
         slots, tokens = ids.shape[-1], ids.shape[0] * ids.shape[1]
@@ -302,7 +302,7 @@ class MoeLayer(nnx.Module):
         self.note("ids", ids)
         self.note("weights", weights)
         y = results + combine(outputs, weights, ids, self.reading)
-        return (y, diversity(outputs, self.mask, weights=weights)) if return_topk_outputs else y
+        return (y, self.experts_diversity_loss(outputs)) if return_topk_outputs else y
 
     # losses
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int, Integer
 from moejax.errors import MoejaxError
 from moejax.lm import LM
 from moejax.training import Corpus
+from moejax.training.data import read_texts
 
 _NARROWEST = 32
 """Tokens of the narrowest batch: short windows are padded to a power of two, so that few widths are compiled."""
@@ -68,13 +69,7 @@ class Documents:
             raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl of texts, or a text file.")
         if path.suffix == ".npz":
             return cls._of_corpus(path, lm)
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise MoejaxError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-        if path.suffix == ".jsonl":
-            return cls.of(*_parse_lines(path, text), lm)
-        return cls.of([text], None, lm)
+        return cls.of(*read_texts(path), lm)
 
     @classmethod
     def of(cls, texts: Sequence[str], labels: Sequence[str | None] | None, lm: LM) -> Self:
@@ -190,21 +185,3 @@ class Windows:
             targets[row, : len(found) - 1], predicted[row, : len(found) - 1] = found[1:], True
             labels[row] = self.documents.labels[document]
         return Batch(*map(jnp.asarray, (tokens, targets, valid, predicted, labels)))
-
-
-def _parse_lines(path: Path, text: str) -> tuple[list[str], list[str | None]]:
-    texts, labels = [], []
-    # of all that ends a line, JSON strings may hold any but the newline
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise MoejaxError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
-            raise MoejaxError(f'{path}, line {number}: not an object with a string "text".')
-        label = found.get("label")
-        texts.append(found["text"])
-        labels.append(None if label is None else str(label))
-    return texts, labels
