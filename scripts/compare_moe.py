@@ -58,7 +58,8 @@ def main() -> None:
     args = parser.parse_args()
     base = TrainConfig.read(args.config, steps=args.steps)
     console.print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {base.steps} steps of {base.batch} x {base.length} tokens"
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}, "
+        f"{base.steps} steps of {base.batch} x {base.length} tokens"
     )
     model = dict(base.model)
     dense = {k: v for k, v in model.items() if not k.startswith(("moe", "num_experts"))}
