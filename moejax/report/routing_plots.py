@@ -62,7 +62,7 @@ def _utilisation(layers: list[Found], title: str) -> Figure:
         _ratio_map(axes, np.log2(loads), "share of slots / even share")
     dead = [(at[1], at[0]) for at in np.argwhere(loads == 0)]
     if dead:
-        axes.plot(*zip(*dead, strict=True), "x", color="black", markersize=5, linestyle="none")
+        axes.plot(*zip(*dead, strict=True), "x", color="white", markersize=5, linestyle="none")
     axes.set_title("Utilisation" + (" (x: selected by no token)" if dead else ""), loc="left", fontsize=10)
     axes.set_xlabel("expert")
     _label_layers(axes, layers)

@@ -18,8 +18,8 @@ def windows() -> Windows:
     return Windows(Documents([rng.integers(2, 53, n) for n in (32, 19)], np.array([0, 1]), ("a", "b")), 32, 2)
 
 
-def by_whole_passes(lm: LM, windows: Windows, dropped: int, refill: bool) -> tuple[float, list[np.ndarray]]:
-    """The loss, and each layer's experts, with gates found from the bottom up: a whole pass to learn each layer's."""
+def by_whole_passes(lm: LM, windows: Windows, dropped: int, refill: bool) -> float:
+    """The loss with gates found from the bottom up: a whole pass to learn each layer's."""
     (batch,) = windows
     gate = jnp.ones((L, *batch.tokens.shape, E))
     run = jax.jit(lambda gates: lm.decoder.hidden(batch.tokens, valid=batch.valid, reading=Reading(gates=gates)))
@@ -30,13 +30,12 @@ def by_whole_passes(lm: LM, windows: Windows, dropped: int, refill: bool) -> tup
     hidden = run(knobs())
     p = np.asarray(jax.nn.log_softmax(lm.decoder.logits(hidden.stream)), np.float64)
     picked = np.take_along_axis(p, np.asarray(batch.targets)[..., None], -1)[..., 0]
-    kept = [np.asarray(r.feed_forward.ids) for r in hidden.routing]
-    return float(-picked[np.asarray(batch.predicted)].mean()), kept
+    return float(-picked[np.asarray(batch.predicted)].mean())
 
 
-@pytest.mark.parametrize(("dropped", "refill"), [(1, True), (4, True), (1, False), (4, False)])
+@pytest.mark.parametrize(("dropped", "refill"), [(4, True), (1, False)])
 def test_against_whole_passes(toy_lm: LM, windows: Windows, dropped: int, refill: bool) -> None:
-    want, _ = by_whole_passes(toy_lm, windows, dropped, refill)
+    want = by_whole_passes(toy_lm, windows, dropped, refill)
     found = drop_top(toy_lm, windows, dropped, refill=refill)
     assert found.loss == pytest.approx(want, rel=1e-5)
     assert found.predictions == windows.num_tokens - 2
