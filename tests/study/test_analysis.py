@@ -13,13 +13,14 @@ import pytest
 from rich.console import Console
 
 from moejax import LM, MoejaxError
+from moejax.ops.mxfp4 import MXFP4
 from moejax.report.routing import routing_tables
 from moejax.report.routing_plots import routing_figures
 from moejax.routing import Routing
 from moejax.routing import statistics as s
 from moejax.study import Analysis, Batch, Documents, Windows, analyse, compare, similarities
 from moejax.study.result import random_iou, routing_statistics
-from moejax.study.similarity import Similarity
+from moejax.study.similarity import Similarity, _products
 from moejax.study.sums import Mixture, routing_sums
 
 V, L, E, K = 53, 2, 9, 5
@@ -296,6 +297,12 @@ def test_similarity_of_weights(toy_lm: LM) -> None:
             unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
             cosines = unit @ unit.T
             assert value == pytest.approx((cosines.sum() - E) / (E * (E - 1)), abs=1e-6)
+
+
+def test_similarity_of_packed_weights() -> None:
+    packed = MXFP4.random(jax.random.key(0), (3, 5, 64))
+    rows = np.asarray(packed.unpack(jnp.float32), np.float64).reshape(3, -1)
+    np.testing.assert_allclose(_products(packed), rows @ rows.T, rtol=1e-5)
 
 
 def test_windows_longer_than_the_context(toy_lm: LM, documents: Documents) -> None:
