@@ -177,11 +177,12 @@ def analyse(
     ],
     against: Annotated[str | None, typer.Option(help="Another checkpoint of the model, to compare with.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the table, the numbers and the plots.")] = Path("analysis"),
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Draw windows up to so many tokens; default: all.")
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a window; default: 512, or the model's context."),
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Draw windows up to so many tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     drop_top: Annotated[int, typer.Option(min=0, help="Also mask each token's best 1, 2, .. so many experts.")] = 0,
     probe_tokens: Annotated[int, typer.Option(min=1, help="Sample of the data for --drop-top.")] = 4096,
@@ -197,6 +198,7 @@ def analyse(
 
     _folder(out)
     lm = moejax.load(model)
+    length = length or min(512, lm.config.max_positions)
     windows = study.Windows(study.Documents.read(data, lm), length, batch, max_tokens, seed)
     other = None if against is None else moejax.load(against)
     options = {"against": other, "by_token": by_token, "drop": drop_top, "probe_tokens": probe_tokens}

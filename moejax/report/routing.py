@@ -24,16 +24,21 @@ _TABLES = {
         "router_similarity": "rows' cosine",
     },
     "experts": {
-        "relative_perplexity": "relative perplexity",
-        "jain_index": "Jain index",
-        "largest_load": "largest load",
+        "relative_perplexity": "perplexity / E",
+        "jain_index": "Jain",
+        "largest_load": "load",
         "dead": "dead",
-        "token_specialisation": "token special.",
-        "label_divergence": "label diverg.",
-        "expert_similarity": "weights' cosine",
+        "token_specialisation": "by token",
+        "label_divergence": "by label",
+        "expert_similarity": "cosine",
     },
 }
 """Statistics of a layer that stand in the terminal, table by table, and their heads."""
+
+_CAPTIONS = {
+    "router": "entropies over their largest value; -: absent",
+    "experts": "perplexity, Jain: 1 is even; load: the busiest, over an even share; by ..: specialisation",
+}
 
 _WORDS = {"feed_forward": "feed-forward experts", "attention": "attention experts"}
 
@@ -102,8 +107,7 @@ def _data_table(found: Found) -> Table:
 
 def _layers_table(kind: str, part: str, layers: list[Found]) -> Table:
     shown = {name: head for name, head in _TABLES[part].items() if any(layer[name] is not None for layer in layers)}
-    caption = "entropies over their largest value; -: absent" if part == "router" else None
-    table = Table("layer", *shown.values(), title=f"{_WORDS[kind]}: {part}", caption=caption)
+    table = Table("layer", *shown.values(), title=f"{_WORDS[kind]}: {part}", caption=_CAPTIONS[part])
     for layer in layers:
         table.add_row(str(layer["layer"]), *(_number(layer[name]) for name in shown))
     return table

@@ -62,7 +62,7 @@ def _utilisation(layers: list[Found], title: str) -> Figure:
         _ratio_map(axes, np.log2(loads), "share of slots / even share")
     dead = [(at[1], at[0]) for at in np.argwhere(loads == 0)]
     if dead:
-        axes.plot(*zip(*dead, strict=True), "x", color="black", markersize=5, linestyle="none")
+        axes.plot(*zip(*dead, strict=True), "x", color="white", markersize=5, linestyle="none")
     axes.set_title("Utilisation" + (" (x: selected by no token)" if dead else ""), loc="left", fontsize=10)
     axes.set_xlabel("expert")
     _label_layers(axes, layers)
@@ -90,7 +90,7 @@ def _coactivation(layers: list[Found], title: str) -> Figure:
     finite = [values[np.isfinite(values)].max(initial=0) for values in maps]
     drawing = _new(3.0 * len(chosen) + 1.4, 4.0, title)
     panels = np.atleast_1d(drawing.subplots(1, len(chosen), squeeze=False)[0])
-    images = [_map(axes, v, "YlGnBu", 0, max(*finite, 1e-9)) for axes, v in zip(panels, maps, strict=True)]
+    images = [_map(axes, v, "YlGnBu", max(*finite, 1e-9)) for axes, v in zip(panels, maps, strict=True)]
     for axes, layer in zip(panels, chosen, strict=True):
         axes.set_title(f"layer {layer['layer']}", loc="left", fontsize=10)
         axes.set_xlabel("also selected expert")
@@ -106,7 +106,7 @@ def _overlap(mixtures: Found, title: str) -> Figure:
     size = max(4.2, min(9.0, 0.22 * len(values) + 3))
     drawing = _new(size + 1.2, size, title)
     axes = drawing.subplots()
-    image = _map(axes, values, "YlGnBu", 0, max(float(np.nanmax(values, initial=0)), 1e-9))
+    image = _map(axes, values, "YlGnBu", max(float(np.nanmax(values, initial=0)), 1e-9))
     chance = mixtures["random_overlap"]
     told = "" if chance is None else f" (drawn at random: {chance:.3f})"
     axes.set_title(f"Overlap of a token's sets{told}", loc="left", fontsize=10)
@@ -138,7 +138,7 @@ def _labels(layers: list[Found], labels: list[str], title: str) -> Figure:
     _line(right, known, "label_divergence", "labels", *_LINES[0])
     _line(right, known, "token_specialisation", "token ids", *_LINES[2])
     right.set_title("Specialisation (0: none, 1: full)", loc="left", fontsize=10)
-    right.set_ylim(0)
+    right.set_ylim(0.0)
     _finish_lines(right, [layer["layer"] for layer in known])
     return drawing
 
@@ -165,7 +165,7 @@ def _new(width: float, height: float, title: str) -> Figure:
     return drawing
 
 
-def _map(axes: Axes, values: np.ndarray, colours: str, low: float, high: float) -> Any:
+def _map(axes: Axes, values: np.ndarray, colours: str, high: float, low: float = 0.0) -> Any:
     from matplotlib import colormaps
 
     cmap = colormaps[colours].with_extremes(bad="#e5e7eb")
@@ -176,7 +176,7 @@ def _map(axes: Axes, values: np.ndarray, colours: str, low: float, high: float) 
 def _ratio_map(axes: Axes, logs: np.ndarray, label: str) -> None:
     """Logarithms to base 2 of ratios, white where the ratio is one; what lies beyond the scale has its last colour."""
     high = float(np.clip(np.ceil(np.abs(logs[np.isfinite(logs)]).max(initial=0)), 1, 3))
-    image = _map(axes, np.where(np.isneginf(logs), -high, logs), "PuOr_r", -high, high)
+    image = _map(axes, np.where(np.isneginf(logs), -high, logs), "PuOr_r", high, -high)
     bar = _bar(axes.figure, image, axes, label)
     ticks = np.arange(-high, high + 1)
     bar.set_ticks(ticks, labels=[f"{2.0**tick:g}" for tick in ticks])

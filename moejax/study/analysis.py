@@ -94,9 +94,9 @@ def analyse(
     changes = None if against is None else compare(lm, against, windows, progress=progress)
     run = partial(measure, lm.packed, groups=max(1, len(names)), by_token=by_token)
     sums = accumulate(run, windows, "routing", progress)
-    statistics = {
-        kind: routing_statistics(sizes[kind], found, bool(names), similarities(lm.decoder, kind))
-        for kind, found in sums.mixtures.items()
+    statistics: dict[Kind, RoutingStatistics] = {
+        kind: routing_statistics(found, sums.mixtures[kind], bool(names), similarities(lm.decoder, kind))
+        for kind, found in sizes.items()
     }
     return Analysis(
         lm.name,

@@ -58,7 +58,7 @@ def compare(lm: LM, other: LM, windows: Windows, *, progress: bool = False) -> d
                 f"{theirs.num_layers} layers" + (f", other {kind} experts in layer {layers[0]}." if layers else ".")
             )
     sums = accumulate(partial(_measure, lm.packed, other.packed), windows, "comparing", progress)
-    return {kind: _changes([m.layer for m in here[kind]], found) for kind, found in sums.items()}
+    return {kind: _changes([m.layer for m in found], sums[kind]) for kind, found in here.items()}
 
 
 def _changes(layers: list[int], sums: _Overlap) -> list[LayerChange]:

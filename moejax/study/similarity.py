@@ -19,7 +19,7 @@ _STACKED = ("gate_up", "down", "query", "output")
 
 @dataclass(frozen=True)
 class Similarity:
-    """Mean pairwise cosines in [-1, 1]; ``None`` where there is one expert only, or no such weight.
+    """Mean pairwise cosines in [-1, 1]; ``None`` where there is one expert only, no such weight, or one not finite.
 
     Attributes:
         experts: of the experts' matrices, all flattened and joined.
@@ -39,13 +39,17 @@ def _similarity(mixture: Any) -> Similarity:
     stacked = [matrix for name in _STACKED if (matrix := getattr(mixture, name, None)) is not None]
     rows = getattr(getattr(getattr(mixture, "router", None), "linear", None), "weight", None)
     return Similarity(
-        float(mean_cosine(jnp.stack([*map(_products, stacked)]).sum(0))) if _several(stacked) else None,
-        float(expert_similarity(rows)) if rows is not None and len(rows) > 1 else None,
+        _finite(mean_cosine(jnp.stack([*map(_products, stacked)]).sum(0))) if _several(stacked) else None,
+        _finite(expert_similarity(rows)) if rows is not None and len(rows) > 1 else None,
     )
 
 
 def _several(stacked: list[Any]) -> bool:
     return bool(stacked) and stacked[0].shape[0] > 1
+
+
+def _finite(value: Float[Array, ""]) -> float | None:
+    return float(value) if jnp.isfinite(value) else None
 
 
 @jax.jit
