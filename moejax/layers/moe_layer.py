@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax.errors import ConfigError
@@ -131,6 +132,8 @@ class MoeLayer(nnx.Module):
 
     Args: ClassVar[type[MoeArgs]] = MoeArgs
     """The class of the layer's settings."""
+    mesh: Mesh | None = None
+    """Devices over whose axis ``expert`` the experts are split, if they are."""
     num_shared: int = 0
     """1 if :meth:`forward` has a shared expert under the gate ``shared``."""
 
@@ -282,7 +285,7 @@ class MoeLayer(nnx.Module):
         ids, weights = self.resolve(selected_experts, weights)
         slots, tokens = ids.shape[-1], ids.shape[0] * ids.shape[1]
         dispatched = jnp.where(weights == 0, self.num_ids, ids).reshape(-1, slots)
-        assignment = assign(dispatched, self.num_routed, nowhere=True)
+        assignment = assign(dispatched, self.num_routed, nowhere=True, mesh=self.mesh)
         if (factor := self.args.capacity_factor) is not None:
             whole = assignment.load.sum()
             assignment = assignment.limited(math.ceil(factor * tokens * slots / self.num_routed))

@@ -4,7 +4,7 @@ from moejax.models.config import Config
 from moejax.models.decoder import Cache, Decoder, Hidden
 from moejax.models.families import FAMILIES, family
 from moejax.models.packed import Packed, unpack
-from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, shard, shardings
+from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, exchanging, shard, shardings
 
 __all__ = [
     "EXPERT",
@@ -17,6 +17,7 @@ __all__ = [
     "Hidden",
     "Packed",
     "Rules",
+    "exchanging",
     "family",
     "shard",
     "shardings",

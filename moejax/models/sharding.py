@@ -13,6 +13,7 @@ from moejax.errors import ConfigError
 from moejax.layers import RegisteredConfig
 from moejax.models.config import Config
 from moejax.models.decoder import Decoder
+from moejax.ops.experts.exchange import AXIS
 
 Axes = tuple[str | None, ...]
 """Logical name of each axis of a leaf; ``None`` is never split."""
@@ -66,6 +67,7 @@ AXES: Mapping[str, Axes] = {
     "feed_forward.down_bias": ("expert", None),
     "feed_forward.bias": (None,),
     # those of registered layers; whatever else they have is on every device
+    "feed_forward.gate_weight": (None, "model"),
     "feed_forward.experts.input": ("expert", *_GATED),
     "feed_forward.experts.output": ("expert", *_DOWN),
     "feed_forward.experts.input_bias": ("expert", None, "hidden"),
@@ -122,7 +124,16 @@ def shardings(
 def shard(decoder: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mapping[str, Axes] = AXES) -> Decoder:
     """A decoder that is in memory, laid over a mesh. Raises as :func:`shardings` does."""
     leaves, tree = jax.tree.flatten(decoder)
-    return tree.unflatten(jax.device_put(leaves, list(shardings(decoder, mesh, rules, axes).values())))
+    placed = shardings(decoder, mesh, rules, axes)
+    return exchanging(tree.unflatten(jax.device_put(leaves, list(placed.values()))), placed)
+
+
+def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder:
+    """The decoder, its mixtures told that their experts lie on several devices, if they do."""
+    experts = (s for path, s in placed.items() if (AXES.get(_LAYER.sub("", path, count=1)) or (None,))[0] == "expert")
+    mesh = next((s.mesh for s in experts if s.spec[0] == AXIS and isinstance(s.mesh, Mesh)), None)
+    structure = jax.tree.structure(Decoder.abstract(decoder.config.over(mesh)))
+    return jax.tree.unflatten(structure, jax.tree.leaves(decoder))
 
 
 def logical_axes(path: str, axes: Mapping[str, Axes] = AXES) -> Axes:
