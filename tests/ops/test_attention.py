@@ -11,6 +11,7 @@ from jaxtyping import TypeCheckError
 from moejax.ops.attention import attention
 from moejax.ops.attention.blocks import spans
 from moejax.ops.attention.choice import block_size
+from moejax.ops.attention.fused import fits, fused
 
 B, T, S, H, G, C = 3, 7, 9, 4, 2, 10
 LONG = 23
@@ -192,6 +193,43 @@ class TestBlocks:
         assert block_size(4096, 4096 * 16) == 512
         assert block_size(4096, 4096 * 64) == 128
         assert block_size(300, 10**9) == 128
+
+
+class TestFused:
+    """What surrounds the kernel, with XLA's attention in its place."""
+
+    @pytest.mark.parametrize("window", [None, 5])
+    @pytest.mark.parametrize("padding", [0, 2])
+    def test_equals_blocks(self, window, padding):
+        """Values and gradients, of one cotangent and of several; with padding, blocks take over at run time."""
+        q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
+        mask = jnp.asarray(causal_mask(8, window, padding))
+        received = jnp.asarray(np.random.default_rng(6).normal(size=(3, *q.shape)), jnp.float32)
+
+        def both(run):
+            out, pull = jax.vjp(lambda *a: run(*a, mask, scale=0.3, window=window, block=8), q, k, v)
+            return out, pull(received[0]), jax.vmap(pull)(received)
+
+        got = jax.jit(lambda: both(partial(fused, kernel="xla")))()
+        want = jax.jit(lambda: both(partial(attention, causal=True, implementation="blocks")))()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+    def test_queries_alone_in_a_batch(self):
+        q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
+        mask = jnp.asarray(causal_mask(8, None, 0))
+        run = lambda q: fused(q, k, v, mask, scale=0.3, window=None, block=8, kernel="xla")  # noqa: E731
+        np.testing.assert_allclose(jax.vmap(run)(jnp.stack([q, 2 * q]))[1], run(2 * q), rtol=1e-5, atol=1e-5)
+
+    def test_padding_is_not_left_to_the_kernel(self):
+        """XLA's attention gives a query that sees nothing the mean of all values, ours zeros."""
+        q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
+        out = fused(q, k, v, jnp.asarray(causal_mask(8, None)), scale=0.3, window=None, block=8, kernel="xla")
+        assert not np.asarray(out)[1, :2].any()
+        assert np.asarray(out)[0, :2].any()
+
+    def test_never_without_a_gpu(self):
+        q = jnp.zeros((1, 8, H, 16), jnp.bfloat16)
+        assert not fits(q, q, True, None)
 
 
 class TestChoice:

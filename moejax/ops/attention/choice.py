@@ -5,9 +5,10 @@ from typing import Literal
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
+from moejax.ops.attention.fused import fits, fused
 from moejax.ops.attention.plain import plain
 
-Implementation = Literal["plain", "blocks"]
+Implementation = Literal["plain", "blocks", "fused"]
 
 _BLOCK_BYTES = 1 << 27
 """Of the float32 scores of one block of queries."""
@@ -38,22 +39,27 @@ def attention(
         causal: queries and keys are the same tokens in order, and no query sees a later one.
         window: of ``causal`` keys, each query sees none but the last ``window``.
         implementation: ``"plain"`` holds all scores, the reference; ``"blocks"`` those of one block of queries,
-            computes them again on the way back, and skips keys that no query of a block may see. By default blocks,
-            but plain where ``edges`` are read.
+            computes them again on the way back, and skips keys that no query of a block may see; ``"fused"`` is
+            cuDNN's kernel, for ``causal`` attention without sinks in bfloat16 on a GPU. By default fused where that
+            can be, else blocks, but plain where ``edges`` are read.
         block: queries of a block; by default all where their scores fit 128 MiB, else as many as fit, but 128.
 
     Raises:
         ValueError: unknown implementation, or edges with one that does not read them.
     """
     if implementation is None:
-        implementation = "blocks" if edges is None else "plain"
+        implementation = "plain" if edges is not None else "fused" if fits(q, k, causal, sinks) else "blocks"
     if implementation == "plain":
         return plain(q, k, v, mask, scale=scale, sinks=sinks, edges=edges)
-    if implementation != "blocks":
-        raise ValueError(f"implementation={implementation!r} is unknown; choose from 'blocks', 'plain'.")
     if edges is not None:
-        raise ValueError("implementation='blocks' does not read edges; leave it out.")
+        raise ValueError(f"implementation={implementation!r} does not read edges; leave it out.")
     size = block or block_size(q.shape[1], k.shape[1] * q.shape[0] * q.shape[2])
+    if implementation == "fused":
+        if sinks is not None or not causal:
+            raise ValueError("implementation='fused' is for causal attention without sinks; leave it out.")
+        return fused(q, k, v, mask, scale=scale, window=window, block=size)
+    if implementation != "blocks":
+        raise ValueError(f"implementation={implementation!r} is unknown; choose from 'blocks', 'fused', 'plain'.")
     return in_blocks(q, k, v, mask, sinks, scale=scale, causal=causal, window=window, block=size)
 
 
