@@ -243,6 +243,44 @@ def train(
         Console().print(f"the trained model: {out / 'model'}", highlight=False)
 
 
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id; with --random a published shape.")],
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights of a published shape, on a CPU of a small one.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 512,
+    long_tokens: Annotated[int, typer.Option(min=1, help="Of the long prompt.")] = 4096,
+    cases: Annotated[str, typer.Option(help="Only cases whose name has one of these words, with commas.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Calls to take the median of.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Time forward pass, relevance and decoding on this machine, beside what it could do at best."""
+    from moejax.report.bench import heading_lines, row_line
+    from moejax.study.bench import bench as measure
+
+    name, decoder = _decoder(model, random)
+    words = cases.split(",")
+    # a row is printed as soon as it is measured, with --json as a line of its own
+    for part in measure(name, decoder, tokens=tokens, long_tokens=long_tokens, cases=words, repeats=repeats):
+        found = part if isinstance(part, dict) else part.to_dict()
+        lines = [json.dumps(found)] if as_json else heading_lines(part) if isinstance(part, dict) else [row_line(found)]
+        print(*lines, sep="\n", flush=True)
+
+
+def _decoder(model: str, random: bool) -> tuple[str, Any]:
+    """Weights to time, and what they are called."""
+    import jax
+
+    import moejax
+    from moejax.study.bench import published, random_decoder
+
+    if not random:
+        return model, moejax.load(model).decoder
+    toy = jax.default_backend() == "cpu"
+    return model + (", made small" if toy else "") + ", random", random_decoder(published(model, toy=toy))
+
+
 def _no_device() -> None:
     """Keep to the host: files are rearranged, and an accelerator would be taken for nothing."""
     import jax

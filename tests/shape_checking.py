@@ -13,6 +13,7 @@ from beartype import BeartypeConf, FrozenDict, beartype
 PYTREE_CONSTRUCTORS = {
     "moejax.models.packed.Packed.__init__",
     "moejax.ops.experts.assignment.Assignment.__init__",
+    "moejax.models.packed.Packed.tree_flatten",
     "moejax.ops.mxfp4.MXFP4.__init__",
     "moejax.relevance.engine.LogitSeeds.__init__",
     "moejax.relevance.engine.RoutingSeeds.__init__",
