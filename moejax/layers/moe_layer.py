@@ -296,8 +296,8 @@ class MoeLayer(nnx.Module):
         for place, special in enumerate(self.special(x), self.num_routed):
             here = ids == place
             goes |= here & (weights != 0)
-            if special is not None:
-                outputs = jnp.where(here[..., None], special[:, :, None], outputs)
+            # what a slot that goes nowhere has is no product, but a bias all the same
+            outputs = jnp.where(here[..., None], 0 if special is None else special[:, :, None], outputs)
         weights = jnp.where(goes, weights, 0)
         self.note("ids", ids)
         self.note("weights", weights)
