@@ -25,8 +25,8 @@ class TernaryMoE(MoeLayer):
 
     A selected route's weight is its probability over that of all selected routes that compute and of all null routes.
     Where a token selects both signs of an expert, the two weights are added. In LibMoE the later of the two
-    replaces the earlier, and the balance loss multiplies each sequence's probabilities with the counts of the whole
-    batch, without the factor ``E``.
+    replaces the earlier (as a null route does to the expert whose id it has modulo ``E``), and the balance loss
+    multiplies each sequence's probabilities with the counts of the whole batch, without the factor ``E``.
     """
 
     Args = TernaryArgs
@@ -64,11 +64,13 @@ class TernaryMoE(MoeLayer):
         ids = self.route_ids()[selected_experts]
         signed = jnp.where(selected_experts < experts, weights, -weights)
         signed = jnp.where(selected_experts < 2 * experts, signed, 0)
+        if self.args.compat:
+            # there null routes are experts too, whose outputs count zero times
+            alias = selected_experts % experts
+            last = ~((alias[..., :, None] == alias[..., None, :]) & (slots[None, :] > slots[:, None])).any(-1)
+            return ids, jnp.where(last, signed, 0)
         same = ids[..., :, None] == ids[..., None, :]
         first = ~(same & (slots[None, :] < slots[:, None])).any(-1)
-        if self.args.compat:
-            last = ~(same & (slots[None, :] > slots[:, None])).any(-1)
-            return ids, jnp.where(last, signed, 0)
         return ids, jnp.where(first, (same * signed[..., None, :]).sum(-1), 0)
 
     def balanceloss(
