@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from moejax.layers.moe_layer import MoeArgs, MoeLayer
 from moejax.layers.registry import register_moe
 from moejax.routing import Routing, null_reward
+from moejax.routing.losses import mean_over
 from moejax.routing.scores import ternary
 
 
@@ -88,10 +89,11 @@ class TernaryMoE(MoeLayer):
         return self.balance(Routing(p, p, ids, computes.astype(p.dtype)))
 
     def _libmoe_balance(self, ids: Int[Array, "B T K"], p: Float[Array, "B T E"]) -> Float[Array, ""]:
-        chosen = (ids[..., None] == jnp.arange(self.num_of_experts)).sum(-2).astype(p.dtype)
+        valid = jnp.ones(ids.shape[:-1], bool) if self.mask is None else self.mask
+        chosen = (ids[..., None] == jnp.arange(self.num_of_experts)).sum(-2).astype(p.dtype) * valid[..., None]
         by_sequence = jnp.maximum(chosen.sum((1, 2)), 1)
-        share = chosen.sum((0, 1)) / by_sequence[:, None]
-        return (jax.lax.stop_gradient(share) * p.mean(1)).sum(-1).mean()
+        share = jax.lax.stop_gradient(chosen.sum((0, 1)) / by_sequence[:, None])
+        return mean_over((share * mean_over(p, valid, (1,))).sum(-1), valid.any(-1), (0,))
 
     def combine_loss(
         self,
