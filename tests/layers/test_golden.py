@@ -56,27 +56,55 @@ def test_masked_against_numpy(name):
 
 @every_case
 def test_gradients_by_finite_differences(name, compat):
-    """Along a random direction in the tokens and in every parameter, one at a time."""
+    """Of the output and of the auxiliary loss, along a random direction in the tokens and in every parameter."""
     layer, x = make(name, compat), jnp.asarray(tokens())
     rng, h = np.random.default_rng(5), 1e-6
-    cotangent = jnp.asarray(rng.normal(size=(B, T, layer.out_embed_dim)))
-    whole = jnp.ones((B, T), bool)
-    of_layer, of_x = objective(layer, x, cotangent, whole)[1]
+    rest = jnp.asarray(rng.normal(size=(B, T, layer.out_embed_dim))), jnp.ones((B, T), bool)
+    gradients = objective(layer, x, *rest)[2]
     leaves, tree = jax.tree_util.tree_flatten_with_path((layer, x))
-    for i, ((path, leaf), slope) in enumerate(zip(leaves, jax.tree.leaves((of_layer, of_x)), strict=True)):
+    for i, ((path, leaf), slopes) in enumerate(zip(leaves, jax.tree.leaves(gradients), strict=True)):
         where = jax.tree_util.keystr(path)
         if any(state in where for state in ("router_bias", "log_l1")):
-            assert not np.asarray(slope).any(), f"{where} is moved between steps, not by the gradient"
+            assert not np.asarray(slopes).any(), f"{where} is moved between steps, not by the gradient"
             continue
-        direction = jnp.asarray(rng.normal(size=leaf.shape))
-        ends = []
+        direction, ends = rng.normal(size=leaf.shape), []
         for sign in (1, -1):
             moved = [other + sign * h * direction if i == j else other for j, (_, other) in enumerate(leaves)]
-            ends.append(float(objective(*tree.unflatten(moved), cotangent, whole)[0][0]))
-        numeric = (ends[0] - ends[1]) / (2 * h)
-        np.testing.assert_allclose((slope * direction).sum(), numeric, rtol=2e-6, atol=2e-7, err_msg=where)
+            ends.append(np.asarray(objective(*tree.unflatten(moved), *rest)[0]))
+        found = (np.asarray(slopes) * direction).reshape(2, -1).sum(-1)
+        np.testing.assert_allclose(found, (ends[0] - ends[1]) / (2 * h), rtol=2e-6, atol=2e-7, err_msg=where)
         unused = (compat == "libmoe" and "log_temperature" in where) or "gate_residual" in where
-        assert unused or np.asarray(slope).any(), f"{where} learns"
+        assert unused or np.asarray(slopes[0]).any(), f"{where} learns from the task"
+        if "gate_weight" in where:
+            assert np.asarray(slopes[1]).any(), f"{where} learns from the auxiliary loss"
+
+
+@every_case
+def test_masked_tokens_change_no_loss(name, compat):
+    """Nor an auxiliary gradient; an expert that chooses does not take them either."""
+    layer, x, mask = make(name, compat), tokens(), some_mask()
+    other = np.where(mask[..., None], x, 5 * tokens(9))
+    one, two = (call(layer, rows, mask) for rows in (x, other))
+    np.testing.assert_allclose(one[1], two[1], rtol=1e-13)
+    for part in ("balance_loss", "router_z_loss"):
+        np.testing.assert_allclose(one[3][part], two[3][part], rtol=1e-13)
+    np.testing.assert_allclose(np.asarray(one[0])[mask], np.asarray(two[0])[mask], rtol=1e-12, atol=1e-12)
+    of_layer, of_x = objective(layer, x, jnp.zeros((B, T, layer.out_embed_dim)), jnp.asarray(mask))[2]
+    assert not np.asarray(of_x)[1][~mask].any()
+    assert np.asarray(of_x)[1][mask].any()
+    assert np.isfinite(np.asarray(of_layer.gate_weight)).all()
+
+
+@every_case
+def test_nothing_but_padding(name, compat):
+    layer, x = make(name, compat), tokens()
+    nothing = jnp.zeros((B, T), bool)
+    (_, auxiliary), found, gradients = objective(layer, x, jnp.ones((B, T, layer.out_embed_dim)), nothing)
+    assert auxiliary == 0
+    for leaf in jax.tree.leaves((found, gradients)):
+        assert np.isfinite(np.asarray(leaf)).all()
+    for leaf in jax.tree.leaves(gradients):
+        assert not np.asarray(leaf)[1].any()
 
 
 @pytest.mark.parametrize(("compat", "want"), [(None, 0.4), ("libmoe", -0.1)])

@@ -72,19 +72,20 @@ def some_mask() -> np.ndarray:
 
 @jax.jit
 def objective(layer: MoeLayer, x: jax.Array, cotangent: jax.Array, mask: jax.Array) -> Any:
-    """``sum(output * cotangent) + auxiliary`` with what the call returned, and its gradients in parameters and tokens.
+    """``[sum(output * cotangent), auxiliary]``, what the call returned, and the gradients of both in layer and tokens.
 
     One program for a variant serves values, masks and gradients.
     """
 
     def value(layer: MoeLayer, x: jax.Array) -> Any:
         found = layer(x, return_id_experts=True, mask=mask)
-        return (found[0] * cotangent).sum() + found[1], found
+        return jnp.stack([(found[0] * cotangent).sum(), found[1]]), found
 
-    return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(layer, x)
+    both, pull, found = jax.vjp(value, layer, x, has_aux=True)
+    return both, found, jax.vmap(pull)(jnp.eye(2, dtype=both.dtype))
 
 
 def call(layer: MoeLayer, x: np.ndarray, mask: np.ndarray | None = None) -> Any:
     """What the layer returns."""
     mask = np.ones(x.shape[:2], bool) if mask is None else mask
-    return objective(layer, jnp.asarray(x), jnp.zeros((*x.shape[:2], layer.out_embed_dim)), jnp.asarray(mask))[0][1]
+    return objective(layer, jnp.asarray(x), jnp.zeros((*x.shape[:2], layer.out_embed_dim)), jnp.asarray(mask))[1]
