@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.layers.moe_layer import MoeArgs, MoeLayer
 from moejax.layers.registry import register_moe
+from moejax.routing.core import keep_sum
 from moejax.routing.selection import expert_choice
 
 
@@ -48,5 +49,5 @@ class ExpertChoiceMoE(MoeLayer):
         taken &= open_
         weights, selected = jax.lax.top_k(jnp.where(taken.reshape(scores.shape), scores, 0), self.num_of_experts)
         if (shares := self.by_route("shares", batch)) is not None:
-            weights = weights * jnp.take_along_axis(shares, selected, axis=-1)
+            weights = keep_sum(weights, jnp.take_along_axis(shares, selected, axis=-1))
         return weights, selected, scores
