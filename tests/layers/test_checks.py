@@ -140,8 +140,6 @@ def test_a_call_leaves_the_layer_as_it_was():
     jax.jit(lambda x: layer(x))(x)
     assert vars(layer) == before
     assert layer.reading == Reading()
-    with pytest.raises(Exception, match="frozen|cannot assign"):
-        layer.args.balance_loss_coef = 3.0
 
 
 def test_info_is_detached_and_the_rest_is_not():
