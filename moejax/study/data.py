@@ -48,7 +48,7 @@ class Documents:
         names: the labels, such as tasks or domains; empty if the data has none.
     """
 
-    tokens: Sequence[Integer[np.ndarray, " n"]]
+    tokens: Sequence[Integer[np.ndarray, " _"]]
     labels: Int[np.ndarray, " d"]
     names: tuple[str, ...] = ()
 
