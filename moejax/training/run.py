@@ -68,7 +68,13 @@ class Run:
         train = self._read(self.config.data)
         if self.config.heldout is not None:
             return train, self._read(self.config.heldout)
-        return train.split(self.config.heldout_share)
+        rest, heldout = train.split(self.config.heldout_share)
+        if min(len(rest.tokens), len(heldout.tokens), self.config.heldout_tokens) <= self.config.length:
+            raise ConfigError(
+                f"heldout_share={self.config.heldout_share} of {len(train.tokens)} tokens leaves too few on one side, "
+                f"or heldout_tokens={self.config.heldout_tokens} too few, for length={self.config.length}."
+            )
+        return rest, heldout
 
     def _read(self, path: str) -> Corpus:
         if path.endswith(".npz"):
