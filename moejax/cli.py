@@ -172,7 +172,7 @@ def analyse(
         Path,
         typer.Option(
             help="A prepared corpus (.npz, with its domains), .jsonl (a document a line: text, and label if it has"
-            " one), or text (one document)."
+            " one), text (one document), or 'sample', which is bundled."
         ),
     ],
     against: Annotated[str | None, typer.Option(help="Another checkpoint of the model, to compare with.")] = None,
@@ -213,12 +213,15 @@ def analyse(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="JSON file with the fields of moejax.training.TrainConfig.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with the fields of moejax.training.TrainConfig; default: small, on bundled text."),
+    ] = None,
     moe_name: Annotated[
         str | None, typer.Option(help="Registered MoE layer, with its default settings; an unknown name lists all.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on.")] = Path("runs/train"),
-    data: Annotated[str | None, typer.Option(help="Train on this .npz, .jsonl or text instead.")] = None,
+    data: Annotated[str | None, typer.Option(help="Train on this .npz, .jsonl, text or 'sample' instead.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead.")] = None,
     plugin: Annotated[
         Path | None, typer.Option(help="Python file to run first: one that registers a layer of your own.")
@@ -226,12 +229,13 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a small decoder on text; writes metrics, checkpoints, and a model that every other command takes."""
+    from moejax.checkpoints.load import BUNDLED
     from moejax.report.training import follow
     from moejax.training import Run, TrainConfig
 
     if plugin is not None:
         runpy.run_path(str(plugin))
-    settings = TrainConfig.read(config, data=data, steps=steps)
+    settings = TrainConfig.read(config or BUNDLED / "sample.json", data=data, steps=steps)
     if data is not None:
         settings = replace(settings, heldout=None)
     run = Run(settings if moe_name is None else settings.with_moe(moe_name), out)
