@@ -189,6 +189,10 @@ def analyse(
     by_token: Annotated[
         bool | None, typer.Option("--by-token/--no-by-token", help="Count by token id; default: where it fits.")
     ] = None,
+    outputs: Annotated[
+        bool,
+        typer.Option("--outputs", help="Also how alike the outputs of a token's experts are; twice the work."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show how a model's routers use their experts on data, beside its loss."""
@@ -201,8 +205,8 @@ def analyse(
     length = length or min(512, lm.config.max_positions)
     windows = study.Windows(study.Documents.read(data, lm), length, batch, max_tokens, seed)
     other = None if against is None else moejax.load(against)
-    options = {"against": other, "by_token": by_token, "drop": drop_top, "probe_tokens": probe_tokens}
-    found = study.analyse(lm, windows, **options, progress=_bar(as_json)).to_dict()
+    options = {"by_token": by_token, "outputs": outputs, "drop": drop_top, "probe_tokens": probe_tokens}
+    found = study.analyse(lm, windows, against=other, **options, progress=_bar(as_json)).to_dict()
     written = write_routing(found, out)
     if as_json:
         print(json.dumps(found, allow_nan=False))

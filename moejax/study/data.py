@@ -67,7 +67,7 @@ class Documents:
         """
         path = find_text(path)
         if not path.is_file():
-            raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl of texts, a text file, or 'sample'.")
+            raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl, a text, or 'sample'.")
         if path.suffix == ".npz":
             return cls._of_corpus(path, lm)
         return cls.of(*read_texts(path), lm)

@@ -95,7 +95,7 @@ def read_texts(path: Path) -> tuple[list[str], list[str | None]]:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
-        raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl of texts, a text file, or 'sample'.") from error
+        raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl, a text, or 'sample'.") from error
     except UnicodeDecodeError as error:
         raise MoejaxError(f"{path}: not UTF-8 text (byte {error.start}).") from error
     return _parse_lines(path, text) if path.suffix == ".jsonl" else ([text], [None])
