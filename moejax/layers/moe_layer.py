@@ -188,6 +188,11 @@ class MoeLayer(nnx.Module):
         return self.num_routed
 
     @property
+    def num_null(self) -> int:
+        """Of the expert ids how many, the last, are null routes: who selects them selects nothing."""
+        return 0
+
+    @property
     def num_slots(self) -> int:
         """Slots of a token, whether they carry something or not."""
         return self.num_selected

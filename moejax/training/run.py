@@ -19,7 +19,7 @@ from moejax.errors import ConfigError, MoejaxError
 from moejax.models import Decoder
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.config import TrainConfig
-from moejax.training.data import Corpus
+from moejax.training.data import Corpus, find_text
 from moejax.training.logs import Log
 from moejax.training.losses import cross_entropy
 from moejax.training.step import TrainState, make_train_steps
@@ -80,7 +80,7 @@ class Run:
         if path.endswith(".npz"):
             corpus = Corpus.read(Path(path))
         else:
-            corpus = Corpus.of_texts(Path(path), self.tokenizer, end=0)
+            corpus = Corpus.of_texts(find_text(path), self.tokenizer, end=0)
         if len(corpus.tokens) <= self.config.length:
             raise MoejaxError(f"{path}: {len(corpus.tokens)} tokens are not enough for length={self.config.length}.")
         if corpus.tokens.max() >= self.vocab_size:

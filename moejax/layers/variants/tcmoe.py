@@ -34,7 +34,11 @@ class TernaryMoE(MoeLayer):
 
     @property
     def num_ids(self) -> int:
-        return self.num_of_experts + self.num_selected
+        return self.num_of_experts + self.num_null
+
+    @property
+    def num_null(self) -> int:
+        return self.num_selected
 
     @property
     def num_routes(self) -> int:
