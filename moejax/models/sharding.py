@@ -147,7 +147,9 @@ def _replicated(config: Config, path: str, leaf: jax.ShapeDtypeStruct) -> Axes |
     layer = _LAYER.match(path)
     own = layer is not None and isinstance(config.blocks[int(layer[1])].feed_forward, RegisteredConfig)
     name = _LAYER.sub("", path, count=1)
-    return (None,) * leaf.ndim if own and name.startswith("feed_forward.") and name not in AXES else None
+    # but for its experts a registered layer's names are its own, though a published family may have one of them
+    theirs = name.startswith("feed_forward.") and not name.startswith("feed_forward.experts.")
+    return (None,) * leaf.ndim if own and theirs else None
 
 
 def _default_rules(mesh: Mesh) -> Rules:
