@@ -102,7 +102,8 @@ def shardings(
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     placed, uneven = {}, {}
     for path, leaf in _leaves(abstract):
-        names = _replicated(abstract.config, path, leaf) or logical_axes(path, axes)
+        own = _replicated(abstract.config, path, leaf)
+        names = logical_axes(path, axes) if own is None else own
         if len(names) != leaf.ndim:
             raise ConfigError(f"{path} has shape {list(leaf.shape)}, but {len(names)} logical axes: {names}.")
         spec = [rules.get(name) if name else None for name in names]
