@@ -104,7 +104,8 @@ def shardings(
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     placed, uneven = {}, {}
     for path, leaf in _leaves(abstract):
-        names = _replicated(abstract.config, path, leaf) or logical_axes(path, axes)
+        own = _replicated(abstract.config, path, leaf)
+        names = logical_axes(path, axes) if own is None else own
         if len(names) != leaf.ndim:
             raise ConfigError(f"{path} has shape {list(leaf.shape)}, but {len(names)} logical axes: {names}.")
         spec = [rules.get(name) if name else None for name in names]
@@ -158,7 +159,9 @@ def _replicated(config: Config, path: str, leaf: jax.ShapeDtypeStruct) -> Axes |
     layer = _LAYER.match(path)
     own = layer is not None and isinstance(config.blocks[int(layer[1])].feed_forward, RegisteredConfig)
     name = _LAYER.sub("", path, count=1)
-    return (None,) * leaf.ndim if own and name.startswith("feed_forward.") and name not in AXES else None
+    # but for its experts a registered layer's names are its own, though a published family may have one of them
+    theirs = name.startswith("feed_forward.") and not name.startswith("feed_forward.experts.")
+    return (None,) * leaf.ndim if own and theirs else None
 
 
 def _default_rules(mesh: Mesh) -> Rules:

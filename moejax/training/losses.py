@@ -45,9 +45,10 @@ def language_model_loss(
     """Mean cross-entropy in nats of predicting each next token, plus the weighted auxiliary losses of the mixtures.
 
     Also returns the parts: ``cross_entropy`` and ``auxiliary`` (what was added), and for the layers that are mixtures,
-    ``[L]`` each (those of attention experts for the layers that have them, as ``attention_..``), ``balance_loss``, ``router_z_loss`` and whatever else a registered layer reports; ``load``, each
+    ``[L]`` each, ``balance_loss``, ``router_z_loss`` and whatever else a registered layer reports; ``load``, each
     expert's share of the slots that carry something ``[L E]``; and ``nonfinite``, router logits that are no numbers
-    ``[L]``. A dense model has no such parts.
+    ``[L]``. For those that have attention experts, ``attention_balance_loss`` and ``attention_router_z_loss``. A dense
+    model has no such parts.
 
     Args:
         key: the step's randomness, for layers that have some.
