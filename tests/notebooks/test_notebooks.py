@@ -23,6 +23,7 @@ SAID = {
     ],
     "03_experts": ["decoder_feed_forward_3_ff_expert: (21, 16)", "correlation with what was predicted"],
     "04_write_a_rule": ["residual of the mistake", "relp ", "correlation with removal"],
+    "05_build_a_moe_layer": ["largest difference from the dense layer", "effect of removal", "residual of the ledger"],
 }
 
 
