@@ -1,8 +1,10 @@
-"""Gated linear unit between an expert's two products."""
+"""What stands between the two products of an expert: a gated linear unit, or an activation."""
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.errors import ConfigError
@@ -26,8 +28,7 @@ class GLU:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.activation not in SLOPES:
-            raise ConfigError(f"hidden_act={self.activation!r} is not supported; supported are: {', '.join(SLOPES)}.")
+        _known(self.activation)
 
     @property
     def slope(self) -> Slope:
@@ -35,12 +36,44 @@ class GLU:
         slope = SLOPES[self.activation]
         return slope if self.alpha == 1 else lambda g: slope(self.alpha * g)
 
-    def __call__(
-        self, gate: Float[Array, "B *s F"], up: Float[Array, "B *s F"], reading: Reading
-    ) -> Float[Array, "B *s F"]:
+    branches: ClassVar[int] = 2
+    """The first product has two outputs for a hidden unit: the gate's, then the linear branch's."""
+
+    def __call__(self, x: Float[Array, "B *s 2 F"], reading: Reading) -> Float[Array, "B *s F"]:
         """The hidden units of an expert."""
-        rule = reading.rule
+        rule, (gate, up) = reading.rule, jnp.unstack(x, axis=-2)
         if (limit := self.limit) is not None:
             gate = reading.book("clamp", lambda g: rule.clamp(g, -math.inf, limit), gate)
             up = reading.book("clamp", lambda u: rule.clamp(u, -limit, limit), up)
         return reading.book("activation", lambda g, u: rule.gated(self.slope, g, u, self.offset), gate, up)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """``a(x)``, named as in ``ops.activation.SLOPES``; the hidden units of an expert without a gate."""
+
+    activation: str = "gelu"
+
+    branches: ClassVar[int] = 1
+    """The first product has one output for a hidden unit."""
+
+    def __post_init__(self) -> None:
+        _known(self.activation)
+
+    @property
+    def slope(self) -> Slope:
+        """The activation over its input."""
+        return SLOPES[self.activation]
+
+    def __call__(self, x: Float[Array, "B *s 1 F"], reading: Reading) -> Float[Array, "B *s F"]:
+        """The hidden units of an expert."""
+        return reading.book("activation", lambda x: reading.rule.activation(self.slope, x), x[..., 0, :])
+
+
+Unit = GLU | Activation
+"""From an expert's first product ``[.., branches, F]`` to its hidden units ``[.., F]``."""
+
+
+def _known(activation: str) -> None:
+    if activation not in SLOPES:
+        raise ConfigError(f"hidden_act={activation!r} is not supported; supported are: {', '.join(SLOPES)}.")

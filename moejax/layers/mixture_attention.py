@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.attention import Context, KeyValue, attend
+from moejax.layers.experts import combine, expert_linear
 from moejax.layers.linear import Linear, normal
-from moejax.layers.router import Router, RouterConfig, expert_linear
+from moejax.layers.router import Router, RouterConfig
 from moejax.routing import Routing
 from moejax.rules import Reading
 
@@ -77,5 +78,5 @@ class MixtureAttention(nnx.Module):
         heads = heads.reshape(batch, tokens, groups, slots, c.head_dim).swapaxes(2, 3)
         heads = reading.gate("heads", heads.reshape(batch, tokens, -1, c.head_dim))
         outputs = expert_linear(heads.reshape(batch, tokens, slots, -1), self.output, None, assignment, reading)
-        y = self.router.combine(outputs, routing, reading, prefix="attention_")
+        y = combine(outputs, routing.weights, routing.ids, reading, prefix="attention_")
         return reading.add_bias(y, self.bias), stored, routing

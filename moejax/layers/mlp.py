@@ -1,4 +1,4 @@
-"""Dense gated feed-forward layer: that of layers without experts, and a shared expert's."""
+"""Dense feed-forward layer: that of layers without experts, and a shared expert's."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -9,32 +9,28 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moejax.layers.glu import GLU
+from moejax.layers.glu import GLU, Unit
 from moejax.layers.linear import matmul, normal
 from moejax.rules import Reading
 
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """Architecture of one dense feed-forward layer.
-
-    Attributes:
-        bias: all three products have biases.
-    """
+    """Architecture of one dense feed-forward layer."""
 
     model_dim: int
     hidden_dim: int
-    glu: GLU = GLU()
+    unit: Unit = GLU()
     bias: bool = False
 
 
 @nnx.dataclass
 class MLP(nnx.Module):
-    """``output(glu(gate x, up x))``; the two halves of ``input`` are the gate's and the linear branch's matrices."""
+    """``output(unit(input x))``; the entries of ``input`` are the matrices of the unit's branches, the gate's first."""
 
-    input: Float[Array, "2 F D"] = nnx.data()
+    input: Float[Array, "M F D"] = nnx.data()
     output: Float[Array, "D F"] = nnx.data()
-    input_bias: Float[Array, "2 F"] | None = nnx.data()
+    input_bias: Float[Array, "M F"] | None = nnx.data()
     output_bias: Float[Array, " D"] | None = nnx.data()
     config: MLPConfig = nnx.static()
 
@@ -42,15 +38,16 @@ class MLP(nnx.Module):
     def init(cls, key: PRNGKeyArray, config: MLPConfig, dtype: DTypeLike) -> Self:
         """Random weights, zero biases."""
         c, (k1, k2) = config, jax.random.split(key)
+        shape, branches = (c.hidden_dim, c.model_dim), c.unit.branches
         return cls(
-            normal(k1, (2, c.hidden_dim, c.model_dim), dtype),
-            normal(k2, (c.model_dim, c.hidden_dim), dtype),
-            jnp.zeros((2, c.hidden_dim), dtype) if c.bias else None,
+            normal(k1, (branches, *shape), dtype),
+            normal(k2, shape[::-1], dtype),
+            jnp.zeros((branches, c.hidden_dim), dtype) if c.bias else None,
             jnp.zeros(c.model_dim, dtype) if c.bias else None,
             c,
         )
 
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T D"]:
-        halves = reading.linear(matmul, x, self.input, self.input_bias, self.config.glu.slope)
-        gate, up = jnp.unstack(halves, axis=-2)
-        return reading.linear(matmul, self.config.glu(gate, up, reading), self.output, self.output_bias)
+        unit = self.config.unit
+        hidden = reading.linear(matmul, x, self.input, self.input_bias, unit.slope)
+        return reading.linear(matmul, unit(hidden, reading), self.output, self.output_bias)

@@ -10,10 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.errors import ConfigError
-from moejax.layers.glu import GLU
+from moejax.layers.experts import Experts, combine
+from moejax.layers.glu import GLU, Unit
 from moejax.layers.linear import Linear, normal, wide_matmul
 from moejax.layers.mlp import MLP, MLPConfig
-from moejax.layers.router import Router, RouterConfig, expert_linear
+from moejax.layers.router import Router, RouterConfig
 from moejax.ops.mxfp4 import BLOCK, MXFP4
 from moejax.routing import Routing
 from moejax.rules import Reading
@@ -36,7 +37,7 @@ class MoEConfig:
     model_dim: int
     expert_dim: int
     router: RouterConfig
-    glu: GLU = GLU()
+    unit: Unit = GLU()
     expert_bias: bool = False
     output_bias: bool = False
     shared_dim: int | None = None
@@ -65,12 +66,12 @@ class SharedExpert(nnx.Module):
 
 @nnx.dataclass
 class MoE(nnx.Module):
-    """Top-k mixture of gated experts; the two halves of ``gate_up`` are the gate's and the linear branch's matrices."""
+    """Top-k mixture of experts; ``gate_up`` holds a matrix for each branch of the unit, the gate's first."""
 
     router: Router = nnx.data()
-    gate_up: Float[Array, "E 2 F D"] | MXFP4 = nnx.data()
+    gate_up: Float[Array, "E M F D"] | MXFP4 = nnx.data()
     down: Float[Array, "E D F"] | MXFP4 = nnx.data()
-    gate_up_bias: Float[Array, "E 2 F"] | None = nnx.data()
+    gate_up_bias: Float[Array, "E M F"] | None = nnx.data()
     down_bias: Float[Array, "E D"] | None = nnx.data()
     bias: Float[Array, " D"] | None = nnx.data()
     shared: SharedExpert | None = nnx.data()
@@ -84,13 +85,13 @@ class MoE(nnx.Module):
         matrices = MXFP4.random if c.packed else lambda key, shape: normal(key, shape, dtype)
         shared = None
         if c.shared_dim is not None:
-            mlp = MLP.init(k4, MLPConfig(dim, c.shared_dim, c.glu), dtype)
+            mlp = MLP.init(k4, MLPConfig(dim, c.shared_dim, c.unit), dtype)
             shared = SharedExpert(mlp, Linear.init(k5, dim, 1, bias=False, dtype=dtype))
         return cls(
             Router.init(k1, c.router, dim, dtype),
-            matrices(k2, (experts, 2, hidden, dim)),
+            matrices(k2, (experts, c.unit.branches, hidden, dim)),
             matrices(k3, (experts, dim, hidden)),
-            jnp.zeros((experts, 2, hidden), dtype) if c.expert_bias else None,
+            jnp.zeros((experts, c.unit.branches, hidden), dtype) if c.expert_bias else None,
             jnp.zeros((experts, dim), dtype) if c.expert_bias else None,
             jnp.zeros(dim, dtype) if c.output_bias else None,
             shared,
@@ -100,10 +101,7 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the output and the routing of every token."""
         routing, assignment = self.router(x, reading)
-        slope = self.config.glu.slope
-        halves = expert_linear(x[:, :, None], self.gate_up, self.gate_up_bias, assignment, reading, slope)
-        gate, up = jnp.unstack(halves, axis=-2)
-        hidden = reading.tap("neurons", self.config.glu(gate, up, reading))
-        outputs = expert_linear(hidden, self.down, self.down_bias, assignment, reading)
-        y = reading.add_bias(self.router.combine(outputs, routing, reading), self.bias)
+        experts = Experts(self.gate_up, self.down, self.gate_up_bias, self.down_bias, self.config.unit)
+        outputs = experts(x[:, :, None], assignment, reading)
+        y = reading.add_bias(combine(outputs, routing.weights, routing.ids, reading), self.bias)
         return (y if self.shared is None else reading.rule.add(y, self.shared(x, reading))), routing

@@ -9,11 +9,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.errors import ConfigError
 from moejax.layers.linear import Linear, wide_matmul
-from moejax.ops.experts import Assignment, assign, expert_matmul
-from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.experts import Assignment, assign
 from moejax.routing import SCORES, WEIGHTS, Routing, route
 from moejax.rules import Reading
-from moejax.rules.rule import Slope
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class RouterConfig:
 
 @nnx.dataclass
 class Router(nnx.Module):
-    """Linear router in float32 and the algebra of its mixture: route, multiply per expert, combine."""
+    """Linear router in float32."""
 
     linear: Linear = nnx.data()
     config: RouterConfig = nnx.static()
@@ -61,32 +59,3 @@ class Router(nnx.Module):
             shares=reading.by_expert(f"{prefix}shares", x.shape[:-1]),
         )
         return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts)
-
-    def combine(
-        self, outputs: Float[Array, "B T K D"], routing: Routing, reading: Reading, prefix: str = ""
-    ) -> Float[Array, "B T D"]:
-        """Gated weighted sum of the routed slots' outputs; ``prefix`` names the gates."""
-        weights = routing.weights.astype(outputs.dtype)
-        mixed = reading.leave("router", reading.rule.mix(weights, reading.enter("router", outputs)))
-        return reading.rule.combine(reading.gate_experts(mixed, routing.ids, prefix))
-
-
-def expert_linear(
-    x: Float[Array, "B T KorOne D"],
-    weight: Float[Array, "E *M D"] | MXFP4,
-    bias: Float[Array, "E *M"] | None,
-    assignment: Assignment,
-    reading: Reading,
-    slope: Slope | None = None,
-) -> Float[Array, "B T K *M"]:
-    """``weight[e] x + bias[e]`` for the expert ``e`` of every routed slot; ``slope`` as in :meth:`Rule.linear`."""
-    batch, tokens = x.shape[:2]
-
-    def product(x: Array, weight: Array | MXFP4) -> Array:
-        rows = expert_matmul(x.reshape(batch * tokens, *x.shape[2:]), weight, assignment)
-        return rows.reshape(batch, tokens, *rows.shape[1:])
-
-    if bias is not None:
-        chosen = bias[assignment.ids]
-        bias = chosen.reshape(batch, tokens, *chosen.shape[1:]).astype(x.dtype)
-    return reading.linear(product, x, weight, bias, slope)

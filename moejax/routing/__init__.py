@@ -1,6 +1,29 @@
 """Routing as pure functions on arrays: score, select, weigh; and the auxiliary losses of router training."""
 
-from moejax.routing.core import SCORES, WEIGHTS, Routing, route
-from moejax.routing.losses import balance_loss, z_loss
+from moejax.routing.core import Routing, keep_sum, route
+from moejax.routing.losses import (
+    balance_loss,
+    cv_squared_loss,
+    diversity_loss,
+    entropy_loss,
+    mutual_information_loss,
+    null_reward,
+    z_loss,
+)
+from moejax.routing.scores import SCORES
+from moejax.routing.weights import WEIGHTS
 
-__all__ = ["SCORES", "WEIGHTS", "Routing", "balance_loss", "route", "z_loss"]
+__all__ = [
+    "SCORES",
+    "WEIGHTS",
+    "Routing",
+    "balance_loss",
+    "cv_squared_loss",
+    "diversity_loss",
+    "entropy_loss",
+    "keep_sum",
+    "mutual_information_loss",
+    "null_reward",
+    "route",
+    "z_loss",
+]

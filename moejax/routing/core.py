@@ -1,14 +1,14 @@
 """One router algebra: a route is (score, select, weigh)."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Score = Callable[[Array], Array]
-Weigh = Callable[[Array], Array]
+from moejax.routing.scores import Score
+from moejax.routing.selection import Adjust
+from moejax.routing.weights import Weigh
 
 
 class Routing(NamedTuple):
@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     Attributes:
         logits: router logits.
         scores: scores of all experts, from which the selection is made.
-        ids: the selected experts, best first.
+        ids: the selected experts, best first. A slot that selected nothing has an id that no expert has, and weight 0.
         weights: the weight of each selected expert's output.
     """
 
@@ -25,25 +25,6 @@ class Routing(NamedTuple):
     scores: Float[Array, "*b E"]
     ids: Int[Array, "*b K"]
     weights: Float[Array, "*b K"]
-
-
-def _softmax(values: Float[Array, "*b E"]) -> Float[Array, "*b E"]:
-    return jax.nn.softmax(values, axis=-1)
-
-
-def _same(values: Float[Array, "*b E"]) -> Float[Array, "*b E"]:
-    return values
-
-
-def _renormalised(values: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
-    return values / values.sum(-1, keepdims=True)
-
-
-SCORES: dict[str, Score] = {"softmax": _softmax, "logits": _same}
-"""Scores of all experts from router logits."""
-
-WEIGHTS: dict[str, Weigh] = {"raw": _same, "renormalised": _renormalised, "softmax": _softmax}
-"""Weights of the selected experts from their scores; ``renormalised`` makes them sum to one."""
 
 
 def route(
@@ -54,26 +35,30 @@ def route(
     weigh: Weigh,
     choices: Float[Array, "*b E"] | None = None,
     shares: Float[Array, "*b E"] | None = None,
+    adjust: Adjust | None = None,
 ) -> Routing:
     """Top-k routing. Ties go to the lower expert id; the selection itself has no gradient, its weights do.
 
     Args:
+        adjust: what the selection looks at, from the scores: a bias added, groups left out (``routing.selection``).
+            The weights are those of the scores all the same.
         choices: an expert at zero is selected only where no other is left; scores stay those of all.
         shares: factors of the selected experts' weights, which are then scaled to their former sum.
     """
     scores = score(logits)
-    if choices is None:
+    if choices is None and adjust is None:
         selected, ids = jax.lax.top_k(scores, num_selected)
     else:
-        ids = jax.lax.top_k(jnp.where(choices > 0, scores, -jnp.inf), num_selected)[1]
+        seen = scores if adjust is None else jax.lax.stop_gradient(adjust(scores))
+        ids = jax.lax.top_k(seen if choices is None else jnp.where(choices > 0, seen, -jnp.inf), num_selected)[1]
         selected = jnp.take_along_axis(scores, ids, axis=-1)
     weights = weigh(selected)
     if shares is not None:
-        weights = _keep_sum(weights, jnp.take_along_axis(shares, ids, axis=-1))
+        weights = keep_sum(weights, jnp.take_along_axis(shares, ids, axis=-1))
     return Routing(logits, scores, ids, weights)
 
 
-def _keep_sum(weights: Float[Array, "*b K"], factors: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
+def keep_sum(weights: Float[Array, "*b K"], factors: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
     """``weights * factors`` scaled to the sum of ``weights``; where nothing is left, nothing makes up for it."""
     kept = weights * factors
     total = kept.sum(-1, keepdims=True)

@@ -1,4 +1,10 @@
-"""Auxiliary losses of router training, in float32, with masks for padding."""
+"""Auxiliary losses of router training, in float32 or wider, with masks for padding; without any token they are zero.
+
+``axis_name`` sums over the devices of a mapped axis (``jax.shard_map``). Under ``jit`` alone arrays are already whole,
+wherever they lie, and none is needed.
+"""
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -6,27 +12,141 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.routing.core import Routing
 
+Mask = Bool[Array, "*b"] | None
+Scope = Literal["sequence", "batch", "global"]
+Count = Literal["selected", "first"]
+Over = Literal["token", "sequence", "global"]
 
-def _mean(values: Float[Array, "*b"], mask: Bool[Array, "*b"] | None) -> Float[Array, ""]:
-    if mask is None:
-        return values.mean()
-    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
 
+def balance_loss(
+    routing: Routing,
+    mask: Mask = None,
+    *,
+    scope: Scope = "batch",
+    count: Count = "selected",
+    factors: Float[Array, " E"] | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """Load-balancing loss ``E * sum_e t_e f_e P_e`` (Switch Transformer, arXiv 2101.03961, eq. 4, for top-k).
 
-def balance_loss(routing: Routing, mask: Bool[Array, "*b"] | None = None) -> Float[Array, ""]:
-    """Load-balancing loss ``E * sum_e f_e P_e`` (Switch Transformer, arXiv 2101.03961, eq. 4, for top-k).
+    ``f_e`` is the share of routed slots that expert ``e`` received, ``P_e`` its mean score; 1 at perfect balance when
+    the scores of a token sum to one.
 
-    ``f_e`` is the share of routed slots that expert ``e`` received, ``P_e`` its mean score, over all unmasked tokens;
-    1 at perfect balance when the scores are probabilities.
+    Args:
+        scope: tokens over which ``f`` and ``P`` are taken: those of one ``"sequence"`` (the last but one axis of the
+            scores; then the mean over sequences that have a token), of the ``"batch"``, or of all devices
+            (``"global"``, needs ``axis_name``).
+        count: slots that count: all ``"selected"``, or the ``"first"`` of each token.
+        factors: ``t_e``, by default ones (MoE++, arXiv 2410.07348, eq. 9).
+
+    Raises:
+        ValueError: an unknown scope or count, or a global scope without ``axis_name``.
     """
-    experts = routing.scores.shape[-1]
-    chosen = jax.nn.one_hot(routing.ids, experts, dtype=routing.scores.dtype).mean(-2)
-    per_expert = lambda values: jax.vmap(_mean, (1, None))(  # noqa: E731
-        values.reshape(-1, experts), None if mask is None else mask.reshape(-1)
-    )
-    return experts * jnp.dot(jax.lax.stop_gradient(per_expert(chosen)), per_expert(routing.scores))
+    _known("scope", scope, Scope)
+    _known("count", count, Count)
+    if (scope == "global") != (axis_name is not None):
+        raise ValueError("scope='global' and axis_name belong together; under jit alone use scope='batch'.")
+    scores = _wide(routing.scores)
+    chosen = jax.lax.stop_gradient(slot_shares(routing, count).astype(scores.dtype))
+    axes = (-2,) if scope == "sequence" else tuple(range(scores.ndim - 1))
+    f, p = (mean_over(values, mask, axes, axis_name) for values in (chosen, scores))
+    per_set = scores.shape[-1] * (f * p if factors is None else factors * f * p).sum(-1)
+    if per_set.ndim == 0 or mask is None:
+        return per_set.mean()
+    return mean_over(per_set, mask.any(-1), tuple(range(per_set.ndim)))
 
 
-def z_loss(routing: Routing, mask: Bool[Array, "*b"] | None = None) -> Float[Array, ""]:
+def slot_shares(routing: Routing, count: Count = "selected") -> Float[Array, "*b E"]:
+    """The share of each expert in a token's slots; a slot that selected nothing has weight 0 and does not count.
+
+    The shares of a token sum to one where all slots count, to less where some do not.
+    """
+    ids, weights = (routing.ids, routing.weights) if count == "selected" else (routing.ids[..., :1], None)
+    chosen = (ids[..., None] == jnp.arange(routing.scores.shape[-1])).astype(jnp.float32)
+    return (chosen if weights is None else jnp.where((weights != 0)[..., None], chosen, 0)).mean(-2)
+
+
+def z_loss(routing: Routing, mask: Mask = None) -> Float[Array, ""]:
     """Router z-loss: mean of ``logsumexp(logits) ** 2`` (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return _mean(jax.nn.logsumexp(routing.logits, axis=-1) ** 2, mask)
+    return _mean(jax.nn.logsumexp(_wide(routing.logits), axis=-1) ** 2, mask)
+
+
+def entropy_loss(
+    probabilities: Float[Array, "*b E"], mask: Mask = None, *, over: Over = "global", axis_name: str | None = None
+) -> Float[Array, ""]:
+    """Minus the entropy, in nats, of the mean of the tokens' distributions (sigma-MoE, arXiv 2310.10837, eq. 20-21).
+
+    ``over`` a single ``"token"`` (which works against decided routing), a ``"sequence"``, or all (``"global"``).
+    """
+    _known("over", over, Over)
+    p = _wide(probabilities)
+    if over != "token":
+        axes = (-2,) if over == "sequence" else tuple(range(p.ndim - 1))
+        p = mean_over(p, mask, axes, axis_name)
+        mask = mask.any(-1) if over == "sequence" and mask is not None else None
+    return -_mean(entropy(p), mask)
+
+
+def mutual_information_loss(probabilities: Float[Array, "*b E"], mask: Mask = None) -> Float[Array, ""]:
+    """``H(E | token) - H(E)`` in nats, minus the mutual information of tokens and experts (Mod-Squad, 2212.08066)."""
+    p = _wide(probabilities)
+    return _mean(entropy(p), mask) - entropy(mean_over(p, mask, tuple(range(p.ndim - 1))))
+
+
+def cv_squared_loss(amounts: Float[Array, " E"]) -> Float[Array, ""]:
+    """Squared coefficient of variation of the experts' loads or summed weights (Shazeer et al., 1701.06538, eq. 6)."""
+    amounts = _wide(amounts)
+    mean = amounts.mean()
+    return jnp.where(mean == 0, 0, amounts.var() / jnp.where(mean == 0, 1, mean) ** 2)
+
+
+def diversity_loss(outputs: Float[Array, "*b K D"], mask: Mask = None) -> Float[Array, ""]:
+    """Mean over pairs of a token's selected experts of the cosine of their outputs, negative ones as zero; in [0, 1].
+
+    Identical outputs give 1; with a single slot there is no pair and the loss is zero.
+    """
+    outputs, slots = _wide(outputs), outputs.shape[-2]
+    if slots == 1:
+        return jnp.zeros((), outputs.dtype)
+    unit = outputs * jax.lax.rsqrt(jnp.maximum((outputs * outputs).sum(-1, keepdims=True), 1e-20))
+    cosines = jnp.maximum(jnp.einsum("...kd,...jd->...kj", unit, unit), 0)
+    others = (cosines * (1 - jnp.eye(slots))).sum((-2, -1)) / (slots * (slots - 1))
+    return _mean(others, mask)
+
+
+def null_reward(probabilities: Float[Array, "*b N"], mask: Mask = None) -> Float[Array, ""]:
+    """Minus the mean probability of the null routes together (TC-MoE: sparsity is rewarded)."""
+    return -_mean(_wide(probabilities).sum(-1), mask)
+
+
+def entropy(p: Float[Array, "*b E"]) -> Float[Array, "*b"]:
+    """Entropy of distributions in nats; terms at zero are zero, and so is their gradient."""
+    positive = p > 0
+    return -jnp.where(positive, p * jnp.log(jnp.where(positive, p, 1)), 0).sum(-1)
+
+
+def mean_over(
+    values: Float[Array, "..."], mask: Mask, axes: tuple[int, ...], axis_name: str | None = None
+) -> Float[Array, "..."]:
+    """Mean over some axes of unmasked entries; the mask has as many axes as it has, counted from the left."""
+    if mask is None:
+        mean = values.mean(axes)
+        return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+    mask = mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
+    total, count = jnp.where(mask, values, 0).sum(axes), mask.sum(axes)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return total / jnp.maximum(count, 1)
+
+
+def _mean(values: Float[Array, "*b"], mask: Mask) -> Float[Array, ""]:
+    return mean_over(values, mask, tuple(range(values.ndim)))
+
+
+def _wide(values: Array) -> Array:
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def _known(name: str, value: str, kinds: object) -> None:
+    if value not in get_args(kinds):
+        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(get_args(kinds))}.")

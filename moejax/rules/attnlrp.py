@@ -51,7 +51,11 @@ class AttnLRP(Rule):
 
         The product with the constant ``offset`` is a function of the gate alone, which gets all of its relevance.
         """
-        return uniform_product(activate(lambda g: stop_gradient(slope(g)), gate), up, offset)
+        return uniform_product(self.activation(slope, gate), up, offset)
+
+    def activation(self, slope: Slope, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Identity rule on ``a(x) = x * slope(x)``: the slope is a constant."""
+        return activate(lambda g: stop_gradient(slope(g)), x)
 
     def attention(
         self,

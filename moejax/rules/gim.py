@@ -6,7 +6,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from moejax.rules.attnlrp import AttnLRP
-from moejax.rules.primitives import attach, scale_cotangent, uniform_product
+from moejax.rules.primitives import attach, scale_cotangent
 from moejax.rules.rule import AttentionProduct, Slope, activate
 
 
@@ -24,10 +24,8 @@ class GIM(AttnLRP):
     def leaks(self) -> frozenset[str]:
         return super().leaks | {"activation"}
 
-    def gated(
-        self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"], offset: float = 0.0
-    ) -> Float[Array, "*s"]:
-        return uniform_product(activate(slope, gate), up, offset)
+    def activation(self, slope: Slope, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        return activate(slope, x)
 
     def attention(
         self,

@@ -55,6 +55,10 @@ class Rule:
         """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid)."""
         return activate(slope, gate) * (up + offset)
 
+    def activation(self, slope: Slope, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Activation ``a(x) = x * slope(x)`` of a unit without a gate."""
+        return activate(slope, x)
+
     def attention(
         self,
         product: AttentionProduct,
@@ -90,8 +94,8 @@ class Rule:
         Args:
             matmul: linear in both its arguments.
             bias: of the product's shape.
-            slope: that of the activation which the product enters: of a gated unit's first product, whose last axes
-                are the two branches, the gate first, and their units.
+            slope: that of the activation which the product enters: of a unit's first product, whose last axes are its
+                branches (gate and linear branch, or one without a gate) and their units.
         """
         y = matmul(x, weight)
         return y if bias is None else y + bias

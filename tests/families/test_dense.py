@@ -52,7 +52,7 @@ def test_config() -> None:
     [
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "'llama3' are not supp"),
         ({"sliding_window": 5}, "sliding_window=5"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
     ],
 )
 def test_what_is_not_implemented_is_refused(changes: dict, message: str) -> None:

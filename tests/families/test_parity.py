@@ -96,7 +96,7 @@ def router(**fields) -> Callable[[Config], Config]:
 
 
 def glu(**fields) -> Callable[[Config], Config]:
-    return lambda config: moe(glu=replace(config.blocks[0].feed_forward.glu, **fields))(config)
+    return lambda config: moe(unit=replace(config.blocks[0].feed_forward.unit, **fields))(config)
 
 
 def window(extra: int) -> Callable[[Config], Config]:

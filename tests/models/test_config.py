@@ -136,8 +136,8 @@ def test_scaled_rope_is_refused(rope: dict) -> None:
 
 
 def test_unknown_activation_is_refused_when_the_config_is_read() -> None:
-    with pytest.raises(ConfigError, match="relu"):
-        read(PUBLISHED | {"hidden_act": "relu"})
+    with pytest.raises(ConfigError, match="softplus"):
+        read(PUBLISHED | {"hidden_act": "softplus"})
 
 
 @pytest.mark.parametrize(

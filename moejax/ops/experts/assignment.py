@@ -11,7 +11,8 @@ class Assignment(NamedTuple):
 
     Attributes:
         ids: the expert of each slot of each token.
-        rank: how many earlier slots went to the same expert: the slot's row in that expert's buffer.
+        rank: how many earlier slots went to the same expert: the slot's row in that expert's buffer. Negative for a
+            slot that goes nowhere: it takes no place, and what the product gives for it means nothing.
         load: slots of each expert.
     """
 
@@ -19,9 +20,19 @@ class Assignment(NamedTuple):
     rank: Int[Array, "T K"]
     load: Int[Array, " E"]
 
+    def limited(self, capacity: int) -> "Assignment":
+        """The same with no more than ``capacity`` slots for an expert; later ones go nowhere."""
+        rank = jnp.where(self.rank < capacity, self.rank, -1)
+        return Assignment(self.ids, rank, jnp.minimum(self.load, capacity))
 
-def assign(ids: Int[Array, "T K"], num_experts: int) -> Assignment:
-    """Count and rank the slots of each expert. The ids of one token must be distinct, as a top-k selection's are."""
+
+def assign(ids: Int[Array, "T K"], num_experts: int, *, nowhere: bool = False) -> Assignment:
+    """Count and rank the slots of each expert. The ids of one token must be distinct, as a top-k selection's are.
+
+    With ``nowhere``, ids from ``num_experts`` on, which need not be distinct, are slots that go to no expert.
+    """
     chosen = (ids[..., None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32)
     earlier = jnp.cumsum(chosen, axis=0) - chosen
-    return Assignment(ids, jnp.take_along_axis(earlier, ids, axis=1), chosen.sum(0))
+    inside = jnp.minimum(ids, num_experts - 1) if nowhere else ids
+    rank = jnp.take_along_axis(earlier, inside, axis=1)
+    return Assignment(inside, jnp.where(ids < num_experts, rank, -1) if nowhere else rank, chosen.sum(0))

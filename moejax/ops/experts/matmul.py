@@ -86,7 +86,7 @@ def _padded(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: 
 
     def single(capacity: int, x: Array, weight: Array) -> Array:
         rows = _places(assignment, assignment.rank, capacity, empty=0)
-        return one_pass(capacity, x, weight, rows, assignment.rank)
+        return one_pass(capacity, x, weight, rows, jnp.maximum(assignment.rank, 0))
 
     return _by_capacity(single, passes, assignment, x, weight)
 

@@ -1,0 +1,104 @@
+"""MoE layers by name: what a configuration's ``moe`` field and ``--moe-name`` may say."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from moejax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moejax.layers.moe_layer import MoeArgs, MoeLayer
+
+Layer = TypeVar("Layer", bound="type[MoeLayer]")
+_LAYERS: dict[str, type[MoeLayer]] = {}
+
+
+def register_moe(*names: str) -> Callable[[Layer], Layer]:
+    """Class decorator: register a subclass of :class:`MoeLayer` under each of ``names``; returns the class.
+
+    Registering a class of the same module and name again replaces it, as running a notebook's cell twice does.
+
+    Raises:
+        ConfigError: another class has the name.
+    """
+
+    def register(layer: Layer) -> Layer:
+        for name in names:
+            other = _LAYERS.get(name)
+            if other is not None and _origin(other) != _origin(layer):
+                raise ConfigError(f"an MoE layer {name!r} is registered already: {'.'.join(_origin(other))}.")
+        _LAYERS.update(dict.fromkeys(names, layer))
+        return layer
+
+    return register
+
+
+def get_moe(name: str) -> type[MoeLayer]:
+    """The class registered under ``name``.
+
+    Raises:
+        ConfigError: there is none; the message lists what exists.
+    """
+    known = registered()
+    if name not in known:
+        raise ConfigError(f"no MoE layer {name!r} is registered; registered are: {', '.join(known)}.")
+    return known[name]
+
+
+def registered() -> dict[str, type[MoeLayer]]:
+    """All registered layers by name, those of ``layers/variants`` among them."""
+    from moejax.layers import variants
+
+    for module in pkgutil.iter_modules(variants.__path__):
+        importlib.import_module(f"{variants.__name__}.{module.name}")
+    return dict(sorted(_LAYERS.items()))
+
+
+def _origin(layer: type) -> tuple[str, str]:
+    return layer.__module__, layer.__qualname__
+
+
+@dataclass(frozen=True)
+class RegisteredConfig:
+    """A registered layer as the feed-forward part of a decoder's block.
+
+    Attributes:
+        name: what it is registered under.
+        args: settings as :class:`MoeArgs` takes them; by default the class's own.
+
+    Raises:
+        ConfigError: no such layer, or settings that it does not have.
+    """
+
+    name: str
+    model_dim: int
+    num_experts: int
+    num_selected: int
+    args: Any = field(default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "args", get_moe(self.name).Args.of(self.args))
+        self.abstract  # noqa: B018 - settings that do not fit raise here
+
+    def init(self, key: PRNGKeyArray | None) -> MoeLayer:
+        """The layer with random weights in float32."""
+        args: MoeArgs = replace(self.args, key=key)
+        return get_moe(self.name)(self.model_dim, self.model_dim, self.num_experts, self.num_selected, args=args)
+
+    @property
+    def abstract(self) -> MoeLayer:
+        """The layer with shapes for arrays."""
+        return _abstract(self)
+
+
+@cache
+def _abstract(config: RegisteredConfig) -> MoeLayer:
+    return jax.eval_shape(lambda: config.init(None))

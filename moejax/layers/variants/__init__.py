@@ -1,0 +1,1 @@
+"""Registered MoE layers, one file each."""
