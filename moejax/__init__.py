@@ -3,6 +3,7 @@
 from moejax import rules
 from moejax.checkpoints import convert, export, get_model_config, list_supported_models
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
+from moejax.layers import MoeArgs, MoeLayer, get_moe, register_moe
 from moejax.lm import LM, load
 from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR
 from moejax.relevance import (
@@ -45,6 +46,8 @@ __all__ = [
     "Generated",
     "LogProbability",
     "MeanContrast",
+    "MoeArgs",
+    "MoeLayer",
     "MoejaxError",
     "PromptError",
     "Relevance",
@@ -58,7 +61,9 @@ __all__ = [
     "explain_batch",
     "export",
     "get_model_config",
+    "get_moe",
     "list_supported_models",
     "load",
+    "register_moe",
     "rules",
 ]

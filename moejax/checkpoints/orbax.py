@@ -70,9 +70,12 @@ def _writer() -> Any:
             self._turn = asyncio.Lock()
 
         async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-            rows = _chunk_rows(value)
+            rows = _chunk_rows(value) if value.ndim else 1
             tspec["metadata"]["chunks"] = [max(size, 1) for size in (rows, *value.shape[1:])][: value.ndim]
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            if not value.ndim:
+                await store.write(value)
+                return
             async with self._turn:
                 # one buffer for all chunks of a transposed leaf: the heap keeps what many buffers held
                 buffer = None if value.flags.c_contiguous else np.empty((rows, *value.shape[1:]), value.dtype)

@@ -58,20 +58,26 @@ class KeyValue(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all layers of one forward pass share.
+    """What the layers of one forward pass are given beside the stream.
 
     Attributes:
         cosine, sine: rotation of each token.
         mask: which cache slots (or tokens, without a cache) each token may see.
         distance: how many slots back each slot lies.
+        valid: tokens that are not padding.
         start: first cache slot to write; unused without a cache.
+        key: randomness of a training step, the layer's own.
+        previous: what the layer below handed to this layer's router.
     """
 
     cosine: Float[Array, "B T C"]
     sine: Float[Array, "B T C"]
     mask: Bool[Array, "B T S"]
     distance: Int[Array, "T S"]
+    valid: Bool[Array, "B T"]
     start: Int[Array, ""] | int = 0
+    key: PRNGKeyArray | None = None
+    previous: Float[Array, "B T R"] | None = None
 
 
 def attend(

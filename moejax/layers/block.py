@@ -12,7 +12,9 @@ from moejax.layers.attention import Attention, AttentionConfig, Context, KeyValu
 from moejax.layers.mixture_attention import MixtureAttention, MixtureAttentionConfig
 from moejax.layers.mlp import MLP, MLPConfig
 from moejax.layers.moe import MoE, MoEConfig
+from moejax.layers.moe_layer import MoeLayer, Ran
 from moejax.layers.norm import RMSNorm
+from moejax.layers.registry import RegisteredConfig
 from moejax.routing import Routing
 from moejax.rules import Reading
 
@@ -22,15 +24,26 @@ class BlockConfig:
     """Architecture of one layer."""
 
     attention: AttentionConfig | MixtureAttentionConfig
-    feed_forward: MoEConfig | MLPConfig
+    feed_forward: MoEConfig | RegisteredConfig | MLPConfig
     norm_eps: float
+
+    @property
+    def mixture(self) -> MoEConfig | RegisteredConfig | None:
+        """The feed-forward part, if it is a mixture of experts."""
+        return None if isinstance(self.feed_forward, MLPConfig) else self.feed_forward
 
 
 class Routes(NamedTuple):
-    """Where a layer's mixtures sent each token; ``None`` for a part that is no mixture."""
+    """What a layer's mixtures tell of themselves; ``None`` for a part that is no mixture.
+
+    Attributes:
+        attention, feed_forward: where they sent each token.
+        ran: what else a registered layer computed.
+    """
 
     attention: Routing | None
     feed_forward: Routing | None
+    ran: Ran | None = None
 
 
 @nnx.dataclass
@@ -40,7 +53,7 @@ class Block(nnx.Module):
     attention_norm: RMSNorm = nnx.data()
     attention: Attention | MixtureAttention = nnx.data()
     feed_forward_norm: RMSNorm = nnx.data()
-    feed_forward: MoE | MLP = nnx.data()
+    feed_forward: MoE | MoeLayer | MLP = nnx.data()
 
     @classmethod
     def init(cls, key: PRNGKeyArray, config: BlockConfig, dtype: DTypeLike) -> Self:
@@ -53,9 +66,7 @@ class Block(nnx.Module):
             if isinstance(c.attention, MixtureAttentionConfig)
             else Attention.init(k1, c.attention, dtype),
             RMSNorm.init(dim, c.norm_eps, dtype),
-            MLP.init(k2, c.feed_forward, dtype)
-            if isinstance(c.feed_forward, MLPConfig)
-            else MoE.init(k2, c.feed_forward, dtype),
+            _feed_forward(k2, c.feed_forward, dtype),
         )
 
     def __call__(
@@ -68,9 +79,24 @@ class Block(nnx.Module):
         x = reading.rule.add(x, reading.tap("attention", reading.gate("attention", attended)))
         x = reading.tap("middle", x)
         normed = reading.tap("feed_forward_norm", self.feed_forward_norm(x, reading))
+        routing = ran = None
         if isinstance(self.feed_forward, MLP):
-            y, routing = self.feed_forward(normed, reading), None
-        else:
+            y = self.feed_forward(normed, reading)
+        elif isinstance(self.feed_forward, MoE):
             y, routing = self.feed_forward(normed, reading)
+        else:
+            c = context
+            y, ran = self.feed_forward.run(normed, reading=reading, mask=c.valid, previous=c.previous, key=c.key)
+            routing, ran = ran.routing, ran._replace(routing=None)
         y = reading.tap("feed_forward", reading.gate("feed_forward", y))
-        return reading.rule.add(x, y), stored, Routes(attention_routing, routing)
+        return reading.rule.add(x, y), stored, Routes(attention_routing, routing, ran)
+
+
+def _feed_forward(
+    key: PRNGKeyArray, config: MoEConfig | RegisteredConfig | MLPConfig, dtype: DTypeLike
+) -> MoE | MoeLayer | MLP:
+    if isinstance(config, MLPConfig):
+        return MLP.init(key, config, dtype)
+    if isinstance(config, MoEConfig):
+        return MoE.init(key, config, dtype)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), config.init(key))

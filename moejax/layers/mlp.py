@@ -16,7 +16,11 @@ from moejax.rules import Reading
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """Architecture of one dense feed-forward layer."""
+    """Architecture of one dense feed-forward layer.
+
+    Attributes:
+        bias: all products have biases.
+    """
 
     model_dim: int
     hidden_dim: int

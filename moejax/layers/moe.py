@@ -43,6 +43,21 @@ class MoEConfig:
     shared_dim: int | None = None
     packed: bool = False
 
+    @property
+    def num_ids(self) -> int:
+        """Experts that a token may be routed to."""
+        return self.router.num_experts
+
+    @property
+    def num_slots(self) -> int:
+        """Routed slots of a token."""
+        return self.router.num_selected
+
+    @property
+    def num_shared(self) -> int:
+        """Shared experts under the gate ``shared``."""
+        return int(self.shared_dim is not None)
+
     def __post_init__(self) -> None:
         if self.packed and (self.model_dim % BLOCK or self.expert_dim % BLOCK):
             raise ConfigError(

@@ -91,17 +91,15 @@ class MoeArgs:
 
 
 class Ran(NamedTuple):
-    """What one call computed.
+    """What one call computed beside its output.
 
     Attributes:
-        output: of the layer.
         auxiliary_loss: weighted sum of its auxiliary losses.
         info: the losses one by one and what else the variant reports, detached.
         routing: by expert id; ``None`` for a layer that never asked its experts.
         carried: what the next layer's router is given as ``previous``.
     """
 
-    output: Float[Array, "B T O"]
     auxiliary_loss: Float[Array, ""]
     info: Info
     routing: Routing | None
@@ -163,6 +161,10 @@ class MoeLayer(nnx.Module):
             if expert is None
             else stack_experts(expert, self.num_routed, in_embed_dim, out_embed_dim)
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # flax knows arrays by their type, and does not take a traced one for data
+        super().__setattr__(name, nnx.data(value) if isinstance(value, jax.Array) else value)
 
     # what there is to choose from
 
@@ -290,7 +292,6 @@ class MoeLayer(nnx.Module):
         else:
             by_token = jnp.moveaxis(jnp.asarray(expert_outputs), 0, 2)
             outputs = jnp.take_along_axis(by_token, jnp.minimum(ids, self.num_routed - 1)[..., None], axis=2)
-        outputs = jnp.where(goes[..., None], outputs, 0)
         for place, special in enumerate(self.special(x), self.num_routed):
             here = ids == place
             goes |= here & (weights != 0)
@@ -373,12 +374,12 @@ class MoeLayer(nnx.Module):
                 ``[B T]``.
             mask: tokens that are not padding.
         """
-        ran = self.run(x, mask=mask)
+        output, ran = self.run(x, mask=mask)
         info = dict(ran.info)
         if return_id_experts and (routing := ran.routing) is not None:
             info |= {"selected_experts": routing.ids, "weights": routing.weights, "gate_softmax": routing.scores}
             info["router_magine"] = _margin(routing.weights)
-        return ran.output, ran.auxiliary_loss, None, jax.tree.map(jax.lax.stop_gradient, info)
+        return output, ran.auxiliary_loss, None, jax.tree.map(jax.lax.stop_gradient, info)
 
     def run(
         self,
@@ -388,7 +389,7 @@ class MoeLayer(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
         previous: Float[Array, "B T R"] | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Ran:
+    ) -> tuple[Float[Array, "B T O"], Ran]:
         """A call in given surroundings: see the attributes of the class."""
         bound = self.replace(reading=reading, mask=mask, previous=previous, key=key)
         # lives as long as this call, so that a forward of any shape is read without being asked to report
@@ -396,7 +397,7 @@ class MoeLayer(nnx.Module):
         output, auxiliary_loss, _, info = bound.forward(x, return_id_experts=True)
         info = {**{name: notes.pop(name) for name in list(notes) if name not in _ROUTING}, **info}
         info = jax.tree.map(jax.lax.stop_gradient, info)
-        return Ran(output, auxiliary_loss, info, notes.routing(self.num_routes), notes.get("carried"))
+        return output, Ran(auxiliary_loss, info, notes.routing(self.num_routes), notes.get("carried"))
 
     def replace(self, **attributes: Any) -> Self:
         """A copy of the layer in which some attributes, arrays or pytrees of them, are others."""

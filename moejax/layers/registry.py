@@ -94,6 +94,31 @@ class RegisteredConfig:
         return get_moe(self.name)(self.model_dim, self.model_dim, self.num_experts, self.num_selected, args=args)
 
     @property
+    def num_ids(self) -> int:
+        """Experts that a token may be routed to."""
+        return self.abstract.num_ids
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a token."""
+        return self.abstract.num_slots
+
+    @property
+    def num_shared(self) -> int:
+        """Shared experts under the gate ``shared``."""
+        return self.abstract.num_shared
+
+    @property
+    def expert_dim(self) -> int:
+        """Hidden units of an expert."""
+        return self.abstract.experts.output.shape[-1]
+
+    @property
+    def packed(self) -> bool:
+        """Never held as MXFP4."""
+        return False
+
+    @property
     def abstract(self) -> MoeLayer:
         """The layer with shapes for arrays."""
         return _abstract(self)

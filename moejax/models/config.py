@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
-from moejax.layers import BlockConfig, MixtureAttentionConfig, MLPConfig, MoEConfig
+from moejax.layers import BlockConfig, MixtureAttentionConfig, MLPConfig, MoEConfig, RegisteredConfig
 from moejax.ops.rope import Rope
 
 
@@ -55,7 +55,7 @@ class Config:
     @property
     def num_experts(self) -> int:
         """Experts of a layer; zero if every layer is dense."""
-        return max((moe.router.num_experts for moe in self._moe), default=0)
+        return max((moe.num_ids for moe in self._moe), default=0)
 
     @property
     def expert_dim(self) -> int:
@@ -71,7 +71,7 @@ class Config:
     @property
     def num_selected(self) -> int:
         """Routed slots of a token."""
-        return max((moe.router.num_selected for moe in self._moe), default=0)
+        return max((moe.num_slots for moe in self._moe), default=0)
 
     @property
     def num_attention_experts(self) -> int:
@@ -88,7 +88,7 @@ class Config:
     @property
     def num_shared(self) -> int:
         """Shared experts of a layer."""
-        return int(any(moe.shared_dim is not None for moe in self._moe))
+        return max((moe.num_shared for moe in self._moe), default=0)
 
     @property
     def is_packed(self) -> bool:
@@ -109,5 +109,5 @@ class Config:
         return replace(self, blocks=tuple(map(packed, self.blocks)))
 
     @property
-    def _moe(self) -> list[MoEConfig]:
-        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoEConfig)]
+    def _moe(self) -> list[MoEConfig | RegisteredConfig]:
+        return [moe for block in self.blocks if (moe := block.mixture) is not None]

@@ -94,20 +94,24 @@ class Decoder(nnx.Module):
         reading: Reading = Reading(),
         rematerialise: bool = False,
         embedded: Float[Array, "B T D"] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Hidden:
         """Run all layers. Positions count valid tokens only, so padding may stand on either side.
 
         ``embedded`` enters the first layer in place of the tokens' embeddings.
         With ``rematerialise`` a backward pass finds only the stream between layers kept and computes the rest again.
+        ``key`` is a training step's randomness; without one nothing is random.
         """
         run_block = jax.checkpoint(_run_block) if rematerialise else _run_block
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
         context, cache = self._context(valid, cache)
         x = self.embedding[tokens] if embedded is None else embedded
-        stored, routing, entering = [], [], []
+        stored, routing, entering, previous = [], [], [], None
         for i, layer in enumerate(self.layers):
             entering.append(x)
-            x, kv, route = run_block(layer, x, context, cache and cache.layers[i], reading.at(i))
+            own = context._replace(previous=previous, key=None if key is None else jax.random.fold_in(key, i))
+            x, kv, route = run_block(layer, x, own, cache and cache.layers[i], reading.at(i))
+            previous = route.ran and route.ran.carried
             stored.append(kv)
             routing.append(route)
         last = reading.at(-1)
@@ -147,4 +151,4 @@ class Decoder(nnx.Module):
         positions = jnp.maximum(before + jnp.cumsum(valid, axis=1) - 1, 0)
         distance = (start + jnp.arange(tokens))[:, None] - jnp.arange(seen.shape[1])
         angles = self.config.rope.angles(positions, self.config.head_dim)
-        return Context(*angles, (distance >= 0) & seen[:, None], distance, start), cache
+        return Context(*angles, (distance >= 0) & seen[:, None], distance, valid, start), cache

@@ -11,7 +11,6 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
-from moejax.layers import MoEConfig
 from moejax.layers.linear import wide_matmul
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
 from moejax.routing import Routing
@@ -222,10 +221,10 @@ def _shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, ...]
     if name == "edges":
         return (batch[0], config.blocks[int(index)].attention.num_heads, batch[1], batch[1])
     if name == "neurons":
-        moe = config.blocks[int(index)].feed_forward
-        if not isinstance(moe, MoEConfig):
+        moe = config.blocks[int(index)].mixture
+        if moe is None:
             raise PromptError(f"there is no node {node!r}: that layer has no experts.")
-        return (*batch, moe.router.num_selected, moe.expert_dim)
+        return (*batch, moe.num_slots, moe.expert_dim)
     return (*batch, config.model_dim)
 
 

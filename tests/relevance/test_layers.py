@@ -101,7 +101,12 @@ def test_heads_partition_attention(rule, variant):
     layer = variant_lm(variant, dtype="float64").decoder.layers[0].attention
     x, cotangent = normal(B, T, D), normal(B, T, D, seed=1)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-    context = Context(*Rope(100.0).angles(jnp.broadcast_to(jnp.arange(T), (B, T)), C), causal, jnp.zeros((T, T), int))
+    context = Context(
+        *Rope(100.0).angles(jnp.broadcast_to(jnp.arange(T), (B, T)), C),
+        causal,
+        jnp.zeros((T, T), int),
+        jnp.ones((B, T), bool),
+    )
 
     @jax.jit
     def run(layer, x, heads, probes):

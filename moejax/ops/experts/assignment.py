@@ -1,29 +1,34 @@
 """Which rows go to which expert, computed once for the products of a layer."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
-class Assignment(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Assignment:
     """Routed slots by expert.
 
     Attributes:
         ids: the expert of each slot of each token.
         rank: how many earlier slots went to the same expert: the slot's row in that expert's buffer. Negative for a
-            slot that goes nowhere: it takes no place, and what the product gives for it means nothing.
+            slot that goes nowhere: it takes no place, and its product is zero.
         load: slots of each expert.
+        complete: whether every slot goes somewhere (static).
     """
 
     ids: Int[Array, "T K"]
     rank: Int[Array, "T K"]
     load: Int[Array, " E"]
+    complete: bool = field(default=True, metadata={"static": True})
 
     def limited(self, capacity: int) -> "Assignment":
         """The same with no more than ``capacity`` slots for an expert; later ones go nowhere."""
         rank = jnp.where(self.rank < capacity, self.rank, -1)
-        return Assignment(self.ids, rank, jnp.minimum(self.load, capacity))
+        return replace(self, rank=rank, load=jnp.minimum(self.load, capacity), complete=False)
 
 
 def assign(ids: Int[Array, "T K"], num_experts: int, *, nowhere: bool = False) -> Assignment:
@@ -35,4 +40,5 @@ def assign(ids: Int[Array, "T K"], num_experts: int, *, nowhere: bool = False) -
     earlier = jnp.cumsum(chosen, axis=0) - chosen
     inside = jnp.minimum(ids, num_experts - 1) if nowhere else ids
     rank = jnp.take_along_axis(earlier, inside, axis=1)
-    return Assignment(inside, jnp.where(ids < num_experts, rank, -1) if nowhere else rank, chosen.sum(0))
+    rank = jnp.where(ids < num_experts, rank, -1) if nowhere else rank
+    return Assignment(inside, rank, chosen.sum(0), complete=not nowhere)

@@ -23,7 +23,7 @@ def expert_matmul(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T K *M"]:
-    """Multiply each routed slot by its expert's matrix. No slot is ever dropped.
+    """Multiply each routed slot by its expert's matrix; no slot is dropped here, zero for slots that go nowhere.
 
     Differentiable in ``x`` (the transposed grouped product) and ``weight``; ``vmap`` over cotangents reads the weights
     once.
@@ -167,7 +167,10 @@ _IMPLEMENTATIONS = {"gather": _gather, "padded": _padded}
 def _expert_matmul(
     name: Implementation, transpose: bool, x: ArrayLike, weight: Array | MXFP4, assignment: Assignment
 ) -> Array:
-    return _IMPLEMENTATIONS[name](jnp.asarray(x), weight, assignment, transpose)
+    y = _IMPLEMENTATIONS[name](jnp.asarray(x), weight, assignment, transpose)
+    if assignment.complete:
+        return y
+    return jnp.where((assignment.rank >= 0).reshape(*assignment.rank.shape, *[1] * (y.ndim - 2)), y, 0)
 
 
 def _forward(name, transpose, x, weight, assignment):

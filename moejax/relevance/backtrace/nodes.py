@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.layers import MixtureAttentionConfig, MoEConfig
+from moejax.layers import MixtureAttentionConfig
 from moejax.models import Config, Decoder
 
 EMBEDDINGS, NORM, HEAD = "decoder_embeddings", "decoder_layer_norm", "decoder_lm_head"
@@ -36,7 +36,7 @@ def graph(config: Config) -> dict[str, Node]:
         before = f"decoder_residual_feed_forward_{i - 1}" if i else EMBEDDINGS
         feed_forward, attention = f"decoder_feed_forward_{i}", f"decoder_self_attention_{i}"
         mixture = isinstance(block.attention, MixtureAttentionConfig)
-        experts = isinstance(block.feed_forward, MoEConfig)
+        experts = block.mixture is not None
         add(f"decoder_residual_feed_forward_{i}", "Residual", "stream", residual, feed_forward)
         add(feed_forward, "Mixture_of_Experts" if experts else "MLP", "branch", f"decoder_layer_norm_{i}_1")
         add(f"decoder_layer_norm_{i}_1", "Layer_Norm", "branch", residual)
@@ -92,7 +92,7 @@ def expert_keys(config: Config) -> dict[str, tuple[int, bool]]:
     for i, block in enumerate(config.blocks):
         if isinstance(block.attention, MixtureAttentionConfig):
             found[f"decoder_self_attention_{i}_attention{EXPERT_SUFFIX}"] = (i, True)
-        if isinstance(block.feed_forward, MoEConfig):
+        if block.mixture is not None:
             found[f"decoder_feed_forward_{i}_ff{EXPERT_SUFFIX}"] = (i, False)
     return found
 

@@ -1,0 +1,94 @@
+"""Decoders of our own: Llama's architecture with any registered MoE layer in it. Leaves are stored under their paths.
+
+The fields have the names of Hugging Face configs. Beside those of Llama:
+
+    moe                     name of a registered layer; without it every layer is dense
+    moe_args                its settings; experts are as wide as ``intermediate_size``, gated, and without biases
+    num_experts, num_experts_per_tok
+    moe_layers              indices of the layers that are mixtures, by default all
+    dense_intermediate_size width of the others, by default ``intermediate_size``
+    num_attention_experts, num_attention_experts_per_tok   attention is a mixture of experts, as in JetMoE
+    qk_norm                 "full" or "head": queries and keys are normalised
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moejax.layers import (
+    GLU,
+    Activation,
+    AttentionConfig,
+    BlockConfig,
+    MixtureAttentionConfig,
+    MLPConfig,
+    RegisteredConfig,
+    RouterConfig,
+)
+from moejax.models.config import Config
+from moejax.models.families._shared import grouped_query
+from moejax.models.hf_config import Fields
+from moejax.models.keys import KeyTable, Source, whole
+
+
+def config(fields: Fields) -> Config:
+    """Map the fields above."""
+    layers, eps = fields.size("num_hidden_layers"), fields("rms_norm_eps", 1e-5)
+    chosen = set(fields("moe_layers", range(layers)))
+    attention, dense, mixture = _attention(fields, eps), _dense(fields), _mixture(fields)
+    return Config(
+        model_type="moejax",
+        blocks=tuple(
+            BlockConfig(attention, mixture if mixture and layer in chosen else dense, eps) for layer in range(layers)
+        ),
+        rope=fields.rope(),
+        norm_eps=eps,
+        **fields.common(max_positions=2048),
+    )
+
+
+def _attention(fields: Fields, eps: float) -> AttentionConfig | MixtureAttentionConfig:
+    experts, bias = fields("num_attention_experts", 0), fields("attention_bias", False)
+    plain = grouped_query(fields, eps, bias=bias, output_bias=bias, qk_norm=fields("qk_norm", None))
+    if not experts:
+        return plain
+    router = RouterConfig(experts, fields.size("num_attention_experts_per_tok"), weigh="renormalised")
+    return MixtureAttentionConfig(plain.model_dim, plain.num_kv_heads, plain.head_dim, router)
+
+
+def _dense(fields: Fields) -> MLPConfig:
+    width, act = fields.size("intermediate_size"), fields("hidden_act", "silu")
+    unit = GLU(act) if fields("gated", True) else Activation(act)
+    return MLPConfig(fields.size("hidden_size"), fields.size("dense_intermediate_size", width), unit)
+
+
+def _mixture(fields: Fields) -> RegisteredConfig | None:
+    name, args = fields("moe", None), fields("moe_args", {})
+    experts, selected = fields("num_experts", None), fields("num_experts_per_tok", None)
+    if name is None:
+        return None
+    usual = {
+        "expert_dim": fields.size("intermediate_size"),
+        "activation": fields("hidden_act", "silu"),
+        "gated": fields("gated", True),
+        "expert_bias": False,
+    }
+    return RegisteredConfig(name, fields.size("hidden_size"), experts or 8, selected or 2, usual | args)
+
+
+class _OwnPaths(Mapping[str, Sequence[Source]]):
+    """Every leaf under its own path; the paths are those of whatever layer is registered."""
+
+    def __getitem__(self, path: str) -> Sequence[Source]:
+        return [whole(path)]
+
+    def __contains__(self, path: Any) -> bool:
+        return not path.endswith((".blocks", ".scales"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+KEYS: KeyTable = _OwnPaths()
