@@ -4,6 +4,7 @@ from moejax.models.config import Config
 from moejax.models.decoder import Cache, Decoder, Hidden
 from moejax.models.families import FAMILIES, family
 from moejax.models.packed import Packed, unpack
+from moejax.models.recording import record
 from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, shard, shardings
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Packed",
     "Rules",
     "family",
+    "record",
     "shard",
     "shardings",
     "unpack",
