@@ -180,7 +180,7 @@ def _registered(
     count = config.abstract.num_routed
     e = expert_stack(mlp, count, k1, **options)
     leaves: tuple[Any, ...] = (e.input, e.output, e.input_bias, e.output_bias)
-    several = [MLP(*(None if leaf is None else leaf[i] for leaf in leaves), config=part) for i in range(count)]
+    several = [MLP(*jax.tree.map(lambda leaf, i=i: leaf[i], leaves), config=part) for i in range(count)]
     layer = kind(
         c.model_dim,
         c.model_dim,

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import moejax
+from moejax.checkpoints.plan import leaf_paths
 from moejax.layers import GLU, MLP, Activation, MLPConfig, registered
 from moejax.models import Config, Decoder, family
 from moejax.training import LossWeights, MixtureSpec, expert_stack, language_model_loss, upcycle
 
-D, F, E, K, L, V, T = 40, 36, 6, 2, 3, 97, 11
+D, F, E, K, L, V, T = 24, 18, 6, 2, 2, 53, 11
 PLAIN = {
     "model_type": "llama",
     "vocab_size": V,
@@ -38,13 +39,25 @@ def dense(**changes: object) -> moejax.LM:
     """Random weights and biases, large enough for mistakes to show."""
     hugging_face = PLAIN | changes
     abstract = Decoder.abstract(family("llama").config(hugging_face))
-    rng, (leaves, tree) = np.random.default_rng(1), jax.tree.flatten(abstract)
-    values = [jnp.asarray((leaf.ndim == 1) + 0.2 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
-    return moejax.LM(tree.unflatten(values), hugging_face=hugging_face)
+    rng = np.random.default_rng(1)
+    draws = [("norm" in path) + 0.2 * rng.normal(size=leaf.shape) for path, leaf in leaf_paths(abstract)]
+    decoder = jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(draw, jnp.float32) for draw in draws])
+    return moejax.LM(decoder, hugging_face=hugging_face)
+
+
+def routed(lm: moejax.LM) -> np.ndarray:
+    """The experts of every slot [L B T K]."""
+    routing = lm.decoder.hidden(jnp.asarray(TOKENS)).routing
+    return np.stack([np.asarray(r.feed_forward.ids) for r in routing if r.feed_forward])
 
 
 LM = dense()
 BIASED = dense(mlp_bias=True, attention_bias=True)
+
+
+def often(values: list, often: list) -> list:
+    """All of them; those that are not to be run often are slow."""
+    return [value if value in often else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def far(ours: jax.Array, theirs: jax.Array) -> float:
@@ -52,7 +65,7 @@ def far(ours: jax.Array, theirs: jax.Array) -> float:
     return float(np.sqrt(((ours - theirs) ** 2).mean() / (theirs**2).mean()))
 
 
-@pytest.mark.parametrize(("lm", "split", "slots"), [(LM, 1, 2), (LM, 1, 1), (LM, 3, 3), (BIASED, 1, 2), (BIASED, 2, 4)])
+@pytest.mark.parametrize(("lm", "split", "slots"), [(LM, 1, 2), (LM, 3, 3), (BIASED, 2, 4)])
 def test_exact_before_training(lm: moejax.LM, split: int, slots: int) -> None:
     spec = MixtureSpec(E, slots)
     made = upcycle(lm, spec, key=KEY, split=split, tokens=TOKENS)
@@ -63,14 +76,13 @@ def test_exact_before_training(lm: moejax.LM, split: int, slots: int) -> None:
     assert (config.num_experts, config.num_selected, config.expert_dim, config.dense_dim) == (E, slots, F // split, 0)
     assert lm.config.num_experts == 0
     # the router decides: other experts for other tokens
-    ids = moejax.explain(made.model, TOKENS[0]).expert_ids
-    assert len({tuple(sorted(row)) for row in ids.reshape(-1, slots).tolist()}) > 1
+    assert len({tuple(sorted(row)) for row in routed(made.model).reshape(-1, slots).tolist()}) > 1
 
 
 def test_parts_of_a_copy_are_selected_together() -> None:
     made = upcycle(LM, MixtureSpec(E, 4), key=KEY, split=2).model
-    ids = moejax.explain(made, TOKENS[0]).expert_ids
-    assert (np.sort(ids, -1).reshape(L, T, 2, 2) // 2 == np.sort(ids, -1).reshape(L, T, 2, 2)[..., :1] // 2).all()
+    copies = np.sort(routed(made), -1).reshape(L, 3, T, 2, 2) // 2
+    assert (copies[..., 0] == copies[..., 1]).all()
     # a part alone is not the layer: without the shared rows nothing holds
     layer = made.decoder.layers[0].feed_forward
     rows = np.asarray(layer.router.linear.weight)
@@ -82,12 +94,12 @@ def test_parts_of_a_copy_are_selected_together() -> None:
     assert far(broken(TOKENS), LM(TOKENS)) > 1e-2
 
 
-@pytest.mark.parametrize("name", sorted(registered()))
+@pytest.mark.parametrize("name", often(sorted(registered()), ["smoe", "smoe_share", "smoe_tcmoe"]))
 def test_registered_layers(name: str, tmp_path: Path) -> None:
     """Those whose weights sum to one are exact; of the others the error is told. All are decoders that can be kept."""
     args = {"routed_scaling_factor": 1.0} if name == "smoe_sharev3" else None
-    made = upcycle(LM, MixtureSpec(E, K, name, args), key=KEY, tokens=TOKENS, layers="layers.[12].*")
-    assert set(made.errors) == {"layers.1.feed_forward", "layers.2.feed_forward"}
+    made = upcycle(LM, MixtureSpec(E, K, name, args), key=KEY, tokens=TOKENS, layers="layers.[1-9].*")
+    assert set(made.errors) == {"layers.1.feed_forward"}
     assert (max(made.errors.values()) <= 1e-6) == (name in SUMS_TO_ONE), made.errors
     assert (far(made.model(TOKENS), LM(TOKENS)) <= 1e-6) == (name in SUMS_TO_ONE)
     config = made.model.config
@@ -99,21 +111,21 @@ def test_registered_layers(name: str, tmp_path: Path) -> None:
     assert np.array_equal(again(TOKENS), made.model(TOKENS))
 
 
-@pytest.mark.parametrize("name", ["smoe_share", "smoe_sharev3"])
+@pytest.mark.parametrize("name", often(["smoe_share", "smoe_sharev3"], ["smoe_sharev3"]))
 def test_shared_layers_of_libmoe_are_exact(name: str) -> None:
     made = upcycle(BIASED, MixtureSpec(E, K, name, {"compat": "libmoe"}), key=KEY, tokens=TOKENS)
     assert max(made.errors.values()) <= 1e-6
     assert far(made.model(TOKENS), BIASED(TOKENS)) <= 1e-6
 
 
-@pytest.mark.parametrize("name", sorted(SUMS_TO_ONE))
+@pytest.mark.parametrize("name", often(sorted(SUMS_TO_ONE), ["xmoe"]))
 def test_registered_layers_are_split(name: str) -> None:
     made = upcycle(LM, MixtureSpec(E, 4, name), key=KEY, split=2, tokens=TOKENS)
     assert max(made.errors.values()) <= 1e-6
     assert made.model.config.expert_dim == F // 2
 
 
-@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("split", often([1, 3], [3]))
 def test_the_result_is_a_mixtral(split: int, tmp_path: Path) -> None:
     """What transformers' Mixtral computes from the exported folder are the dense model's logits."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -134,8 +146,8 @@ def test_the_result_is_a_mixtral(split: int, tmp_path: Path) -> None:
 
 
 def test_what_no_family_has_is_not_said_to_be_one() -> None:
-    some = upcycle(LM, MixtureSpec(E, K), key=KEY, layers=re.compile(r"layers\.(0|2)\.feed_forward")).model
-    assert [block.mixture is None for block in some.config.blocks] == [False, True, False]
+    some = upcycle(LM, MixtureSpec(E, K), key=KEY, layers=re.compile(r"layers\.(0|7)\.feed_forward")).model
+    assert [block.mixture is None for block in some.config.blocks] == [False, True]
     assert far(some(TOKENS), LM(TOKENS)) <= 1e-6
     for made in (some, upcycle(BIASED, MixtureSpec(E, K), key=KEY).model):
         assert made.hugging_face is None
@@ -160,22 +172,22 @@ def mlp(unit: GLU | Activation, *, bias: bool = True) -> MLP:
 
 def test_drop_draws_units_anew_each_expert_its_own() -> None:
     layer = mlp(GLU())
-    stack = expert_stack(layer, E, KEY, drop=0.25)
+    stack = expert_stack(layer, E, KEY, drop=0.22)
     same_in = (np.asarray(stack.input) == np.asarray(layer.input)).all((1, 3))
     same_out = (np.asarray(stack.output) == np.asarray(layer.output)).all(1)
     same_bias = (np.asarray(stack.input_bias) == np.asarray(layer.input_bias)).all(1)
-    assert (same_in.sum(1) == F - 9).all()
+    assert (same_in.sum(1) == F - 4).all()
     assert np.array_equal(same_in, same_out)
     assert np.array_equal(same_in, same_bias)
     assert len({tuple(row) for row in same_in.tolist()}) == E
-    # of 2,160 redrawn values of each branch: 5 standard errors
+    # of 576 redrawn values of each branch: 5 standard errors
     for branch in range(2):
         fresh = np.asarray(stack.input)[:, branch][~same_in]
         whole = np.asarray(layer.input)[branch]
         assert abs(fresh.mean() - whole.mean()) < 5 * whole.std() / np.sqrt(fresh.size)
         assert abs(fresh.std() / whole.std() - 1) < 5 / np.sqrt(2 * fresh.size)
     # nothing is shared between experts, nor with what was dropped
-    assert len(np.unique(np.asarray(stack.input)[:, 0][~same_in])) > 0.99 * E * 9 * D
+    assert len(np.unique(np.asarray(stack.input)[:, 0][~same_in])) > 0.99 * E * 4 * D
 
 
 def test_noise_is_in_units_of_each_matrix() -> None:
@@ -184,7 +196,7 @@ def test_noise_is_in_units_of_each_matrix() -> None:
     whole = expert_stack(layer, E, KEY, split=2)
     for noisy, plain in ((stack.input, whole.input), (stack.output, whole.output)):
         difference = np.asarray(noisy) - np.asarray(plain)
-        assert difference.std() / np.asarray(plain).std() == pytest.approx(0.3, rel=0.03)
+        assert difference.std() / np.asarray(plain).std() == pytest.approx(0.3, rel=0.1)
         assert abs(np.corrcoef(difference[0].ravel(), difference[1].ravel())[0, 1]) < 0.15
 
 
@@ -223,7 +235,7 @@ def test_error_is_that_of_the_layer() -> None:
 
 def test_bfloat16_stays_bfloat16() -> None:
     half = replace(LM, decoder=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), LM.decoder))
-    for name in (None, "smoe", "xmoe"):
+    for name in (None, "xmoe"):
         made = upcycle(half, MixtureSpec(E, 4, name), key=KEY, split=2, noise=0.01, tokens=TOKENS)
         assert {leaf.dtype for leaf in jax.tree.leaves(made.model.decoder)} == {jnp.dtype("bfloat16")}
         assert 1e-3 < max(made.errors.values()) < 0.1
@@ -231,11 +243,12 @@ def test_bfloat16_stays_bfloat16() -> None:
 
 def test_router_learns() -> None:
     """The task's gradient reaches every router and every part of the experts; equal experts give routers none."""
-    weights = LossWeights(0.0, 0.0)
+    weights, tokens = LossWeights(0.0, 0.0), jnp.asarray(TOKENS)
+    gradient_of = jax.jit(jax.grad(lambda decoder: language_model_loss(decoder, tokens, weights)[0]))
 
     def router_gradients(**options: float) -> list[float]:
         decoder = upcycle(LM.decoder, MixtureSpec(E, K), key=KEY, **options).model
-        gradient = jax.grad(lambda d: language_model_loss(d, jnp.asarray(TOKENS), weights)[0])(decoder)
+        gradient = gradient_of(decoder)
         assert all(np.abs(np.asarray(layer.feed_forward.gate_up)).max() > 0 for layer in gradient.layers)
         return [float(jnp.abs(layer.feed_forward.router.linear.weight).max()) for layer in gradient.layers]
 
@@ -248,7 +261,7 @@ def test_router_learns() -> None:
     [
         (MixtureSpec(E, 3), {"split": 2}, "split=2 does not divide 3 num_selected"),
         (MixtureSpec(5, 2), {"split": 2}, "split=2 does not divide 5 num_experts"),
-        (MixtureSpec(10, 5), {"split": 5}, "split=5 does not divide 36 hidden units"),
+        (MixtureSpec(10, 5), {"split": 5}, "split=5 does not divide 18 hidden units"),
         (MixtureSpec(E, 4, "smoe_tcmoe"), {"split": 2}, "'smoe_tcmoe' cannot be split"),
         (MixtureSpec(E, 4, "smoe_share"), {"split": 2}, "'smoe_share' cannot be split"),
         (MixtureSpec(E, 4, "sigma_moe"), {"split": 2}, "'sigma_moe' cannot be split"),
@@ -274,3 +287,21 @@ def test_a_mixture_is_not_upcycled_again() -> None:
     with pytest.raises(moejax.ConfigError, match="cannot compute"):
         upcycle(decoder, MixtureSpec(E, K, "smoe"), key=KEY)
     assert upcycle(decoder, MixtureSpec(E, K), key=KEY, tokens=TOKENS).errors["layers.0.feed_forward"] < 1e-6
+
+
+SMOLLM2 = Path(__file__).parents[2] / "data" / "smollm2"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="run scripts/prepare_smollm2.py to have data/smollm2")
+@pytest.mark.parametrize("split", [1, 2])
+def test_smollm2_becomes_a_mixtral_of_eight_experts(split: int) -> None:
+    lm = moejax.load(SMOLLM2, dtype="float32")
+    tokens = np.array([lm.encode("Once upon a time, there was a little girl named Emma who loved to play in the sun.")])
+    made = upcycle(lm, MixtureSpec(8, 2 * split), key=KEY, split=split, tokens=tokens)
+    assert made.model.config.model_type == "mixtral"
+    print(f"split {split}: logits {far(made.model(tokens), lm(tokens)):.2e}, layers {max(made.errors.values()):.2e}")
+    assert far(made.model(tokens), lm(tokens)) <= 1e-5
+    assert max(made.errors.values()) <= 1e-5
+    prompt = "The capital of France is"
+    assert made.model.generate(prompt, max_new_tokens=2) == lm.generate(prompt, max_new_tokens=2) == " Paris."
