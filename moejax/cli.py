@@ -1,7 +1,10 @@
 """The ``moejax`` command."""
 
 import json
+import os
+import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -162,6 +165,122 @@ def doctor(
         Console().print(*doctor_tables(found))
 
 
+@app.command()
+def analyse(
+    model: Annotated[str, typer.Argument(help="Bundled name, hub id, or a folder of either kind.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A prepared corpus (.npz, with its domains), .jsonl (a document a line: text, and label if it has"
+            " one), or text (one document)."
+        ),
+    ],
+    against: Annotated[str | None, typer.Option(help="Another checkpoint of the model, to compare with.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table, the numbers and the plots.")] = Path("analysis"),
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a window; default: 512, or the model's context."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Draw windows up to so many tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    drop_top: Annotated[int, typer.Option(min=0, help="Also mask each token's best 1, 2, .. so many experts.")] = 0,
+    probe_tokens: Annotated[int, typer.Option(min=1, help="Sample of the data for --drop-top.")] = 4096,
+    by_token: Annotated[
+        bool | None, typer.Option("--by-token/--no-by-token", help="Count by token id; default: where it fits.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a model's routers use their experts on data, beside its loss."""
+    import moejax
+    from moejax import study
+    from moejax.report.routing import routing_tables, write_routing
+
+    _folder(out)
+    lm = moejax.load(model)
+    length = length or min(512, lm.config.max_positions)
+    windows = study.Windows(study.Documents.read(data, lm), length, batch, max_tokens, seed)
+    other = None if against is None else moejax.load(against)
+    options = {"against": other, "by_token": by_token, "drop": drop_top, "probe_tokens": probe_tokens}
+    found = study.analyse(lm, windows, **options, progress=_bar(as_json)).to_dict()
+    written = write_routing(found, out)
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+    else:
+        Console().print(*routing_tables(found))
+        print(f"{out}: {', '.join(path.name for path in written)}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="JSON file with the fields of moejax.training.TrainConfig.")],
+    moe_name: Annotated[
+        str | None, typer.Option(help="Registered MoE layer, with its default settings; an unknown name lists all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on.")] = Path("runs/train"),
+    data: Annotated[str | None, typer.Option(help="Train on this .npz, .jsonl or text instead.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead.")] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="Python file to run first: one that registers a layer of your own.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small decoder on text; writes metrics, checkpoints, and a model that every other command takes."""
+    from moejax.report.training import follow
+    from moejax.training import Run, TrainConfig
+
+    if plugin is not None:
+        runpy.run_path(str(plugin))
+    settings = TrainConfig.read(config, data=data, steps=steps)
+    if data is not None:
+        settings = replace(settings, heldout=None)
+    run = Run(settings if moe_name is None else settings.with_moe(moe_name), out)
+    if as_json:
+        for row in run:
+            print(json.dumps(row), flush=True)
+    else:
+        follow(run, settings.steps)
+        Console().print(f"the trained model: {out / 'model'}", highlight=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id; with --random a published shape.")],
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights of a published shape, on a CPU of a small one.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 512,
+    long_tokens: Annotated[int, typer.Option(min=1, help="Of the long prompt.")] = 4096,
+    cases: Annotated[str, typer.Option(help="Only cases whose name has one of these words, with commas.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Calls to take the median of.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Time forward pass, relevance and decoding on this machine, beside what it could do at best."""
+    from moejax.report.bench import heading_lines, row_line
+    from moejax.study.bench import bench as measure
+
+    name, decoder = _decoder(model, random)
+    words = cases.split(",")
+    # a row is printed as soon as it is measured, with --json as a line of its own
+    for part in measure(name, decoder, tokens=tokens, long_tokens=long_tokens, cases=words, repeats=repeats):
+        found = part if isinstance(part, dict) else part.to_dict()
+        lines = [json.dumps(found)] if as_json else heading_lines(part) if isinstance(part, dict) else [row_line(found)]
+        print(*lines, sep="\n", flush=True)
+
+
+def _decoder(model: str, random: bool) -> tuple[str, Any]:
+    """Weights to time, and what they are called."""
+    import jax
+
+    import moejax
+    from moejax.study.bench import published, random_decoder
+
+    if not random:
+        return model, moejax.load(model).decoder
+    toy = jax.default_backend() == "cpu"
+    return model + (", made small" if toy else "") + ", random", random_decoder(published(model, toy=toy))
+
+
 def _no_device() -> None:
     """Keep to the host: files are rearranged, and an accelerator would be taken for nothing."""
     import jax
@@ -195,3 +314,12 @@ def _writable(path: Path) -> None:
 
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise MoejaxError(f"cannot write {path}: its folder does not exist, or it is a folder itself.")
+
+
+def _folder(path: Path) -> None:
+    """Whether files can be written there, before hours are spent on what they should hold."""
+    from moejax import MoejaxError
+
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise MoejaxError(f"cannot write into {path}: {nearest} is no folder, or not yours to write to.")

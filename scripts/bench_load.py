@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import GPT_OSS_20B, OLMOE_1B_7B, TOY
 from rich.console import Console
 from rich.table import Table
+
+from moejax.study.bench.shapes import GPT_OSS_20B, OLMOE_1B_7B, TOY
 
 MODELS = {"OLMoE-1B-7B (bfloat16)": (OLMOE_1B_7B, False), "GPT-OSS-20b (MXFP4)": (GPT_OSS_20B, True)}
 SHRUNK = TOY | {"intermediate_size": 64}  # whole blocks of MXFP4

@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from moejax.checkpoints.files import read_config
-from moejax.checkpoints.orbax import is_orbax, load_orbax
+from moejax.checkpoints.orbax import OrbaxFolder, is_orbax, load_orbax
 from moejax.checkpoints.plan import LeafPlan, PackedPlan, make_plan
 from moejax.checkpoints.safetensors import SafetensorsFolder, TensorSource
 from moejax.checkpoints.torch import TorchModel
 from moejax.errors import CheckpointError, ConfigError
-from moejax.models import Config, Decoder, Rules, family, shardings
+from moejax.models import Config, Decoder, Rules, exchanging, family, shardings
 from moejax.ops.mxfp4 import MXFP4
 
 PUBLISHED = ("*.json", "*.safetensors", "*.jinja")
@@ -62,7 +62,8 @@ def load_decoder(
     placed = {} if mesh is None else shardings(abstract, mesh, rules)
     plans = make_plan(abstract, kind.keys, source.entries)
     leaves = [_read(plan, source, dtype, placed.get(plan.path)) for plan in plans]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    decoder = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return decoder if mesh is None else exchanging(decoder, placed)
 
 
 def pack(config: Config) -> Config:
@@ -125,7 +126,10 @@ def load_folder(
     if is_orbax(folder):
         if keep_packed:
             raise CheckpointError(f"{folder} was converted, its experts are stored in full; load the original packed.")
-        return load_orbax(folder, dtype, None if mesh is None else lambda abstract: shardings(abstract, mesh, rules))
+        if mesh is None:
+            return load_orbax(folder, dtype)
+        placed = shardings(OrbaxFolder(folder).abstract, mesh, rules)
+        return exchanging(load_orbax(folder, dtype, placed), placed)
     config, source = read_config(folder), SafetensorsFolder(folder)
     return load_decoder(config, source, dtype, mesh=mesh, rules=rules, keep_packed=keep_packed)
 

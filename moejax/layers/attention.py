@@ -103,7 +103,8 @@ def attend(
         cooled = sinks if sinks is None or temperature == 1 else sinks / temperature
         # a product at another temperature only stands in for a derivative
         edges = reading.taps.get("edges") if temperature == 1 else None
-        return attention(q, k, v, mask, scale=scale, sinks=cooled, edges=edges)
+        causal = cache is None
+        return attention(q, k, v, mask, scale=scale, sinks=cooled, edges=edges, causal=causal, window=window)
 
     heads = reading.book("softmax", partial(reading.rule.attention, product), q, k, v)
     return heads, KeyValue(k, v)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax.errors import ConfigError
@@ -23,8 +24,9 @@ from moejax.layers.glu import GLU, Activation, Unit
 from moejax.layers.linear import wide_matmul
 from moejax.layers.mlp import MLP
 from moejax.ops.experts import assign
-from moejax.routing import SCORES, WEIGHTS, Routing, balance_loss, diversity_loss, route, z_loss
+from moejax.routing import SCORES, WEIGHTS, Routing, balance_loss, route, z_loss
 from moejax.routing.losses import Count, Scope
+from moejax.routing.statistics import diversity
 from moejax.rules import Reading
 
 Info = dict[str, Array]
@@ -130,6 +132,8 @@ class MoeLayer(nnx.Module):
 
     Args: ClassVar[type[MoeArgs]] = MoeArgs
     """The class of the layer's settings."""
+    mesh: Mesh | None = None
+    """Devices over whose axis ``expert`` the experts are split, if they are."""
     num_shared: int = 0
     """1 if :meth:`forward` has a shared expert under the gate ``shared``."""
 
@@ -276,12 +280,12 @@ class MoeLayer(nnx.Module):
 
         Args:
             expert_outputs: outputs of all experts, if they are known already.
-            return_topk_outputs: return a pair of the sum and the :func:`~moejax.routing.diversity_loss` of the slots.
+            return_topk_outputs: return a pair of the sum and :meth:`experts_diversity_loss` of the slots.
         """
         ids, weights = self.resolve(selected_experts, weights)
         slots, tokens = ids.shape[-1], ids.shape[0] * ids.shape[1]
         dispatched = jnp.where(weights == 0, self.num_ids, ids).reshape(-1, slots)
-        assignment = assign(dispatched, self.num_routed, nowhere=True)
+        assignment = assign(dispatched, self.num_routed, nowhere=True, mesh=self.mesh)
         if (factor := self.args.capacity_factor) is not None:
             whole = assignment.load.sum()
             assignment = assignment.limited(math.ceil(factor * tokens * slots / self.num_routed))
@@ -301,7 +305,7 @@ class MoeLayer(nnx.Module):
         self.note("ids", ids)
         self.note("weights", weights)
         y = results + combine(outputs, weights, ids, self.reading)
-        return (y, diversity_loss(outputs, self.mask)) if return_topk_outputs else y
+        return (y, self.experts_diversity_loss(outputs)) if return_topk_outputs else y
 
     # losses
 
@@ -337,8 +341,8 @@ class MoeLayer(nnx.Module):
         return self.args.balance_loss_coef * balance + self.args.router_z_loss_coef * z, balance, z
 
     def experts_diversity_loss(self, outputs: Float[Array, "B T K O"]) -> Float[Array, ""]:
-        """:func:`moejax.routing.diversity_loss` of a token's selected outputs."""
-        return diversity_loss(outputs, self.mask)
+        """:func:`moejax.routing.statistics.diversity` of a token's selected outputs."""
+        return diversity(outputs, self.mask)
 
     @staticmethod
     def routing(selected: Array | None, scores: Array | None, logits: Array) -> Routing:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from moejax.errors import ConfigError
@@ -73,6 +74,7 @@ class RegisteredConfig:
     Attributes:
         name: what it is registered under.
         args: settings as :class:`MoeArgs` takes them; by default the class's own.
+        mesh: devices over whose axis ``expert`` the experts are split, if they are.
 
     Raises:
         ConfigError: no such layer, or settings that it does not have.
@@ -83,6 +85,7 @@ class RegisteredConfig:
     num_experts: int
     num_selected: int
     args: Any = field(default=None)
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", get_moe(self.name).Args.of(self.args))
@@ -91,7 +94,9 @@ class RegisteredConfig:
     def init(self, key: PRNGKeyArray | None) -> MoeLayer:
         """The layer with random weights in float32."""
         args: MoeArgs = replace(self.args, key=key)
-        return get_moe(self.name)(self.model_dim, self.model_dim, self.num_experts, self.num_selected, args=args)
+        layer = get_moe(self.name)(self.model_dim, self.model_dim, self.num_experts, self.num_selected, args=args)
+        layer.mesh = self.mesh
+        return layer
 
     @property
     def num_ids(self) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -21,6 +22,7 @@ class RouterConfig:
     Attributes:
         score: scores of all experts, a name in ``routing.SCORES``.
         weigh: weights of the selected, a name in ``routing.WEIGHTS``.
+        mesh: devices over whose axis ``expert`` the experts are split, if they are.
     """
 
     num_experts: int
@@ -28,6 +30,7 @@ class RouterConfig:
     score: Literal["softmax", "logits"] = "softmax"
     weigh: Literal["raw", "renormalised", "softmax"] = "raw"
     bias: bool = False
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.num_selected > self.num_experts:
@@ -58,4 +61,4 @@ class Router(nnx.Module):
             choices=reading.by_expert(f"{prefix}choices", x.shape[:-1]),
             shares=reading.by_expert(f"{prefix}shares", x.shape[:-1]),
         )
-        return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts)
+        return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts, mesh=c.mesh)

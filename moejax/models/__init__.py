@@ -5,7 +5,7 @@ from moejax.models.decoder import Cache, Decoder, Hidden
 from moejax.models.families import FAMILIES, family
 from moejax.models.packed import Packed, unpack
 from moejax.models.recording import record
-from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, shard, shardings
+from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, exchanging, shard, shardings
 
 __all__ = [
     "EXPERT",
@@ -18,6 +18,7 @@ __all__ = [
     "Hidden",
     "Packed",
     "Rules",
+    "exchanging",
     "family",
     "record",
     "shard",

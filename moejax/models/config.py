@@ -1,7 +1,9 @@
 """The one configuration that every family maps to."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
+
+from jax.sharding import Mesh
 
 from moejax.layers import BlockConfig, MixtureAttentionConfig, MLPConfig, MoEConfig, RegisteredConfig
 from moejax.ops.rope import Rope
@@ -107,6 +109,18 @@ class Config:
             return replace(block, feed_forward=replace(moe, packed=True)) if isinstance(moe, MoEConfig) else block
 
         return replace(self, blocks=tuple(map(packed, self.blocks)))
+
+    def over(self, mesh: Mesh | None) -> Self:
+        """The same architecture with experts split over the axis ``expert`` of a mesh; ``None``: with all on each."""
+
+        def placed(part: Any) -> Any:
+            if isinstance(part, RegisteredConfig):
+                return replace(part, mesh=mesh)
+            router = getattr(part, "router", None)
+            return part if router is None else replace(part, router=replace(router, mesh=mesh))
+
+        blocks = (replace(b, attention=placed(b.attention), feed_forward=placed(b.feed_forward)) for b in self.blocks)
+        return replace(self, blocks=tuple(blocks))
 
     @property
     def _moe(self) -> list[MoEConfig | RegisteredConfig]:

@@ -10,8 +10,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax.errors import ConfigError
+from moejax.layers import RegisteredConfig
 from moejax.models.config import Config
 from moejax.models.decoder import Decoder
+from moejax.ops.experts.exchange import AXIS
 
 Axes = tuple[str | None, ...]
 """Logical name of each axis of a leaf; ``None`` is never split."""
@@ -64,6 +66,12 @@ AXES: Mapping[str, Axes] = {
     "feed_forward.gate_up_bias": ("expert", None, "hidden"),
     "feed_forward.down_bias": ("expert", None),
     "feed_forward.bias": (None,),
+    # those of registered layers; whatever else they have is on every device
+    "feed_forward.gate_weight": (None, "model"),
+    "feed_forward.experts.input": ("expert", *_GATED),
+    "feed_forward.experts.output": ("expert", *_DOWN),
+    "feed_forward.experts.input_bias": ("expert", None, "hidden"),
+    "feed_forward.experts.output_bias": ("expert", None),
     # shared expert, dense layer
     "feed_forward.shared.mlp.input": _GATED,
     "feed_forward.shared.mlp.output": _DOWN,
@@ -83,7 +91,8 @@ def shardings(
 
     Args:
         abstract: a decoder; of its leaves only the shapes are read.
-        rules: by default those of :data:`EXPERT_TENSOR` for which the mesh has an axis.
+        rules: by default those of :data:`EXPERT_TENSOR` for which the mesh has an axis; over an axis ``data`` weights
+            are replicated.
         axes: logical axes by path; to place a layer of your own, add its leaves to :data:`AXES`.
 
     Raises:
@@ -95,7 +104,7 @@ def shardings(
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     placed, uneven = {}, {}
     for path, leaf in _leaves(abstract):
-        names = logical_axes(path, axes)
+        names = _replicated(abstract.config, path, leaf) or logical_axes(path, axes)
         if len(names) != leaf.ndim:
             raise ConfigError(f"{path} has shape {list(leaf.shape)}, but {len(names)} logical axes: {names}.")
         spec = [rules.get(name) if name else None for name in names]
@@ -115,7 +124,16 @@ def shardings(
 def shard(decoder: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mapping[str, Axes] = AXES) -> Decoder:
     """A decoder that is in memory, laid over a mesh. Raises as :func:`shardings` does."""
     leaves, tree = jax.tree.flatten(decoder)
-    return tree.unflatten(jax.device_put(leaves, list(shardings(decoder, mesh, rules, axes).values())))
+    placed = shardings(decoder, mesh, rules, axes)
+    return exchanging(tree.unflatten(jax.device_put(leaves, list(placed.values()))), placed)
+
+
+def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder:
+    """The decoder, its mixtures told that their experts lie on several devices, if they do."""
+    experts = (s for path, s in placed.items() if (AXES.get(_LAYER.sub("", path, count=1)) or (None,))[0] == "expert")
+    mesh = next((s.mesh for s in experts if s.spec[0] == AXIS and isinstance(s.mesh, Mesh)), None)
+    structure = jax.tree.structure(Decoder.abstract(decoder.config.over(mesh)))
+    return jax.tree.unflatten(structure, jax.tree.leaves(decoder))
 
 
 def logical_axes(path: str, axes: Mapping[str, Axes] = AXES) -> Axes:
@@ -135,9 +153,17 @@ def _leaves(tree: Decoder) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
+def _replicated(config: Config, path: str, leaf: jax.ShapeDtypeStruct) -> Axes | None:
+    """Axes that are never split, for a leaf that only a registered layer knows."""
+    layer = _LAYER.match(path)
+    own = layer is not None and isinstance(config.blocks[int(layer[1])].feed_forward, RegisteredConfig)
+    name = _LAYER.sub("", path, count=1)
+    return (None,) * leaf.ndim if own and name.startswith("feed_forward.") and name not in AXES else None
+
+
 def _default_rules(mesh: Mesh) -> Rules:
     rules = {name: axis for name, axis in EXPERT_TENSOR.items() if axis in mesh.axis_names}
-    if not rules:
+    if not rules and "data" not in mesh.axis_names:
         raise ConfigError(
             f"the mesh has axes {', '.join(mesh.axis_names)}; name them 'expert' or 'tensor', or pass rules."
         )

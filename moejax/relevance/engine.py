@@ -1,6 +1,6 @@
 """The compiled engine: one forward pass, one vector-Jacobian product per seed, read at the gates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
@@ -15,6 +15,9 @@ from moejax.layers.linear import wide_matmul
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
 from moejax.routing import Routing
 from moejax.rules import Gates, Reading, Rule
+
+Pulled = tuple[Any, Any, Any]
+"""Cotangents of gates, probes and taps."""
 
 BEST = -1
 """Stands for the token with the largest logit, known only after the forward pass."""
@@ -159,7 +162,7 @@ def relevance(
 
     Args:
         knobs: interventions that hold during the pass.
-        chunk: how many seeds to propagate at a time; all by default.
+        chunk: how many seeds to propagate at a time at most, over one and the same forward pass; all by default.
         nodes: where to read the relevance of every number (:data:`NODES`), as ``"attention.3"``.
         joint: propagate the sum of a sequence's seeds, one cotangent in place of N.
         rematerialise: keep only the residual stream between layers and compute the rest again on the way back.
@@ -173,7 +176,7 @@ def relevance(
     dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
     probes = {name: jnp.zeros((decoder.config.num_layers + 1, len(tokens)), dtype) for name in sorted(rule.leaks)}
     readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
-    taps = {node: jnp.ones(_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
+    taps = {node: jnp.ones(node_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
 
     def targets(gates: Gates, probes: dict[str, Array], taps: dict[str, Array]) -> tuple[Array, tuple]:
         reading = Reading(rule, gates.over(knobs), probes, _counted_from_the_end(taps, decoder.config))
@@ -185,10 +188,22 @@ def relevance(
     count = 1 if joint else target.shape[1]
     # joint: a one at every seed
     seeded = jnp.broadcast_to(jnp.eye(count, dtype=target.dtype)[:, None], (count, *target.shape))
-    gates, leaks, vectors = jax.vmap(pull)(seeded) if chunk is None else jax.lax.map(pull, seeded, batch_size=chunk)
+    gates, leaks, vectors = _in_chunks(jax.vmap(pull), seeded, chunk or count)
     feed_forward = _stack([r.feed_forward for r in routing])
     attention = _stack([r.attention for r in routing])
     return Readout(gates, leaks, vectors, target, ids, logits, feed_forward, attention)
+
+
+def _in_chunks(pull: Callable[[Array], Pulled], seeds: Float[Array, "N B M"], chunk: int) -> Pulled:
+    """``pull`` of at most ``chunk`` seeds at a time, in chunks of one size; the last may hold seeds of zero."""
+    count = len(seeds)
+    chunks = -(-count // chunk)
+    if chunks == 1:
+        return pull(seeds)
+    size = -(-count // chunks)
+    padded = jnp.pad(seeds, [(0, chunks * size - count), (0, 0), (0, 0)])
+    parts = jax.lax.map(pull, padded.reshape(chunks, size, *seeds.shape[1:]))
+    return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], parts)
 
 
 def refuse_half(decoder: Decoder) -> None:
@@ -212,7 +227,12 @@ NODES = {
 """Nodes of a layer; they have the shape [T D] where nothing else is said."""
 
 
-def _shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, ...]:
+def node_shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """Of all the numbers at a node, for a batch of tokens of shape ``[B T]``.
+
+    Raises:
+        PromptError: there is no such node.
+    """
     name, _, index = node.rpartition(".")
     layers = config.num_layers + (name == "stream")
     if name not in NODES or not index.isdecimal() or int(index) >= layers:

@@ -1,14 +1,17 @@
 """``explain``: what caused an output, as a user asks it."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from moejax.lm import LM, Prompt, left_pad
-from moejax.relevance.engine import Readout, Slots, relevance
+from moejax.relevance.budget import Footprint
+from moejax.relevance.engine import Readout, Slots, node_shape, relevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
 from moejax.relevance.targets import Aim, Argmax, Target
@@ -26,7 +29,8 @@ def explain(
     gates: Gates | None = None,
     nodes: Sequence[str] = (),
     chunk: int | None = None,
-    rematerialise: bool = False,
+    rematerialise: bool | None = None,
+    max_bytes: int | None = None,
 ) -> Relevance:
     """Which tokens, experts, heads and layers caused an output.
 
@@ -38,7 +42,8 @@ def explain(
         MoejaxError: an unknown rule, gates of another model, weights in float16.
     """
     options = {"target": target, "rule": rule, "gates": gates, "nodes": nodes}
-    return explain_batch(lm, [prompt], **options, chunk=chunk, rematerialise=rematerialise)[0]
+    bounds = {"chunk": chunk, "rematerialise": rematerialise, "max_bytes": max_bytes}
+    return explain_batch(lm, [prompt], **options, **bounds)[0]
 
 
 def explain_batch(
@@ -50,7 +55,8 @@ def explain_batch(
     gates: Gates | None = None,
     nodes: Sequence[str] = (),
     chunk: int | None = None,
-    rematerialise: bool = False,
+    rematerialise: bool | None = None,
+    max_bytes: int | None = None,
 ) -> list[Relevance]:
     """:func:`explain` for several prompts as one padded batch.
 
@@ -62,11 +68,13 @@ def explain_batch(
             those of ``moejax.relevance.NODES``, with the layer. Read them from ``vectors`` of the result.
         chunk: how many targets to propagate at a time, to bound memory; all by default.
         rematerialise: keep only the stream between layers and compute the rest again on the way back. Less memory for
-            long prompts, a third more time, the same numbers.
+            long prompts, a third more time, the same numbers. By default only where ``max_bytes`` asks for it.
+        max_bytes: what the pass may take beside the weights, by an estimate: ``chunk`` and ``rematerialise``, where
+            they are not given, are chosen to stay below it.
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
-        MoejaxError: an unknown rule, gates of another model, weights in float16.
+        MoejaxError: an unknown rule, gates of another model, weights in float16, ``max_bytes`` too little for a target.
     """
     if not prompts:
         return []
@@ -76,6 +84,10 @@ def explain_batch(
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
     knobs = Gates() if gates is None else gates.check(lm.config, tokens)
     seeds = target.seeds([aims for _, aims in resolved], offsets, decoder_dtype(lm))
+    if max_bytes is not None:
+        count = 1 if target.joint else max(len(aims) for _, aims in resolved)
+        found = _footprint(lm, tokens, tuple(nodes)).arrange(count, max_bytes, rematerialise)
+        chunk, rematerialise = chunk or found.chunk, found.rematerialise
     out = relevance(
         lm.packed,
         tokens,
@@ -86,7 +98,7 @@ def explain_batch(
         chunk=chunk,
         nodes=tuple(nodes),
         joint=target.joint,
-        rematerialise=rematerialise,
+        rematerialise=bool(rematerialise),
     )
     out = jax.tree.map(np.asarray, out)
     return [
@@ -98,6 +110,13 @@ def explain_batch(
 def decoder_dtype(lm: LM) -> jnp.dtype:
     """The dtype that logits of ``lm`` are computed in: float32 or wider."""
     return jnp.promote_types(lm.decoder.embedding.dtype, jnp.float32)
+
+
+def _footprint(lm: LM, tokens: Array, nodes: tuple[str, ...]) -> Footprint:
+    batch, length = tokens.shape
+    found = Footprint.of(lm.config, batch, length, lm.decoder.embedding.dtype.itemsize)
+    read = sum(math.prod(node_shape(lm.config, node, tokens.shape)) for node in nodes)
+    return replace(found, readout=found.readout + 4 * read)
 
 
 def _result(

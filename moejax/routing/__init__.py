@@ -1,10 +1,10 @@
-"""Routing as pure functions on arrays: score, select, weigh; and the auxiliary losses of router training."""
+"""Routing as pure functions on arrays: score, select, weigh; the losses of router training; statistics of routers."""
 
+from moejax.routing import statistics
 from moejax.routing.core import Routing, keep_sum, route
 from moejax.routing.losses import (
     balance_loss,
     cv_squared_loss,
-    diversity_loss,
     entropy_loss,
     mutual_information_loss,
     null_reward,
@@ -19,11 +19,11 @@ __all__ = [
     "Routing",
     "balance_loss",
     "cv_squared_loss",
-    "diversity_loss",
     "entropy_loss",
     "keep_sum",
     "mutual_information_loss",
     "null_reward",
     "route",
+    "statistics",
     "z_loss",
 ]

@@ -84,13 +84,13 @@ def entropy_loss(
         axes = (-2,) if over == "sequence" else tuple(range(p.ndim - 1))
         p = mean_over(p, mask, axes, axis_name)
         mask = mask.any(-1) if over == "sequence" and mask is not None else None
-    return -_mean(entropy(p), mask)
+    return -_mean(_entropy(p), mask)
 
 
 def mutual_information_loss(probabilities: Float[Array, "*b E"], mask: Mask = None) -> Float[Array, ""]:
     """``H(E | token) - H(E)`` in nats, minus the mutual information of tokens and experts (Mod-Squad, 2212.08066)."""
     p = _wide(probabilities)
-    return _mean(entropy(p), mask) - entropy(mean_over(p, mask, tuple(range(p.ndim - 1))))
+    return _mean(_entropy(p), mask) - _entropy(mean_over(p, mask, tuple(range(p.ndim - 1))))
 
 
 def cv_squared_loss(amounts: Float[Array, " E"]) -> Float[Array, ""]:
@@ -100,26 +100,12 @@ def cv_squared_loss(amounts: Float[Array, " E"]) -> Float[Array, ""]:
     return jnp.where(mean == 0, 0, amounts.var() / jnp.where(mean == 0, 1, mean) ** 2)
 
 
-def diversity_loss(outputs: Float[Array, "*b K D"], mask: Mask = None) -> Float[Array, ""]:
-    """Mean over pairs of a token's selected experts of the cosine of their outputs, negative ones as zero; in [0, 1].
-
-    Identical outputs give 1; with a single slot there is no pair and the loss is zero.
-    """
-    outputs, slots = _wide(outputs), outputs.shape[-2]
-    if slots == 1:
-        return jnp.zeros((), outputs.dtype)
-    unit = outputs * jax.lax.rsqrt(jnp.maximum((outputs * outputs).sum(-1, keepdims=True), 1e-20))
-    cosines = jnp.maximum(jnp.einsum("...kd,...jd->...kj", unit, unit), 0)
-    others = (cosines * (1 - jnp.eye(slots))).sum((-2, -1)) / (slots * (slots - 1))
-    return _mean(others, mask)
-
-
 def null_reward(probabilities: Float[Array, "*b N"], mask: Mask = None) -> Float[Array, ""]:
     """Minus the mean probability of the null routes together (TC-MoE: sparsity is rewarded)."""
     return -_mean(_wide(probabilities).sum(-1), mask)
 
 
-def entropy(p: Float[Array, "*b E"]) -> Float[Array, "*b"]:
+def _entropy(p: Float[Array, "*b E"]) -> Float[Array, "*b"]:
     """Entropy of distributions in nats; terms at zero are zero, and so is their gradient."""
     positive = p > 0
     return -jnp.where(positive, p * jnp.log(jnp.where(positive, p, 1)), 0).sum(-1)

@@ -1,42 +1,97 @@
-"""The loss of a decoder on text: cross-entropy and the routers' auxiliary losses."""
+"""The loss of a decoder on text: cross-entropy and the auxiliary losses of its mixtures."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from moejax.layers import Routes
 from moejax.models import Decoder
-from moejax.routing import balance_loss, z_loss
+from moejax.routing import Routing, balance_loss, z_loss
+
+Parts = dict[str, Array]
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the auxiliary losses, each averaged over layers."""
+    """How auxiliary losses enter the total.
+
+    Attributes:
+        balance, z: weights for mixtures without weights of their own: those of published families, and of attention
+            experts. A registered layer weights its losses itself.
+        reduce: the mean of the layers' losses (LibMoE's vision stack), or their sum (its language stack).
+    """
 
     balance: float = 0.01
     z: float = 0.001
+    reduce: Literal["mean", "sum"] = "mean"
+
+
+def cross_entropy(
+    decoder: Decoder, stream: Float[Array, "B T D"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+) -> Float[Array, ""]:
+    """Mean over unmasked targets of the nats that predicting them takes; zero without any."""
+    logits = decoder.logits(stream)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - picked
+    return nats.mean() if mask is None else jnp.where(mask, nats, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
 def language_model_loss(
-    decoder: Decoder, windows: Int[Array, "B T1"], weights: LossWeights
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean cross-entropy in nats of predicting each next token, plus weighted auxiliary losses.
+    decoder: Decoder, windows: Int[Array, "B T1"], weights: LossWeights, key: PRNGKeyArray | None = None
+) -> tuple[Float[Array, ""], Parts]:
+    """Mean cross-entropy in nats of predicting each next token, plus the weighted auxiliary losses of the mixtures.
 
-    Also returns the parts: ``cross_entropy``, ``balance``, ``z`` and ``load`` (share of slots, ``[L E]``; only layers
-    with experts count). Of a dense model the auxiliary losses are zero.
+    Also returns the parts: ``cross_entropy`` and ``auxiliary`` (what was added), and for the layers that are mixtures,
+    ``[L]`` each, ``balance_loss``, ``router_z_loss`` and whatever else a registered layer reports; ``load``, each
+    expert's share of the slots that carry something ``[L E]``; and ``nonfinite``, router logits that are no numbers
+    ``[L]``. A dense model has no such parts.
+
+    Args:
+        key: the step's randomness, for layers that have some.
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
-    hidden = decoder.hidden(inputs)
-    logits = decoder.logits(hidden.stream)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    cross_entropy = (jax.nn.logsumexp(logits, axis=-1) - picked).mean()
-    routing = [r.feed_forward for r in hidden.routing if r.feed_forward is not None]
-    balance, z, load = jnp.zeros(()), jnp.zeros(()), jnp.zeros((0, 0))
-    if routing:
-        balance = jnp.stack([balance_loss(r) for r in routing]).mean()
-        z = jnp.stack([z_loss(r) for r in routing]).mean()
-        experts = jnp.arange(decoder.config.num_experts)
-        load = jnp.stack([(r.ids[..., None] == experts).mean((0, 1, 2)) for r in routing])
-    total = cross_entropy + weights.balance * balance + weights.z * z
-    return total, {"cross_entropy": cross_entropy, "balance": balance, "z": z, "load": load}
+    hidden = decoder.hidden(inputs, key=key)
+    nats = cross_entropy(decoder, hidden.stream, targets)
+    told = [_layer(routes, weights) for routes in hidden.routing]
+    losses = [loss for loss, _ in told if loss is not None]
+    auxiliary = jnp.stack(losses).mean() if losses else jnp.zeros(())
+    if weights.reduce == "sum":
+        auxiliary = auxiliary * len(losses)
+    mixtures = [r.feed_forward for r in hidden.routing if r.feed_forward is not None]
+    parts: Parts = {"cross_entropy": nats, "auxiliary": auxiliary}
+    if mixtures:
+        experts = decoder.config.num_experts
+        parts["load"] = jnp.stack([expert_load(r, experts) for r in mixtures])
+        parts["nonfinite"] = jnp.stack([(~jnp.isfinite(r.logits)).sum() for r in mixtures])
+    infos = [info for _, info in told if info]
+    # layers of several kinds tell different things; a part is there if all of them tell it
+    shared = [name for name in (infos[0] if infos else ()) if all(name in info for info in infos)]
+    parts |= {name: jnp.stack([info[name] for info in infos]) for name in shared}
+    return nats + auxiliary, jax.tree.map(jax.lax.stop_gradient, parts)
+
+
+def _layer(routes: Routes, weights: LossWeights) -> tuple[Array | None, Parts]:
+    """The auxiliary loss of a layer, weighted, and its parts; ``None`` if nothing in it routes."""
+    total, info = None, {}
+    for routing, prefix in ((routes.attention, "attention_"), (routes.feed_forward, "")):
+        if routing is None or (routes.ran is not None and not prefix):
+            continue
+        balance, z = balance_loss(routing), z_loss(routing)
+        loss = weights.balance * balance + weights.z * z
+        total = loss if total is None else total + loss
+        info |= {f"{prefix}balance_loss": balance, f"{prefix}router_z_loss": z}
+    if (ran := routes.ran) is not None:
+        total = ran.auxiliary_loss if total is None else total + ran.auxiliary_loss
+        info |= {name: value for name, value in ran.info.items() if value.ndim == 0}
+    return total, info
+
+
+def expert_load(routing: Routing, experts: int) -> Float[Array, " E"]:
+    """Each expert's share of the slots that carry something; they sum to one, or are zeros if there is no such slot."""
+    carries = (routing.weights != 0)[..., None]
+    slots = jnp.where(carries, routing.ids[..., None] == jnp.arange(experts), False)
+    counts = slots.sum(range(slots.ndim - 1)).astype(jnp.float32)
+    return counts / jnp.maximum(counts.sum(), 1)

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from moejax.errors import ConfigError
+from moejax.layers import MoeLayer
 from moejax.models import Decoder
 from moejax.training.data import windows
-from moejax.training.losses import LossWeights, language_model_loss
+from moejax.training.losses import LossWeights, Parts, language_model_loss
 
 
 class TrainState(NamedTuple):
@@ -22,8 +25,14 @@ class TrainState(NamedTuple):
     optimiser: optax.OptState
     step: Int[Array, ""]
 
+    @classmethod
+    def start(cls, decoder: Decoder, optimiser: optax.GradientTransformation) -> "TrainState":
+        """The state before the first step, laid over devices as the decoder is."""
+        parameters: Any = decoder
+        return cls(decoder, optimiser.init(parameters), jnp.zeros((), jnp.int32))
 
-TrainSteps = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
+
+TrainSteps = Callable[[TrainState, Array], tuple[TrainState, Parts]]
 
 
 def make_train_steps(
@@ -35,29 +44,71 @@ def make_train_steps(
     seed: int,
     weights: LossWeights = LossWeights(),
     compute_dtype: DTypeLike = jnp.float32,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> TrainSteps:
     """A compiled function of (state, corpus tokens) that runs ``count`` steps and returns their metrics, stacked.
 
     The windows of a step depend on ``seed`` and the step's number alone, so that a resumed run sees the same data.
+
+    Args:
+        accumulate: micro-batches into which a step's ``batch`` is cut; their gradients are averaged. Balance is then a
+            matter of a micro-batch, but that of :meth:`MoeLayer.after_step`, which sees the loads of the whole batch.
+        mesh: devices; sequences are shared among those of its axis ``data``. The weights lie where the state has them.
+
+    Raises:
+        ConfigError: micro-batches or devices that do not divide the batch.
     """
+    shares = 1 if mesh is None else mesh.shape.get("data", 1)
+    if batch % (accumulate * shares):
+        raise ConfigError(f"batch={batch} is no multiple of {accumulate} micro-batches times {shares} devices.")
+    rows = None if mesh is None else NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None))
 
-    def loss(decoder: Decoder, batch_windows: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(decoder: Decoder, batch_windows: Array, key: Array) -> tuple[Array, Parts]:
         cast = jax.tree.map(lambda p: p.astype(compute_dtype), decoder)
-        return language_model_loss(cast, batch_windows, weights)
+        return language_model_loss(cast, batch_windows, weights, key)
 
-    def one_step(tokens: Array, state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
+    def gradient(decoder: Decoder, batch_windows: Array, key: Array) -> tuple[Decoder, Parts]:
+        if rows is not None:
+            batch_windows = jax.lax.with_sharding_constraint(batch_windows, rows)
+        return jax.grad(loss, has_aux=True)(decoder, batch_windows, key)
+
+    def whole_gradient(decoder: Decoder, batch_windows: Array, key: Array) -> tuple[Decoder, Parts]:
+        """Means over micro-batches."""
+        if accumulate == 1:
+            return gradient(decoder, batch_windows, key)
+        parts = batch_windows.reshape(accumulate, -1, batch_windows.shape[-1])
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(decoder, *part)), None)  # noqa: E731
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, decoder, parts[0], key))
+        total, _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def one_step(tokens: Array, state: TrainState, _: None) -> tuple[TrainState, Parts]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch_windows = windows(tokens, key, batch, length + 1)
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.decoder, batch_windows)
+        found: Any
+        found, metrics = whole_gradient(state.decoder, batch_windows, jax.random.fold_in(key, 1))
         # optax types its trees as nested containers of arrays; a module is one all the same
         parameters: Any = state.decoder
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser, parameters)
+        updates, optimiser_state = optimiser.update(found, state.optimiser, parameters)
         decoder: Any = optax.apply_updates(parameters, updates)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
-        return TrainState(decoder, optimiser_state, state.step + 1), metrics
+        metrics["gradient_norm"] = optax.global_norm(found)
+        return TrainState(after_step(decoder, metrics), optimiser_state, state.step + 1), metrics
 
     @partial(jax.jit, donate_argnums=0)
-    def train_steps(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
+    def train_steps(state: TrainState, tokens: Array) -> tuple[TrainState, Parts]:
         return jax.lax.scan(partial(one_step, tokens), state, None, length=count)
 
     return train_steps
+
+
+def after_step(decoder: Decoder, metrics: Parts) -> Decoder:
+    """The decoder with what its registered layers change outside of the gradient (:meth:`MoeLayer.after_step`)."""
+    mixtures = [i for i, block in enumerate(decoder.config.blocks) if block.mixture is not None]
+    moved = jax.tree.map(lambda leaf: leaf, decoder)
+    for row, i in enumerate(mixtures):
+        layer = decoder.layers[i].feed_forward
+        if isinstance(layer, MoeLayer):
+            info = {name: values[row] for name, values in metrics.items() if values.shape[:1] == (len(mixtures),)}
+            moved.layers[i].feed_forward = layer.after_step(info["load"], info)
+    return moved

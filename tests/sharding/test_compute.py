@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import Continuation, Gates, explain
+from moejax import LM, Continuation, Gates, explain
 from moejax.lm import _logits
 from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.relevance.result import ExpertRelevance
@@ -101,8 +101,12 @@ def _messages(program: jax.stages.Compiled) -> Iterator[int]:
 
 def _smallest_part(family: str, layout: str) -> int:
     """Values of a device's part of its smallest stack of expert matrices."""
-    moe = spread(family, layout).decoder.layers[1].feed_forward
-    return min(leaf.addressable_shards[0].data.size for leaf in (moe.gate_up, moe.down))
+    return min(leaf.addressable_shards[0].data.size for leaf in _matrices(spread(family, layout)))
+
+
+def _matrices(model: LM) -> tuple[jax.Array, jax.Array]:
+    moe = model.decoder.layers[1].feed_forward
+    return (moe.experts.input, moe.experts.output) if hasattr(moe, "experts") else (moe.gate_up, moe.down)
 
 
 @pytest.mark.parametrize(("family", "layout"), MODELS)
@@ -115,22 +119,9 @@ def test_no_weights_travel_in_an_explanation(family: str, layout: str) -> None:
     assert max(_messages(program)) < _smallest_part(family, layout)
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        pytest.param(
-            *model,
-            marks=pytest.mark.xfail(
-                model[1] != "tensor",
-                reason="one token's experts are gathered before they are multiplied, and so sent to all devices",
-                strict=True,
-            ),
-        )
-        for model in MODELS
-    ],
-)
+@pytest.mark.parametrize(("family", "layout"), MODELS)
 def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> None:
     tokens = jnp.ones((1, 1), jnp.int32)
     program = _logits.lower(spread(family, layout).packed, tokens, tokens > 0, Gates()).compile()
-    matrix = single(family).decoder.layers[1].feed_forward.down[0].size
+    matrix = _matrices(single(family))[1][0].size
     assert max(_messages(program)) < matrix // LAYOUTS[layout][0].get("tensor", 1)

@@ -88,8 +88,9 @@ def test_by_default_the_rules_are_those_that_the_mesh_has_axes_for() -> None:
     model = decoder("olmoe")
     for layout, (_, rules) in LAYOUTS.items():
         assert shardings(model, mesh(layout)) == shardings(model, mesh(layout), rules)
-    with pytest.raises(ConfigError, match="the mesh has axes data; name them 'expert' or 'tensor', or pass rules"):
-        shardings(model, four("data"))
+    with pytest.raises(ConfigError, match="the mesh has axes x; name them 'expert' or 'tensor', or pass rules"):
+        shardings(model, four("x"))
+    assert all(placed.is_fully_replicated for placed in shardings(model, four("data")).values())
 
 
 def test_an_axis_that_does_not_divide_names_leaf_sizes_and_mend() -> None:

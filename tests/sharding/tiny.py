@@ -71,6 +71,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": EXPERTS,
         "num_experts_per_tok": 2,
     },
+    "moejax": {
+        **_ATTENTION,
+        **_ROPE,
+        "intermediate_size": HIDDEN,
+        "moe": "smoe",
+        "moe_args": {"expert_bias": True},
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+    },
     "llama": {**_ATTENTION, **_ROPE, "attention_bias": True, "mlp_bias": True, "intermediate_size": DENSE},
 }
 FAMILIES = sorted(CONFIGS)

@@ -57,7 +57,8 @@ def test_loss_falls(fresh: TrainState, three_steps: TrainSteps, tokens: jax.Arra
     assert int(state.step) == 60
     assert losses[0] == pytest.approx(np.log(53), abs=0.1), "an untrained model knows nothing"
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
-    assert set(metrics) == {"cross_entropy", "balance", "z", "load", "gradient_norm"}
+    own = {"cross_entropy", "auxiliary", "balance_loss", "router_z_loss", "load", "nonfinite", "gradient_norm"}
+    assert set(metrics) == own
     assert metrics["load"].shape == (3, 2, 9)
     np.testing.assert_allclose(metrics["load"].sum(-1), 1, rtol=1e-5)
 
@@ -78,7 +79,7 @@ def test_loss_is_that_of_plain_numpy(fresh: TrainState, tokens: jax.Array) -> No
     log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(log_probability, np.asarray(batch)[:, 1:, None], -1)
     assert float(parts["cross_entropy"]) == pytest.approx(-picked.mean(), rel=1e-5)
-    weighted = parts["cross_entropy"] + 0.3 * parts["balance"] + 0.2 * parts["z"]
+    weighted = parts["cross_entropy"] + 0.3 * parts["balance_loss"].mean() + 0.2 * parts["router_z_loss"].mean()
     assert float(total) == pytest.approx(float(weighted), rel=1e-6)
 
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from moejax.ops.experts.assignment import Assignment
+from moejax.ops.experts.exchange import over_devices
 from moejax.ops.mxfp4 import MXFP4
 
 Implementation = Literal["gather", "padded"]
@@ -102,7 +103,7 @@ def _unpacked_in_turn(x: Array, weight: Array | MXFP4) -> tuple[Array, Array]:
     return x, packed.unpack(x.dtype)
 
 
-def _weight_gradient(x: Array, cotangent: Array, weight: Array, assignment: Assignment, transpose: bool) -> Array:
+def _weight_gradient(transpose: bool, x: Array, cotangent: Array, weight: Array, assignment: Assignment) -> Array:
     """``sum over an expert's slots of cotangent x^T``. Dead code, and removed as such, when weights are not trained."""
     m, (tokens, slots) = _outputs(weight), assignment.ids.shape
     spec = f"ec{m},ecd->e{m}d" if transpose else f"ecd,ec{m}->e{m}d"
@@ -163,14 +164,20 @@ def _outputs(weight: Float[Array, "E *M D"] | MXFP4) -> str:
 _IMPLEMENTATIONS = {"gather": _gather, "padded": _padded}
 
 
+def _multiply(name: Implementation, transpose: bool, x: Array, weight: Array | MXFP4, assignment: Assignment) -> Array:
+    y = _IMPLEMENTATIONS[name](x, weight, assignment, transpose)
+    if assignment.complete:
+        return y
+    return jnp.where((assignment.rank >= 0).reshape(*assignment.rank.shape, *[1] * (y.ndim - 2)), y, 0)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_matmul(
     name: Implementation, transpose: bool, x: ArrayLike, weight: Array | MXFP4, assignment: Assignment
 ) -> Array:
-    y = _IMPLEMENTATIONS[name](jnp.asarray(x), weight, assignment, transpose)
-    if assignment.complete:
-        return y
-    return jnp.where((assignment.rank >= 0).reshape(*assignment.rank.shape, *[1] * (y.ndim - 2)), y, 0)
+    run = partial(_multiply, name, transpose)
+    x = jnp.asarray(x)
+    return run(x, weight, assignment) if assignment.mesh is None else over_devices(run, (x,), assignment, weight)
 
 
 def _forward(name, transpose, x, weight, assignment):
@@ -185,7 +192,12 @@ def _backward(name, transpose, saved, cotangent):
     if x.shape[1] == 1:
         dx = dx.sum(1, keepdims=True)
     packed = isinstance(weight, MXFP4)  # cannot be trained
-    return dx, None if packed else _weight_gradient(x, cotangent, weight, assignment, transpose), None
+    if packed:
+        return dx, None, None
+    gradient = partial(_weight_gradient, transpose)
+    if assignment.mesh is None:
+        return dx, gradient(x, cotangent, weight, assignment), None
+    return dx, over_devices(gradient, (x, cotangent), assignment, weight, split=True), None
 
 
 _expert_matmul.defvjp(_forward, _backward)

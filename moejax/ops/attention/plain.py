@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with grouped key/value heads, an explicit mask and learned sinks."""
+"""Attention as it is defined, all scores at once; differentiated by JAX, and in the edges too."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from moejax.rules.primitives import gate
 
 
-def attention(
+def plain(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S G C"],
     v: Float[Array, "B S G C"],
@@ -17,12 +17,7 @@ def attention(
     sinks: Float[Array, " H"] | None = None,
     edges: Float[Array, "B H T S"] | None = None,
 ) -> Float[Array, "B T H C"]:
-    """``softmax(q k^T * scale) v`` for each head; query head ``h`` reads key/value head ``h // (H // G)``.
-
-    A sink is one more logit of each head, whose value is zero: it takes part in the softmax and adds nothing. Scores
-    and softmax are in float32 whatever the inputs' dtype. A query that may see no key (padding) yields the mean of all
-    values: finite, so that its zero cotangent stays zero. ``edges`` multiplies the pattern.
-    """
+    """The reference that the other implementations are tested against; arguments as in :func:`attention`."""
     batch, queries, heads, width = q.shape
     groups = k.shape[2]
     grouped = q.reshape(batch, queries, groups, -1, width)
@@ -34,6 +29,8 @@ def attention(
     else:
         sink = jnp.broadcast_to(sinks.astype(wide).reshape(groups, -1, 1, 1), (*scores.shape[:-1], 1))
         pattern = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+    # of a query that sees nothing all scores are alike, and so would be its pattern
+    pattern = jnp.where(mask.any(-1)[:, None, None, :, None], pattern, 0)
     if edges is not None:
         pattern = gate(pattern, edges.reshape(pattern.shape))
     return jnp.einsum("bgrts,bsgc->btgrc", pattern.astype(v.dtype), v).reshape(batch, queries, heads, width)

@@ -1,0 +1,90 @@
+"""What is timed: functions of the weights and the tokens, each one compiled program."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.generation import Generation, generate_tokens
+from moejax.models import Decoder, Packed, unpack
+from moejax.relevance.engine import LogitSeeds, Readout, relevance
+from moejax.rules import GIM, AttnLRP, Backtrace, Gates, Plain, Reading, Rule
+
+DECODED = 64
+"""New tokens of the decoding case."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of the weights and the tokens.
+
+    Attributes:
+        passes: how often it reads all weights (0: those a token uses, once for each new token).
+        targets: of each backward pass.
+        long: runs on the long prompt.
+    """
+
+    name: str
+    function: Callable[[Packed, Array], object]
+    passes: int
+    targets: int = 0
+    long: bool = False
+
+
+def forward(weights: Decoder | Packed, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B 1 V"], list[Array]]:
+    """Logits of the last position, and the experts that each layer's slots were routed to."""
+    decoder = unpack(weights)
+    hidden = decoder.hidden(tokens)
+    ids = [r.feed_forward.ids for r in hidden.routing if r.feed_forward is not None]
+    return decoder.logits(hidden.stream[:, -1:]), ids
+
+
+def gradient(weights: Decoder | Packed, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Gradient times input of the largest logit, per token."""
+    decoder = unpack(weights)
+    ones = jnp.ones((decoder.config.num_layers + 1, *tokens.shape))
+
+    def largest(gate: Array) -> Array:
+        reading = Reading(Plain(), Gates(tokens=gate))
+        return decoder.logits(decoder.hidden(tokens, reading=reading).stream[:, -1:], reading).max()
+
+    return jax.grad(largest)(ones)[0]
+
+
+def explanation(rule: Rule, targets: int, *, rematerialise: bool = False) -> Callable[[Packed, Array], Readout]:
+    """Relevance at all gates for the ``targets`` last positions."""
+
+    def run(weights: Packed, tokens: Array) -> Readout:
+        length = tokens.shape[1]
+        positions = jnp.arange(length - targets, length, dtype=jnp.int32)[None]
+        seeds = LogitSeeds.of(positions, jnp.full((1, targets, 1), -1, jnp.int32), jnp.ones((1, targets, 1)))
+        valid = jnp.ones(tokens.shape, bool)
+        return relevance(weights, tokens, valid, seeds, Gates(), rule=rule, rematerialise=rematerialise)
+
+    return run
+
+
+def decoding(new: int) -> Callable[[Packed, Array], Generation]:
+    """Greedy continuation by ``new`` tokens, the whole loop on the device."""
+
+    def run(weights: Packed, tokens: Array) -> Generation:
+        valid = jnp.ones(tokens.shape, bool)
+        return generate_tokens(weights, tokens, valid, jax.random.key(0), max_new_tokens=new)
+
+    return run
+
+
+CASES = (
+    Case("forward", forward, 1),
+    Case("gradient", gradient, 2, 1),
+    Case("AttnLRP, 1 target", explanation(AttnLRP(), 1), 2, 1),
+    Case("AttnLRP, 16 targets", explanation(AttnLRP(), 16), 2, 16),
+    Case("Backtrace, 1 target", explanation(Backtrace(), 1), 2, 1),
+    Case("AttnLRP, 1 target, long", explanation(AttnLRP(), 1, rematerialise=True), 2, 1, long=True),
+    Case("decode, a token", decoding(1 + DECODED), 0),
+    Case("Plain, 1 target", explanation(Plain(), 1), 2, 1),
+    Case("GIM, 1 target", explanation(GIM(), 1), 2, 1),
+)
+"""In the order in which they run. Relevance is read at tokens, experts, heads and layers, with the ledger."""

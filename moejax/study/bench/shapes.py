@@ -1,0 +1,117 @@
+"""Published architectures, and decoders of their shapes with random weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.checkpoints.plan import leaf_paths
+from moejax.errors import MoejaxError
+from moejax.models import Config, Decoder, family
+
+OLMOE_1B_7B = {
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rope_theta": 1e6,
+}
+GPT_OSS_20B = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}
+JETMOE_8B = {
+    "model_type": "jetmoe",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "kv_channels": 128,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "olmoe-1b-7b": OLMOE_1B_7B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "gpt-oss-20b": GPT_OSS_20B,
+    "gpt-oss-20b-packed": GPT_OSS_20B,
+    "jetmoe-8b": JETMOE_8B,
+}
+"""Hugging Face configs of published models; "packed" keeps the experts in MXFP4."""
+
+TOY = {"vocab_size": 503, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
+"""What makes any of them small."""
+
+
+def published(name: str, *, toy: bool = False) -> Config:
+    """The architecture of a published model; ``toy`` keeps its kind and makes it small.
+
+    Raises:
+        MoejaxError: unknown name.
+    """
+    if name not in SHAPES:
+        raise MoejaxError(f"no published shape is called {name!r}; there are {', '.join(SHAPES)}.")
+    shape: dict[str, Any] = SHAPES[name] | (TOY if toy else {})
+    config = family(shape["model_type"]).config(shape)
+    return config.pack() if name.endswith("packed") else config
+
+
+def random_decoder(config: Config) -> Decoder:
+    """Random weights, leaf by leaf, so that initialising takes no more memory than running.
+
+    Unit variance for the embedding and small output projections keep the tokens of a random model apart, so that its
+    routers spread them as a trained model's do; otherwise a few experts get nearly every token.
+    """
+    abstract = Decoder.abstract(config, jnp.bfloat16)
+    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    filled = []
+    for i, (path, leaf) in enumerate(leaf_paths(abstract)):
+        is_output = path.endswith(("attention.output.weight", ".down"))
+        if leaf.ndim == 1:  # norms of one, biases of none: what all tokens share would make them alike
+            filled.append(jnp.full(leaf.shape, 0 if path.endswith("bias") else 1, leaf.dtype))
+            continue
+        scale = 1.0 if path == "embedding" else 0.02 / (2 * config.num_layers) ** 0.5 if is_output else 0.02
+        if leaf.dtype == jnp.uint8:  # packed experts: any codes, a scale of 2^-7
+            code = jax.random.bits(jax.random.key(i), leaf.shape, jnp.uint8)
+            filled.append(code if path.endswith("blocks") else jnp.full(leaf.shape, 120, jnp.uint8))
+            continue
+        random = make(jax.random.fold_in(jax.random.key(0), i), leaf.shape)
+        filled.append(random * scale)
+    return jax.tree.unflatten(jax.tree.structure(abstract), filled)

@@ -1,0 +1,61 @@
+"""How alike the experts of a layer are, and the rows of its router; of the weights alone."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.models import Decoder
+from moejax.ops.mxfp4 import MXFP4
+from moejax.routing.statistics import expert_similarity, mean_cosine
+from moejax.study.sums import Kind, mixtures
+
+_STACKED = ("gate_up", "down", "query", "output")
+"""Matrices of a mixture's experts, stacked on their first axis."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Mean pairwise cosines in [-1, 1]; ``None`` where there is one expert only, no such weight, or one not finite.
+
+    Attributes:
+        experts: of the experts' matrices, all flattened and joined.
+        router: of the router's rows, one for each route.
+    """
+
+    experts: float | None
+    router: float | None
+
+
+def similarities(decoder: Decoder, kind: Kind = "feed_forward") -> list[Similarity]:
+    """Of every mixture layer of that kind, in their order."""
+    return [_similarity(getattr(decoder.layers[m.layer], kind)) for m in mixtures(decoder).get(kind, [])]
+
+
+def _similarity(mixture: Any) -> Similarity:
+    stacked = [matrix for name in _STACKED if (matrix := getattr(mixture, name, None)) is not None]
+    rows = getattr(getattr(getattr(mixture, "router", None), "linear", None), "weight", None)
+    return Similarity(
+        _finite(mean_cosine(jnp.stack([*map(_products, stacked)]).sum(0))) if _several(stacked) else None,
+        _finite(expert_similarity(rows)) if rows is not None and len(rows) > 1 else None,
+    )
+
+
+def _several(stacked: list[Any]) -> bool:
+    return bool(stacked) and stacked[0].shape[0] > 1
+
+
+def _finite(value: Float[Array, ""]) -> float | None:
+    return float(value) if jnp.isfinite(value) else None
+
+
+@jax.jit
+def _products(stacked: Float[Array, "E *s"] | MXFP4) -> Float[Array, "E E"]:
+    """Inner products of the experts' flattened matrices, accumulated in float32, without a copy in float32."""
+    values = stacked.unpack(jnp.bfloat16) if isinstance(stacked, MXFP4) else stacked
+    product = partial(jnp.tensordot, precision="highest", preferred_element_type=jnp.float32)
+    axes = list(range(1, values.ndim))
+    return product(values, values, axes=(axes, axes))

@@ -1,0 +1,171 @@
+"""A training run: steps, metrics, held-out losses and checkpoints, from a file of settings to a model that loads."""
+
+import json
+import time
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from moejax.checkpoints import save_folder
+from moejax.checkpoints.load import BUNDLED
+from moejax.checkpoints.tokenizer import Tokenizer
+from moejax.errors import ConfigError, MoejaxError
+from moejax.models import Decoder
+from moejax.training.checkpoint import Checkpoints
+from moejax.training.config import TrainConfig
+from moejax.training.data import Corpus
+from moejax.training.logs import Log
+from moejax.training.losses import cross_entropy
+from moejax.training.step import TrainState, make_train_steps
+
+Row = dict[str, Any]
+"""Metrics of some steps: numbers, and for each of the layers that are mixtures a number."""
+
+_DEFAULT_TOKENIZER = BUNDLED / "tiny-olmoe"
+
+
+class Run:
+    """A run in ``folder``, where it goes on if it was stopped.
+
+    ``checkpoints/`` holds the newest states, ``metrics.jsonl`` and ``tensorboard/`` the metrics, ``model/`` the trained
+    model, which :func:`moejax.load` loads.
+
+    Raises:
+        ConfigError: settings that do not fit each other, the data or the devices.
+        MoejaxError: the data cannot be read.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {**vars(config), "model": dict(config.model), "mesh": dict(config.mesh)}
+        (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The data's tokenizer."""
+        named = self.config.tokenizer
+        beside = Path(self.config.data).parent
+        folder = Path(named).parent if named else beside if self.config.data.endswith(".npz") else _DEFAULT_TOKENIZER
+        found = Tokenizer.from_folder(folder)
+        if found is None:
+            raise ConfigError(f"{folder}: no tokenizer.json; name one as the field 'tokenizer'.")
+        return found
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer's vocabulary."""
+        return self.tokenizer.backend.get_vocab_size()
+
+    @cached_property
+    def _corpora(self) -> tuple[Corpus, Corpus]:
+        train = self._read(self.config.data)
+        if self.config.heldout is not None:
+            return train, self._read(self.config.heldout)
+        return train.split(self.config.heldout_share)
+
+    def _read(self, path: str) -> Corpus:
+        if path.endswith(".npz"):
+            corpus = Corpus.read(Path(path))
+        else:
+            corpus = Corpus.of_texts(Path(path), self.tokenizer, end=0)
+        if len(corpus.tokens) <= self.config.length:
+            raise MoejaxError(f"{path}: {len(corpus.tokens)} tokens are not enough for length={self.config.length}.")
+        if corpus.tokens.max() >= self.vocab_size:
+            raise MoejaxError(f"{path}: token {corpus.tokens.max()} is not in the tokenizer of {self.vocab_size}.")
+        return corpus
+
+    def __iter__(self) -> Iterator[Row]:
+        """Train; one row of metrics every ``log_every`` steps, means over these.
+
+        Raises:
+            MoejaxError: the loss or a router's logits are no longer finite; the message names the layer.
+        """
+        c, mesh = self.config, self.config.device_mesh()
+        train, heldout = self._corpora
+        tokens = jnp.asarray(train.tokens)
+        optimiser = c.optimiser()
+        decoder = c.decoder(c.architecture(self.vocab_size), jax.random.key(c.seed), mesh)
+        state = TrainState.start(decoder, optimiser)
+        checkpoints = Checkpoints(self.folder / "checkpoints")
+        if (restored := checkpoints.restore(state)) is not None:
+            state = restored
+        steps = make_train_steps(
+            optimiser,
+            batch=c.batch,
+            length=c.length,
+            count=c.log_every,
+            seed=c.seed,
+            weights=c.loss_weights(),
+            compute_dtype=jnp.dtype(c.compute_dtype),
+            accumulate=c.accumulate,
+            mesh=mesh,
+        )
+        with Log(self.folder, from_step=int(state.step)) as log:
+            while int(state.step) < c.steps:
+                start = time.perf_counter()
+                state, metrics = jax.block_until_ready(steps(state, tokens))
+                seconds = (time.perf_counter() - start) / c.log_every
+                row = summarise(jax.device_get(metrics), int(state.step)) | {"seconds_per_step": seconds}
+                if int(state.step) % c.save_every == 0 or int(state.step) == c.steps:
+                    row["heldout"] = held_out(state.decoder, heldout.tokens[: c.heldout_tokens], c.length)
+                    checkpoints.save(state)
+                log.write(row)
+                yield row
+        self.decoder = state.decoder
+        self._publish(state.decoder)
+
+    def _publish(self, decoder: Decoder) -> None:
+        hugging_face = self.config.hugging_face(self.vocab_size)
+        save_folder(decoder, hugging_face, self.folder / "model")
+        self.tokenizer.backend.save(str(self.folder / "model" / "tokenizer.json"))
+
+
+def summarise(metrics: dict[str, np.ndarray], step: int) -> Row:
+    """Means over the steps; loads as entropy over its largest value, largest share and share of unused experts.
+
+    Raises:
+        MoejaxError: something is not finite.
+    """
+    first = step - len(metrics["cross_entropy"])
+    if "nonfinite" in metrics and (bad := np.argwhere(metrics["nonfinite"])).size:
+        at, layer = bad[0]
+        raise MoejaxError(f"step {first + at + 1}: router logits of mixture {layer} (counted from 0) are not finite.")
+    if (bad := np.flatnonzero(~np.isfinite(metrics["cross_entropy"]))).size:
+        raise MoejaxError(f"step {first + bad[0] + 1}: the loss is not finite; try a lower learning_rate.")
+    row: Row = {"step": step}
+    for name, values in metrics.items():
+        if name not in ("load", "nonfinite"):
+            mean = values.mean(0)
+            row[name] = float(mean) if mean.ndim == 0 else mean.tolist()
+    if (load := metrics.get("load")) is not None:
+        share = load.mean(0)
+        nats = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
+        row["load_entropy"] = (nats / np.log(max(share.shape[-1], 2))).tolist()
+        row["largest_load"] = (share.max(-1) * share.shape[-1]).tolist()
+        row["unused_experts"] = (share == 0).mean(-1).tolist()
+    return row
+
+
+@partial(jax.jit, static_argnames="length")
+def _nats(decoder: Decoder, rows: Int[Array, "N B T1"], length: int) -> Array:
+    def one(batch: Array) -> Array:
+        return cross_entropy(decoder, decoder.hidden(batch[:, :-1]).stream, batch[:, 1:])
+
+    return jax.lax.map(one, rows).mean()
+
+
+def held_out(decoder: Decoder, tokens: np.ndarray, length: int, batch: int = 16) -> float:
+    """Mean nats per token over windows of ``length`` side by side, in float32; what does not fill one is left out."""
+    windows = (len(tokens) - 1) // length
+    batch = min(batch, windows)
+    windows -= windows % batch
+    starts = np.arange(windows)[:, None] * length
+    rows = np.asarray(tokens)[starts + np.arange(length + 1)].astype(np.int32)
+    return float(_nats(decoder, jnp.asarray(rows.reshape(-1, batch, length + 1)), length))
