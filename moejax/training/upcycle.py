@@ -181,14 +181,7 @@ def _registered(
     e = expert_stack(mlp, count, k1, **options)
     leaves: tuple[Any, ...] = (e.input, e.output, e.input_bias, e.output_bias)
     several = [MLP(*jax.tree.map(lambda leaf, i=i: leaf[i], leaves), config=part) for i in range(count)]
-    layer = kind(
-        c.model_dim,
-        c.model_dim,
-        spec.num_experts,
-        spec.num_selected,
-        expert=[*several, mlp] if config.num_shared else several,
-        args=replace(args, key=k2),
-    )
+    layer = config.init(k2, [*several, mlp] if config.num_shared else several)
     layer = layer if split == 1 else _split_router(layer, spec.layer, split)
     return config, jax.tree.map(lambda leaf: leaf.astype(mlp.input.dtype), layer)
 

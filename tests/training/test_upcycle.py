@@ -75,6 +75,7 @@ def test_exact_before_training(lm: moejax.LM, split: int, slots: int) -> None:
     config = made.model.config
     assert (config.num_experts, config.num_selected, config.expert_dim, config.dense_dim) == (E, slots, F // split, 0)
     assert lm.config.num_experts == 0
+    assert jax.tree.structure(made.model.decoder) == jax.tree.structure(Decoder.abstract(config))
     # the router decides: other experts for other tokens
     assert len({tuple(sorted(row)) for row in routed(made.model).reshape(-1, slots).tolist()}) > 1
 
