@@ -26,6 +26,8 @@ def main() -> None:
     """Run the command; what a person can mend is one line on stderr and exit code 1."""
     from moejax.errors import MoejaxError
 
+    # by default JAX leaves a quarter of a GPU's memory to others, and a model of 61 GB no room on 80
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
         app()
     except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either
@@ -172,7 +174,7 @@ def analyse(
         Path,
         typer.Option(
             help="A prepared corpus (.npz, with its domains), .jsonl (a document a line: text, and label if it has"
-            " one), or text (one document)."
+            " one), text (one document), or 'sample', which is bundled."
         ),
     ],
     against: Annotated[str | None, typer.Option(help="Another checkpoint of the model, to compare with.")] = None,
@@ -189,6 +191,10 @@ def analyse(
     by_token: Annotated[
         bool | None, typer.Option("--by-token/--no-by-token", help="Count by token id; default: where it fits.")
     ] = None,
+    outputs: Annotated[
+        bool,
+        typer.Option("--outputs", help="Also how alike the outputs of a token's experts are; twice the work."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show how a model's routers use their experts on data, beside its loss."""
@@ -201,8 +207,8 @@ def analyse(
     length = length or min(512, lm.config.max_positions)
     windows = study.Windows(study.Documents.read(data, lm), length, batch, max_tokens, seed)
     other = None if against is None else moejax.load(against)
-    options = {"against": other, "by_token": by_token, "drop": drop_top, "probe_tokens": probe_tokens}
-    found = study.analyse(lm, windows, **options, progress=_bar(as_json)).to_dict()
+    options = {"by_token": by_token, "outputs": outputs, "drop": drop_top, "probe_tokens": probe_tokens}
+    found = study.analyse(lm, windows, against=other, **options, progress=_bar(as_json)).to_dict()
     written = write_routing(found, out)
     if as_json:
         print(json.dumps(found, allow_nan=False))
@@ -213,12 +219,15 @@ def analyse(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="JSON file with the fields of moejax.training.TrainConfig.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with the fields of moejax.training.TrainConfig; default: small, on bundled text."),
+    ] = None,
     moe_name: Annotated[
         str | None, typer.Option(help="Registered MoE layer, with its default settings; an unknown name lists all.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on.")] = Path("runs/train"),
-    data: Annotated[str | None, typer.Option(help="Train on this .npz, .jsonl or text instead.")] = None,
+    data: Annotated[str | None, typer.Option(help="Train on this .npz, .jsonl, text or 'sample' instead.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead.")] = None,
     plugin: Annotated[
         Path | None, typer.Option(help="Python file to run first: one that registers a layer of your own.")
@@ -226,12 +235,13 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a small decoder on text; writes metrics, checkpoints, and a model that every other command takes."""
+    from moejax.checkpoints.load import BUNDLED
     from moejax.report.training import follow
     from moejax.training import Run, TrainConfig
 
     if plugin is not None:
         runpy.run_path(str(plugin))
-    settings = TrainConfig.read(config, data=data, steps=steps)
+    settings = TrainConfig.read(config or BUNDLED / "sample.json", data=data, steps=steps)
     if data is not None:
         settings = replace(settings, heldout=None)
     run = Run(settings if moe_name is None else settings.with_moe(moe_name), out)

@@ -33,9 +33,9 @@ class MLP(nnx.Module):
     """``output(unit(input x))``; the entries of ``input`` are the matrices of the unit's branches, the gate's first."""
 
     input: Float[Array, "M F D"] = nnx.data()
-    output: Float[Array, "D F"] = nnx.data()
+    output: Float[Array, "O F"] = nnx.data()
     input_bias: Float[Array, "M F"] | None = nnx.data()
-    output_bias: Float[Array, " D"] | None = nnx.data()
+    output_bias: Float[Array, " O"] | None = nnx.data()
     config: MLPConfig = nnx.static()
 
     @classmethod
@@ -51,7 +51,7 @@ class MLP(nnx.Module):
             c,
         )
 
-    def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T O"]:
         unit = self.config.unit
         hidden = reading.linear(matmul, x, self.input, self.input_bias, unit.slope)
         return reading.linear(matmul, unit(hidden, reading), self.output, self.output_bias)

@@ -113,10 +113,14 @@ class MoE(nnx.Module):
             c,
         )
 
+    @property
+    def experts(self) -> Experts:
+        """The routed experts."""
+        return Experts(self.gate_up, self.down, self.gate_up_bias, self.down_bias, self.config.unit)
+
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the output and the routing of every token."""
         routing, assignment = self.router(x, reading)
-        experts = Experts(self.gate_up, self.down, self.gate_up_bias, self.down_bias, self.config.unit)
-        outputs = experts(x[:, :, None], assignment, reading)
+        outputs = self.experts(x[:, :, None], assignment, reading)
         y = reading.add_bias(combine(outputs, routing.weights, routing.ids, reading), self.bias)
         return (y if self.shared is None else reading.rule.add(y, self.shared(x, reading))), routing

@@ -41,8 +41,8 @@ class MoeArgs:
         init_weight: initial weights are normal with a small standard deviation; else uniform in ``1 / sqrt(inputs)``.
         std_gate, std_expert: those standard deviations.
         balance_scope, balance_count: as in :func:`moejax.routing.balance_loss`.
-        capacity_factor: an expert takes at most this many times its fair share of a batch's slots; later ones are
-            dropped and counted as ``dropped``. By default none is ever dropped.
+        capacity_factor: an expert takes at most this many times its fair share of a batch's slots, ``K`` for a token;
+            later ones are dropped and counted as ``dropped``. By default none is ever dropped.
         expert_dim: hidden units of an expert, by default the layer's output width.
         activation, gated, expert_bias: what experts compute, where no ``expert`` is given.
         compat: ``"libmoe"`` computes what LibMoE's vision-language stack computes, where it differs from the
@@ -188,6 +188,11 @@ class MoeLayer(nnx.Module):
         return self.num_routed
 
     @property
+    def num_null(self) -> int:
+        """Of the expert ids how many, the last, are null routes: who selects them selects nothing."""
+        return 0
+
+    @property
     def num_slots(self) -> int:
         """Slots of a token, whether they carry something or not."""
         return self.num_selected
@@ -288,7 +293,7 @@ class MoeLayer(nnx.Module):
         assignment = assign(dispatched, self.num_routed, nowhere=True, mesh=self.mesh)
         if (factor := self.args.capacity_factor) is not None:
             whole = assignment.load.sum()
-            assignment = assignment.limited(math.ceil(factor * tokens * slots / self.num_routed))
+            assignment = assignment.limited(math.ceil(factor * tokens * self.num_selected / self.num_routed))
             self.note("dropped", (whole - assignment.load.sum()) / jnp.maximum(whole, 1))
         goes = (assignment.rank >= 0).reshape(ids.shape)
         if expert_outputs is None:
@@ -299,13 +304,13 @@ class MoeLayer(nnx.Module):
         for place, special in enumerate(self.special(x), self.num_routed):
             here = ids == place
             goes |= here & (weights != 0)
-            if special is not None:
-                outputs = jnp.where(here[..., None], special[:, :, None], outputs)
+            # what a slot that goes nowhere has is no product, but a bias all the same
+            outputs = jnp.where(here[..., None], 0 if special is None else special[:, :, None], outputs)
         weights = jnp.where(goes, weights, 0)
         self.note("ids", ids)
         self.note("weights", weights)
         y = results + combine(outputs, weights, ids, self.reading)
-        return (y, self.experts_diversity_loss(outputs)) if return_topk_outputs else y
+        return (y, self.experts_diversity_loss(outputs, weights)) if return_topk_outputs else y
 
     # losses
 
@@ -340,9 +345,11 @@ class MoeLayer(nnx.Module):
         z = self.zloss(gate_logits, gate_softmax)
         return self.args.balance_loss_coef * balance + self.args.router_z_loss_coef * z, balance, z
 
-    def experts_diversity_loss(self, outputs: Float[Array, "B T K O"]) -> Float[Array, ""]:
-        """:func:`moejax.routing.statistics.diversity` of a token's selected outputs."""
-        return diversity(outputs, self.mask)
+    def experts_diversity_loss(
+        self, outputs: Float[Array, "B T K O"], weights: Float[Array, "B T K"] | None = None
+    ) -> Float[Array, ""]:
+        """:func:`moejax.routing.statistics.diversity` of a token's selected outputs; weight zero is no output."""
+        return diversity(outputs, self.mask, weights=weights)
 
     @staticmethod
     def routing(selected: Array | None, scores: Array | None, logits: Array) -> Routing:

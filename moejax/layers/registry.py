@@ -107,6 +107,11 @@ class RegisteredConfig:
         return self.abstract.num_ids
 
     @property
+    def num_null(self) -> int:
+        """Of these how many, the last, are null routes."""
+        return self.abstract.num_null
+
+    @property
     def num_slots(self) -> int:
         """Slots of a token."""
         return self.abstract.num_slots

@@ -244,7 +244,7 @@ def _place(config: Config, length: int, cell: Cell, how: str) -> tuple[str, tupl
         name, count = "heads", config.num_heads
     elif cell.kind in ("expert", "attention_expert"):
         name, count = _experts(config, cell, how)
-    elif cell.kind == "shared" and getattr(config.blocks[cell.layer].feed_forward, "shared_dim", None) is None:
+    elif cell.kind == "shared" and not getattr(config.blocks[cell.layer].mixture, "num_shared", 0):
         raise MoejaxError(f"layer {cell.layer} has no shared expert.")
     check_index(cell.kind, cell.index, count)
     position = -1 if cell.position is None else cell.position % length
@@ -253,12 +253,17 @@ def _place(config: Config, length: int, cell: Cell, how: str) -> tuple[str, tupl
 
 def _experts(config: Config, cell: Cell, how: str) -> tuple[str, int]:
     block, of_attention = config.blocks[cell.layer], cell.kind == "attention_expert"
-    router = getattr(block.attention if of_attention else block.feed_forward, "router", None)
-    if router is None:
+    router, mixture = getattr(block.attention, "router", None), block.mixture
+    if of_attention:
+        sizes = None if router is None else (router.num_experts, router.num_selected)
+    else:
+        sizes = None if mixture is None else (mixture.num_ids, mixture.num_slots)
+    if sizes is None:
         raise MoejaxError(f"layer {cell.layer} has no {cell.kind.replace('_', ' ')}s.")
-    if how == "replace" and router.num_selected == router.num_experts:
+    experts, selected = sizes
+    if how == "replace" and selected == experts:
         raise MoejaxError(f"every expert of layer {cell.layer} is selected; none is left to take the place of another.")
-    return ("attention_" if of_attention else "") + HOW[how], router.num_experts
+    return ("attention_" if of_attention else "") + HOW[how], experts
 
 
 def _rounded(count: int) -> int:

@@ -31,6 +31,7 @@ _TABLES = {
         "token_specialisation": "by token",
         "label_divergence": "by label",
         "expert_similarity": "cosine",
+        "output_similarity": "outputs' cosine",
     },
 }
 """Statistics of a layer that stand in the terminal, table by table, and their heads."""

@@ -47,7 +47,7 @@ def balance_loss(
     if (scope == "global") != (axis_name is not None):
         raise ValueError("scope='global' and axis_name belong together; under jit alone use scope='batch'.")
     scores = _wide(routing.scores)
-    chosen = jax.lax.stop_gradient(slot_shares(routing, count).astype(scores.dtype))
+    chosen = jax.lax.stop_gradient(slot_shares(routing, count))
     axes = (-2,) if scope == "sequence" else tuple(range(scores.ndim - 1))
     f, p = (mean_over(values, mask, axes, axis_name) for values in (chosen, scores))
     per_set = scores.shape[-1] * (f * p if factors is None else factors * f * p).sum(-1)
@@ -62,7 +62,8 @@ def slot_shares(routing: Routing, count: Count = "selected") -> Float[Array, "*b
     The shares of a token sum to one where all slots count, to less where some do not.
     """
     ids, weights = (routing.ids, routing.weights) if count == "selected" else (routing.ids[..., :1], None)
-    chosen = (ids[..., None] == jnp.arange(routing.scores.shape[-1])).astype(jnp.float32)
+    wide = jnp.promote_types(routing.scores.dtype, jnp.float32)
+    chosen = (ids[..., None] == jnp.arange(routing.scores.shape[-1])).astype(wide)
     return (chosen if weights is None else jnp.where((weights != 0)[..., None], chosen, 0)).mean(-2)
 
 

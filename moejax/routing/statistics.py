@@ -242,6 +242,15 @@ def expert_similarity(vectors: Float[Array, "*b E n"]) -> Float[Array, "*b"]:
     return mean_cosine(jnp.einsum("...in,...jn->...ij", vectors, vectors, precision="highest"))
 
 
+def token_diversity(
+    outputs: Float[Array, "*b K D"], carries: Bool[Array, "*b K"]
+) -> tuple[Float[Array, "*b"], Bool[Array, "*b"]]:
+    """:func:`diversity` of every token, and where it has two outputs or more; ``carries`` says which slots have one."""
+    outputs = _wide(outputs)
+    products = jnp.einsum("...id,...jd->...ij", outputs, outputs, precision="highest")
+    return mean_cosine(products, carries), carries.sum(-1) > 1
+
+
 def diversity(
     outputs: Float[Array, "*b K D"], mask: Mask = None, *, weights: Float[Array, "*b K"] | None = None
 ) -> Float[Array, ""]:
@@ -250,10 +259,8 @@ def diversity(
     The divisor is the number K (K - 1) of ordered pairs. Slots of weight zero have no output; tokens with fewer than
     two outputs do not count.
     """
-    outputs = _wide(outputs)
     carries = jnp.ones(outputs.shape[:-1], bool) if weights is None else weights != 0
-    cosines = mean_cosine(jnp.einsum("...id,...jd->...ij", outputs, outputs, precision="highest"), carries)
-    counted = carries.sum(-1) > 1
+    cosines, counted = token_diversity(outputs, carries)
     return masked_mean(cosines, counted if mask is None else counted & mask)
 
 

@@ -59,6 +59,7 @@ def analyse(
     *,
     against: LM | None = None,
     by_token: bool | None = None,
+    outputs: bool = False,
     drop: int = 0,
     probe_tokens: int = 4096,
     progress: bool = False,
@@ -68,6 +69,7 @@ def analyse(
     Args:
         against: another checkpoint of the same model, to compare with on the same data.
         by_token: count by token id, for token specialisation; by default where that takes at most 2^26 numbers.
+        outputs: also measure how alike the outputs of a token's feed-forward experts are; every layer runs twice.
         drop: mask each token's best 1, 2, .. up to so many experts (:func:`moejax.study.drop_top`), in all ways that
             leave some.
         probe_tokens: tokens of the sample on which that is done, drawn as ``windows`` are.
@@ -92,7 +94,7 @@ def analyse(
     sample = replace(windows, limit=min(probe_tokens, windows.limit or probe_tokens))
     names = windows.documents.names
     changes = None if against is None else compare(lm, against, windows, progress=progress)
-    run = partial(measure, lm.packed, groups=max(1, len(names)), by_token=by_token)
+    run = partial(measure, lm.packed, groups=max(1, len(names)), by_token=by_token, outputs=outputs)
     sums = accumulate(run, windows, "routing", progress)
     statistics: dict[Kind, RoutingStatistics] = {
         kind: routing_statistics(found, sums.mixtures[kind], bool(names), similarities(lm.decoder, kind))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, Integer
 from moejax.errors import MoejaxError
 from moejax.lm import LM
 from moejax.training import Corpus
-from moejax.training.data import read_texts
+from moejax.training.data import find_text, read_texts
 
 _NARROWEST = 32
 """Tokens of the narrowest batch: short windows are padded to a power of two, so that few widths are compiled."""
@@ -59,14 +59,15 @@ class Documents:
         ``.npz``: a prepared corpus (:class:`moejax.training.Corpus`), whose labels are its domains, named by the
         ``corpus.json`` beside it if there is one. ``.jsonl``: one document a line, an object with ``text`` and, if it
         has one, ``label``. Anything else is UTF-8 text, and one document as a whole.
+        ``"sample"`` is the text that is bundled with the package.
 
         Raises:
             MoejaxError: the file is missing, cannot be read as what its name says, or has no tokens.
             PromptError: a text for a model without tokenizer, or token ids outside the model's vocabulary.
         """
-        path = Path(path)
+        path = find_text(path)
         if not path.is_file():
-            raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl of texts, or a text file.")
+            raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl, a text, or 'sample'.")
         if path.suffix == ".npz":
             return cls._of_corpus(path, lm)
         return cls.of(*read_texts(path), lm)

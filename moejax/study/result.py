@@ -36,6 +36,7 @@ class LayerStatistics:
             of ``token_ids`` ids with at least :data:`LEAST` slots.
         label_divergence: Jensen-Shannon divergence of the labels' usages, in [0, 1].
         expert_similarity, router_similarity: mean pairwise cosine of experts' weights, and of the router's rows.
+        output_similarity: mean pairwise cosine of the outputs of a token's experts, if asked for.
         utilisation, first_choice: share of slots of each expert, and of tokens of which it is the first choice.
         coactivation: ``[i, j]`` is the share of expert i's tokens that also selected j.
         label_usage, label_entropy: share of a label's slots of each expert, and the evenness of it, in [0, 1].
@@ -64,6 +65,7 @@ class LayerStatistics:
     label_divergence: float | None = None
     expert_similarity: float | None = None
     router_similarity: float | None = None
+    output_similarity: float | None = None
     utilisation: Float[np.ndarray, " E"] | None = None
     first_choice: Float[np.ndarray, " E"] | None = None
     coactivation: Float[np.ndarray, "E E"] | None = None
@@ -113,6 +115,8 @@ def _layer(mixture: Mixture, sums: RoutingSums, labelled: bool, similar: Similar
     number, experts, slots, routes = mixture
     tokens, routed = int(sums.tokens), int(sums.routed)
     found: dict[str, Any] = {"expert_similarity": similar.experts, "router_similarity": similar.router}
+    if sums.alike is not None and sums.alike_tokens:
+        found["output_similarity"] = float(sums.alike) / int(sums.alike_tokens)
     if tokens:
         entropy = float(sums.router_entropy) / tokens
         found |= {"router_entropy_nats": entropy, "router_entropy": _over(entropy, routes)}

@@ -1,7 +1,8 @@
 """How alike the experts of a layer are, and the rows of its router; of the weights alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -13,8 +14,11 @@ from moejax.ops.mxfp4 import MXFP4
 from moejax.routing.statistics import expert_similarity, mean_cosine
 from moejax.study.sums import Kind, mixtures
 
-_STACKED = ("gate_up", "down", "query", "output")
-"""Matrices of a mixture's experts, stacked on their first axis."""
+_STACKED = ("experts.input", "experts.output", "query", "output")
+"""Matrices of a mixture's experts, stacked on their first axis: feed-forward, and attention's."""
+
+_ROUTERS = ("router.linear.weight", "gate_weight")
+"""Matrices of routers, a row for each route."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,18 @@ def similarities(decoder: Decoder, kind: Kind = "feed_forward") -> list[Similari
 
 
 def _similarity(mixture: Any) -> Similarity:
-    stacked = [matrix for name in _STACKED if (matrix := getattr(mixture, name, None)) is not None]
-    rows = getattr(getattr(getattr(mixture, "router", None), "linear", None), "weight", None)
+    stacked, routers = _found(mixture, _STACKED), _found(mixture, _ROUTERS)
+    rows = routers[0] if routers else None
     return Similarity(
         _finite(mean_cosine(jnp.stack([*map(_products, stacked)]).sum(0))) if _several(stacked) else None,
         _finite(expert_similarity(rows)) if rows is not None and len(rows) > 1 else None,
     )
+
+
+def _found(mixture: Any, names: Sequence[str]) -> list[Any]:
+    """What of that name there is; a dot leads into a part."""
+    values = [reduce(lambda part, name: getattr(part, name, None), name.split("."), mixture) for name in names]
+    return [value for value in values if value is not None]
 
 
 def _several(stacked: list[Any]) -> bool:

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.models import Config, Decoder, Packed, unpack
+from moejax.layers import RegisteredConfig
+from moejax.models import Config, Decoder, Hidden, Packed, unpack
 from moejax.routing import Routing
 from moejax.routing import statistics as s
 from moejax.study.data import Batch
+from moejax.study.outputs import output_similarity
 
 Kind = Literal["feed_forward", "attention"]
 KINDS: tuple[Kind, ...] = ("feed_forward", "attention")
@@ -27,6 +29,7 @@ class RoutingSums(NamedTuple):
         counts, first: slots that each expert filled, and tokens of which it was the first choice.
         overlap, overlap_tokens: sums of :func:`moejax.routing.statistics.layer_iou`, and how many.
         by_label, by_token: ``counts`` by the row's label, and by the token's id if asked for.
+        alike, alike_tokens: sums of :func:`moejax.study.outputs.output_similarity`, and of how many, if asked for.
     """
 
     tokens: Int[Array, " L"]
@@ -43,6 +46,8 @@ class RoutingSums(NamedTuple):
     by_token: Int[Array, "L V E"] | None
     overlap: Float[Array, "L L"]
     overlap_tokens: Int[Array, "L L"]
+    alike: Float[Array, " L"] | None = None
+    alike_tokens: Int[Array, " L"] | None = None
 
 
 class LossSums(NamedTuple):
@@ -65,7 +70,7 @@ class Sums(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """A layer's mixture: its experts, the slots of a token, and the routes that its logits are of."""
+    """A layer's mixture: its experts without null routes, a token's slots, and the routes that its logits are of."""
 
     layer: int
     experts: int
@@ -81,11 +86,17 @@ def mixtures(decoder: Decoder) -> dict[Kind, list[Mixture]]:
     for kind in KINDS:
         for layer, routes in enumerate(routing):
             if (here := getattr(routes, kind)) is not None:
-                router = getattr(getattr(decoder.config.blocks[layer], kind), "router", None)
-                experts = getattr(router, "num_experts", id_space(decoder.config, kind))
+                experts = _experts(getattr(decoder.config.blocks[layer], kind))
                 sizes = Mixture(layer, experts, here.weights.shape[-1], here.logits.shape[-1])
                 found.setdefault(kind, []).append(sizes)
     return found
+
+
+def _experts(mixture: Any) -> int:
+    """What a token of that mixture may select: its null routes are not among it."""
+    if isinstance(mixture, RegisteredConfig):
+        return mixture.num_ids - mixture.num_null
+    return mixture.router.num_experts
 
 
 def id_space(config: Config, kind: Kind) -> int:
@@ -93,8 +104,8 @@ def id_space(config: Config, kind: Kind) -> int:
     return config.num_experts if kind == "feed_forward" else config.num_attention_experts
 
 
-@partial(jax.jit, static_argnames=("groups", "by_token"))
-def measure(weights: Decoder | Packed, batch: Batch, *, groups: int, by_token: bool) -> Sums:
+@partial(jax.jit, static_argnames=("groups", "by_token", "outputs"))
+def measure(weights: Decoder | Packed, batch: Batch, *, groups: int, by_token: bool, outputs: bool = False) -> Sums:
     """Run a batch and sum; ``groups`` is the number of labels, at least one."""
     decoder = unpack(weights)
     hidden = decoder.hidden(batch.tokens, valid=batch.valid)
@@ -105,7 +116,21 @@ def measure(weights: Decoder | Packed, batch: Batch, *, groups: int, by_token: b
         if found:
             vocabulary = decoder.config.vocab_size if by_token else 0
             by_kind[kind] = routing_sums(found, batch, id_space(decoder.config, kind), groups, vocabulary)
+    if outputs and "feed_forward" in by_kind:
+        alike, tokens = _alike(decoder, hidden, batch)
+        by_kind["feed_forward"] = by_kind["feed_forward"]._replace(alike=alike, alike_tokens=tokens)
     return Sums(loss, by_kind)
+
+
+def _alike(decoder: Decoder, hidden: Hidden, batch: Batch) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
+    sums = []
+    for layer, routes in enumerate(hidden.routing):
+        if routes.feed_forward is not None:
+            cosines, counted = output_similarity(decoder, hidden, layer, batch)
+            counted &= batch.valid & jnp.isfinite(cosines)
+            sums.append((jnp.where(counted, cosines, 0).sum(), counted.sum(dtype=jnp.int32)))
+    alike, tokens = zip(*sums, strict=True)
+    return jnp.stack(alike), jnp.stack(tokens)
 
 
 def loss_sums(decoder: Decoder, stream: Float[Array, "B T D"], batch: Batch, groups: int) -> LossSums:

@@ -24,7 +24,7 @@ class TrainConfig:
     Attributes:
         model: the decoder, with the field names of Hugging Face configs; ``model_type`` is ``moejax`` by default, whose
             fields ``moejax/models/families/moejax.py`` lists. The vocabulary is the tokenizer's by default.
-        data: a corpus (``.npz``), or texts (``.jsonl``, or plain), read as by ``read_texts``.
+        data: a corpus (``.npz``), or texts (``.jsonl``, or plain), read as by ``read_texts``; ``"sample"`` is bundled.
         heldout: the same for the held-out loss; by default the last ``heldout_share`` of the data, at most
             ``heldout_tokens`` of either.
         tokenizer: a ``tokenizer.json``; by default that beside a corpus, else that of the bundled model.

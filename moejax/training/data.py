@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer, PRNGKeyArray
 
+from moejax.checkpoints.load import BUNDLED
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import MoejaxError
 
@@ -76,6 +77,12 @@ def windows(tokens: Integer[Array, " n"], key: PRNGKeyArray, count: int, length:
     return tokens[starts[:, None] + jnp.arange(length)].astype(jnp.int32)
 
 
+def find_text(source: str | Path) -> Path:
+    """The file of some data: ``source`` itself, or ``"sample"``, the text that is bundled, if no file has that name."""
+    path, bundled = Path(source), BUNDLED / f"{source}.jsonl"
+    return bundled if not path.exists() and bundled.is_file() else path
+
+
 def read_texts(path: Path) -> tuple[list[str], list[str | None]]:
     """Texts of a file, and their labels.
 
@@ -88,7 +95,7 @@ def read_texts(path: Path) -> tuple[list[str], list[str | None]]:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
-        raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl of texts, or a text file.") from error
+        raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl, a text, or 'sample'.") from error
     except UnicodeDecodeError as error:
         raise MoejaxError(f"{path}: not UTF-8 text (byte {error.start}).") from error
     return _parse_lines(path, text) if path.suffix == ".jsonl" else ([text], [None])

@@ -45,7 +45,7 @@ def language_model_loss(
     """Mean cross-entropy in nats of predicting each next token, plus the weighted auxiliary losses of the mixtures.
 
     Also returns the parts: ``cross_entropy`` and ``auxiliary`` (what was added), and for the layers that are mixtures,
-    ``[L]`` each, ``balance_loss``, ``router_z_loss`` and whatever else a registered layer reports; ``load``, each
+    ``[L]`` each (those of attention experts for the layers that have them, as ``attention_..``), ``balance_loss``, ``router_z_loss`` and whatever else a registered layer reports; ``load``, each
     expert's share of the slots that carry something ``[L E]``; and ``nonfinite``, router logits that are no numbers
     ``[L]``. A dense model has no such parts.
 
@@ -56,41 +56,52 @@ def language_model_loss(
     hidden = decoder.hidden(inputs, key=key)
     nats = cross_entropy(decoder, hidden.stream, targets)
     told = [_layer(routes, weights) for routes in hidden.routing]
-    losses = [loss for loss, _ in told if loss is not None]
+    losses = [loss for loss, *_ in told if loss is not None]
     auxiliary = jnp.stack(losses).mean() if losses else jnp.zeros(())
     if weights.reduce == "sum":
         auxiliary = auxiliary * len(losses)
-    mixtures = [r.feed_forward for r in hidden.routing if r.feed_forward is not None]
+    mixtures = [r.feed_forward for r, of_layer in zip(hidden.routing, told, strict=True) if of_layer[2] is not None]
     parts: Parts = {"cross_entropy": nats, "auxiliary": auxiliary}
     if mixtures:
         experts = decoder.config.num_experts
         parts["load"] = jnp.stack([expert_load(r, experts) for r in mixtures])
-        parts["nonfinite"] = jnp.stack([(~jnp.isfinite(r.logits)).sum() for r in mixtures])
-    infos = [info for _, info in told if info]
-    # layers of several kinds tell different things; a part is there if all of them tell it
-    shared = [name for name in (infos[0] if infos else ()) if all(name in info for info in infos)]
-    parts |= {name: jnp.stack([info[name] for info in infos]) for name in shared}
+        bad = [jnp.zeros((), int) if r is None else (~jnp.isfinite(r.logits)).sum() for r in mixtures]
+        parts["nonfinite"] = jnp.stack(bad)
+    # of the two kinds of mixtures, each may stand in other layers
+    for kind in (1, 2):
+        infos = [of_layer[kind] for of_layer in told if of_layer[kind] is not None]
+        shared = [name for name in (infos[0] if infos else ()) if all(name in info for info in infos)]
+        parts |= {name: jnp.stack([info[name] for info in infos]) for name in shared}
     return nats + auxiliary, jax.tree.map(jax.lax.stop_gradient, parts)
 
 
-def _layer(routes: Routes, weights: LossWeights) -> tuple[Array | None, Parts]:
-    """The auxiliary loss of a layer, weighted, and its parts; ``None`` if nothing in it routes."""
-    total, info = None, {}
-    for routing, prefix in ((routes.attention, "attention_"), (routes.feed_forward, "")):
+def _layer(routes: Routes, weights: LossWeights) -> tuple[Array | None, Parts | None, Parts | None]:
+    """The auxiliary loss of a layer, weighted; the parts of its attention and of its feed-forward part.
+
+    Each is ``None`` where nothing is a mixture.
+    """
+    total: Array | None = None
+    found: list[Parts | None] = [None, None]
+    for kind, (routing, prefix) in enumerate(((routes.attention, "attention_"), (routes.feed_forward, ""))):
         if routing is None or (routes.ran is not None and not prefix):
             continue
         balance, z = balance_loss(routing), z_loss(routing)
         loss = weights.balance * balance + weights.z * z
         total = loss if total is None else total + loss
-        info |= {f"{prefix}balance_loss": balance, f"{prefix}router_z_loss": z}
+        found[kind] = {f"{prefix}balance_loss": balance, f"{prefix}router_z_loss": z}
     if (ran := routes.ran) is not None:
         total = ran.auxiliary_loss if total is None else total + ran.auxiliary_loss
-        info |= {name: value for name, value in ran.info.items() if value.ndim == 0}
-    return total, info
+        found[1] = {name: value for name, value in ran.info.items() if value.ndim == 0}
+    return total, found[0], found[1]
 
 
-def expert_load(routing: Routing, experts: int) -> Float[Array, " E"]:
-    """Each expert's share of the slots that carry something; they sum to one, or are zeros if there is no such slot."""
+def expert_load(routing: Routing | None, experts: int) -> Float[Array, " E"]:
+    """Each expert's share of the slots that carry something; they sum to one, or are zeros if there is no such slot.
+
+    So they are for a registered layer that never asked its experts, which has no routing.
+    """
+    if routing is None:
+        return jnp.zeros(experts)
     carries = (routing.weights != 0)[..., None]
     slots = jnp.where(carries, routing.ids[..., None] == jnp.arange(experts), False)
     counts = slots.sum(range(slots.ndim - 1)).astype(jnp.float32)

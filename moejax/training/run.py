@@ -19,7 +19,7 @@ from moejax.errors import ConfigError, MoejaxError
 from moejax.models import Decoder
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.config import TrainConfig
-from moejax.training.data import Corpus
+from moejax.training.data import Corpus, find_text
 from moejax.training.logs import Log
 from moejax.training.losses import cross_entropy
 from moejax.training.step import TrainState, make_train_steps
@@ -68,13 +68,19 @@ class Run:
         train = self._read(self.config.data)
         if self.config.heldout is not None:
             return train, self._read(self.config.heldout)
-        return train.split(self.config.heldout_share)
+        rest, heldout = train.split(self.config.heldout_share)
+        if min(len(rest.tokens), len(heldout.tokens), self.config.heldout_tokens) <= self.config.length:
+            raise ConfigError(
+                f"heldout_share={self.config.heldout_share} of {len(train.tokens)} tokens leaves too few on one side, "
+                f"or heldout_tokens={self.config.heldout_tokens} too few, for length={self.config.length}."
+            )
+        return rest, heldout
 
     def _read(self, path: str) -> Corpus:
         if path.endswith(".npz"):
             corpus = Corpus.read(Path(path))
         else:
-            corpus = Corpus.of_texts(Path(path), self.tokenizer, end=0)
+            corpus = Corpus.of_texts(find_text(path), self.tokenizer, end=0)
         if len(corpus.tokens) <= self.config.length:
             raise MoejaxError(f"{path}: {len(corpus.tokens)} tokens are not enough for length={self.config.length}.")
         if corpus.tokens.max() >= self.vocab_size:

@@ -11,7 +11,7 @@ import pytest
 from moejax import LM, Argmax, Contrast, Direction, Gates, LogProbability, MoejaxError, Span, Token, ablate, explain
 from moejax.layers import BlockConfig, MixtureAttentionConfig, MoEConfig, RouterConfig
 from moejax.layers.mlp import MLPConfig
-from moejax.models import Config
+from moejax.models import Config, family
 from moejax.relevance import Cell
 from moejax.routing import SCORES, WEIGHTS, route
 from moejax.rules import Plain, Reading
@@ -280,6 +280,26 @@ class TestOtherMixtures:
         gates = Gates.ones(lm.config, ROW).drop_shared(0, 4)
         gone = np.asarray(lm(ROW) - lm(ROW, gates=gates))[0, 5]
         np.testing.assert_allclose(got[1], gone[11] - gone[60], **EXACT)
+
+    def test_registered_layer(self):
+        """Without an expert is with its matrix at zero, and so without the shared one."""
+        fields = {"vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": 2}
+        fields |= {"num_attention_heads": H, "num_key_value_heads": G, "num_experts": E, "num_experts_per_tok": K}
+        config = family("moejax").config(fields | {"moe": "smoe_share", "moe_layers": [0]})
+        lm = LM(noisy(config, 0, jnp.float64), word_tokenizer(), "registered")
+        routing = lm.decoder.hidden(jnp.asarray(ROW)).routing[0].feed_forward
+        expert = int(routing.ids[0, 2, 0])
+        cells = [Cell.expert(0, expert), Cell.shared(0), Cell.expert(0, expert, 2)]
+        got = ablate(lm, PROMPT, cells=cells, target=AIM)[:, 0]
+        without = [
+            edited(lm, **{"layers[0].feed_forward.experts.output": lambda w: w.at[expert].set(0)}),
+            edited(lm, **{"layers[0].feed_forward.shared.output": jnp.zeros_like}),
+        ]
+        gone = [np.asarray(lm(ROW) - other(ROW))[0, 5] for other in without]
+        np.testing.assert_allclose(got[:2], [g[11] - g[60] for g in gone], **EXACT)
+        assert np.abs(got).min() > 1e-6
+        with pytest.raises(MoejaxError, match="layer 1 has no experts"):
+            ablate(lm, PROMPT, cells=[Cell.expert(1, 0)])
 
     @pytest.mark.parametrize(
         ("cell", "message"),

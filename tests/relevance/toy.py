@@ -58,7 +58,7 @@ def noisy(config: Config, seed: int, dtype: Any) -> Decoder:
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        std = 1.0 if "embedding" in name else 0.3 if len(leaf.shape) == 1 else 1.3 / np.sqrt(leaf.shape[-1])
+        std = 1.0 if "embedding" in name else 0.3 if len(leaf.shape) < 2 else 1.3 / np.sqrt(leaf.shape[-1])
         return jnp.asarray(("norm" in name) + rng.normal(0, std, leaf.shape), dtype)
 
     return jax.tree_util.tree_map_with_path(fill, Decoder.abstract(config))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.layers.moe_layer import MoeArgs, MoeLayer
 from moejax.layers.registry import register_moe
+from moejax.routing.core import keep_sum
 from moejax.routing.selection import expert_choice
 
 
@@ -40,11 +41,13 @@ class ExpertChoiceMoE(MoeLayer):
         """A slot for every expert, best first; those that did not take the token have weight zero."""
         scores = jax.nn.softmax(gate_logits, axis=-1)
         seen, batch = scores.reshape(-1, self.num_of_experts), gate_logits.shape[:-1]
-        if (choices := self.by_route("choices", batch)) is not None:
-            seen = jnp.where(choices.reshape(seen.shape) > 0, seen, -jnp.inf)
+        mask, choices = self.mask, self.by_route("choices", batch)
+        open_ = jnp.ones(seen.shape, bool) if choices is None else choices.reshape(seen.shape) > 0
         capacity = math.ceil(len(seen) * self.num_selected / self.num_of_experts)
-        taken = expert_choice(seen, capacity, None if self.mask is None else self.mask.reshape(-1))
+        taken = expert_choice(jnp.where(open_, seen, -jnp.inf), capacity, None if mask is None else mask.reshape(-1))
+        # an expert without enough tokens to choose from took some that are closed to it
+        taken &= open_
         weights, selected = jax.lax.top_k(jnp.where(taken.reshape(scores.shape), scores, 0), self.num_of_experts)
         if (shares := self.by_route("shares", batch)) is not None:
-            weights = weights * jnp.take_along_axis(shares, selected, axis=-1)
+            weights = keep_sum(weights, jnp.take_along_axis(shares, selected, axis=-1))
         return weights, selected, scores

@@ -36,8 +36,8 @@ class PlusPlusArgs(MoeArgs):
 class PlusPlusMoE(MoeLayer):
     """Zero, copy and constant experts after the ``E`` routed ones, gating residuals, a heterogeneous balance loss.
 
-    LibMoE has one zero and one constant expert, neither copy nor residual, weights that sum to one, and 1.3 as the
-    balance weight of expert 4, whichever that is.
+    LibMoE has one zero and one constant expert, where the two widths are equal, neither copy nor residual, weights that
+    sum to one, and 1.3 as the balance weight of expert 4, whichever that is.
 
     Raises:
         ConfigError: a copy or constant expert in a layer whose two widths differ.
@@ -67,7 +67,9 @@ class PlusPlusMoE(MoeLayer):
     @property
     def _kinds(self) -> tuple[int, int, int]:
         a = self.args
-        return (1, 0, 1) if a.compat else (a.num_zero, a.num_copy, a.num_constant)
+        if a.compat:
+            return (1, 0, 1) if self.in_embed_dim == self.out_embed_dim else (0, 0, 0)
+        return a.num_zero, a.num_copy, a.num_constant
 
     @property
     def num_ids(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from moejax.layers.mlp import MLP
 from moejax.layers.moe_layer import Info, MoeArgs, MoeLayer
 from moejax.layers.registry import register_moe
+from moejax.routing.core import keep_sum
 from moejax.routing.losses import mean_over
 from moejax.routing.scores import relu
 
@@ -56,9 +57,11 @@ class ReLUMoE(MoeLayer):
         """A slot for every expert, best first; those with weight zero carry nothing."""
         scores = relu(gate_logits)
         weights, selected = jax.lax.top_k(scores, self.num_of_experts)
-        for name in ("choices", "shares"):
-            if (gates := self.by_route(name, gate_logits.shape[:-1])) is not None:
-                weights = weights * jnp.take_along_axis(gates, selected, axis=-1)
+        batch = gate_logits.shape[:-1]
+        if (choices := self.by_route("choices", batch)) is not None:
+            weights = jnp.where(jnp.take_along_axis(choices, selected, axis=-1) > 0, weights, 0)
+        if (shares := self.by_route("shares", batch)) is not None:
+            weights = keep_sum(weights, jnp.take_along_axis(shares, selected, axis=-1))
         return weights, selected, scores
 
     def balanceloss(

@@ -141,10 +141,11 @@ class DeepSeekV3MoE(SharedMoE):
     ) -> None:
         super().__init__(in_embed_dim, out_embed_dim, num_of_experts, num_selected, expert, args)
         a, experts = self.args, self.num_routed
-        if experts % a.num_groups or a.num_selected_groups * experts // a.num_groups < self.num_selected:
+        groups, kept = a.num_groups, a.num_selected_groups
+        if not 1 <= kept <= groups or experts % groups or kept * experts // groups < self.num_selected:
             raise ConfigError(
-                f"num_groups={a.num_groups}, num_selected_groups={a.num_selected_groups}: groups must divide the "
-                f"{experts} experts, and those selected must hold {self.num_selected}."
+                f"num_groups={groups}, num_selected_groups={kept}: groups must divide the {experts} experts, and those "
+                f"selected, no more than there are, must hold {self.num_selected}."
             )
         self.router_bias = None if a.compat else jnp.zeros(self.num_routes)
 

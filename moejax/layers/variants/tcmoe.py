@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from moejax.layers.moe_layer import MoeArgs, MoeLayer
 from moejax.layers.registry import register_moe
 from moejax.routing import Routing, null_reward
+from moejax.routing.losses import mean_over
 from moejax.routing.scores import ternary
 
 
@@ -25,15 +26,19 @@ class TernaryMoE(MoeLayer):
 
     A selected route's weight is its probability over that of all selected routes that compute and of all null routes.
     Where a token selects both signs of an expert, the two weights are added. In LibMoE the later of the two
-    replaces the earlier, and the balance loss multiplies each sequence's probabilities with the counts of the whole
-    batch, without the factor ``E``.
+    replaces the earlier (as a null route does to the expert whose id it has modulo ``E``), and the balance loss
+    multiplies each sequence's probabilities with the counts of the whole batch, without the factor ``E``.
     """
 
     Args = TernaryArgs
 
     @property
     def num_ids(self) -> int:
-        return self.num_of_experts + self.num_selected
+        return self.num_of_experts + self.num_null
+
+    @property
+    def num_null(self) -> int:
+        return self.num_selected
 
     @property
     def num_routes(self) -> int:
@@ -64,11 +69,13 @@ class TernaryMoE(MoeLayer):
         ids = self.route_ids()[selected_experts]
         signed = jnp.where(selected_experts < experts, weights, -weights)
         signed = jnp.where(selected_experts < 2 * experts, signed, 0)
+        if self.args.compat:
+            # there null routes are experts too, whose outputs count zero times
+            alias = selected_experts % experts
+            last = ~((alias[..., :, None] == alias[..., None, :]) & (slots[None, :] > slots[:, None])).any(-1)
+            return ids, jnp.where(last, signed, 0)
         same = ids[..., :, None] == ids[..., None, :]
         first = ~(same & (slots[None, :] < slots[:, None])).any(-1)
-        if self.args.compat:
-            last = ~(same & (slots[None, :] > slots[:, None])).any(-1)
-            return ids, jnp.where(last, signed, 0)
         return ids, jnp.where(first, (same * signed[..., None, :]).sum(-1), 0)
 
     def balanceloss(
@@ -86,10 +93,11 @@ class TernaryMoE(MoeLayer):
         return self.balance(Routing(p, p, ids, computes.astype(p.dtype)))
 
     def _libmoe_balance(self, ids: Int[Array, "B T K"], p: Float[Array, "B T E"]) -> Float[Array, ""]:
-        chosen = (ids[..., None] == jnp.arange(self.num_of_experts)).sum(-2).astype(p.dtype)
+        valid = jnp.ones(ids.shape[:-1], bool) if self.mask is None else self.mask
+        chosen = (ids[..., None] == jnp.arange(self.num_of_experts)).sum(-2).astype(p.dtype) * valid[..., None]
         by_sequence = jnp.maximum(chosen.sum((1, 2)), 1)
-        share = chosen.sum((0, 1)) / by_sequence[:, None]
-        return (jax.lax.stop_gradient(share) * p.mean(1)).sum(-1).mean()
+        share = jax.lax.stop_gradient(chosen.sum((0, 1)) / by_sequence[:, None])
+        return mean_over((share * mean_over(p, valid, (1,))).sum(-1), valid.any(-1), (0,))
 
     def combine_loss(
         self,
