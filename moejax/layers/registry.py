@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray
 from moejax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moejax.layers.mlp import MLP
     from moejax.layers.moe_layer import MoeArgs, MoeLayer
 
 Layer = TypeVar("Layer", bound="type[MoeLayer]")
@@ -91,10 +92,12 @@ class RegisteredConfig:
         object.__setattr__(self, "args", get_moe(self.name).Args.of(self.args))
         self.abstract  # noqa: B018 - settings that do not fit raise here
 
-    def init(self, key: PRNGKeyArray | None) -> MoeLayer:
-        """The layer with random weights in float32."""
+    def init(self, key: PRNGKeyArray | None, expert: MLP | Sequence[MLP] | None = None) -> MoeLayer:
+        """The layer with random weights in float32; ``expert`` as :class:`MoeLayer` takes it."""
         args: MoeArgs = replace(self.args, key=key)
-        layer = get_moe(self.name)(self.model_dim, self.model_dim, self.num_experts, self.num_selected, args=args)
+        layer = get_moe(self.name)(
+            self.model_dim, self.model_dim, self.num_experts, self.num_selected, expert=expert, args=args
+        )
         layer.mesh = self.mesh
         return layer
 

@@ -4,6 +4,7 @@ from moejax.models.config import Config
 from moejax.models.decoder import Cache, Decoder, Hidden
 from moejax.models.families import FAMILIES, family
 from moejax.models.packed import Packed, unpack
+from moejax.models.recording import record
 from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, exchanging, shard, shardings
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Rules",
     "exchanging",
     "family",
+    "record",
     "shard",
     "shardings",
     "unpack",

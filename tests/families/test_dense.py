@@ -52,7 +52,7 @@ def test_config() -> None:
     [
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "'llama3' are not supp"),
         ({"sliding_window": 5}, "sliding_window=5"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
     ],
 )
 def test_what_is_not_implemented_is_refused(changes: dict, message: str) -> None:
@@ -170,4 +170,4 @@ def test_loss_is_cross_entropy_alone() -> None:
     picked = np.take_along_axis(logits, np.asarray(tokens)[:, 1:, None], -1)[..., 0]
     assert float(total) == pytest.approx((np.log(np.exp(logits).sum(-1)) - picked).mean(), rel=1e-5)
     assert float(total) == float(parts["cross_entropy"])
-    assert parts["load"].shape == (0, 0)
+    assert "load" not in parts

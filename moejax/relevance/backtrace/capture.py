@@ -1,51 +1,22 @@
-"""The values at every node: one forward pass, read by taps that hand back what they see."""
+"""The values at every node."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from moejax.models import Decoder, Packed, unpack
+from moejax.models import Decoder, Packed, record, unpack
 from moejax.relevance.backtrace.nodes import EMBEDDINGS, HEAD, NORM, PARTS
 from moejax.rules import Reading
 
 
-@jax.custom_vjp
-def _seen(x: Array, tap: Array) -> Array:
-    """``x``; the cotangent of ``tap`` is ``x`` itself, whatever comes from behind."""
-    return x
-
-
-_seen.defvjp(lambda x, tap: (x, (x, tap)), lambda saved, c: (c, saved[0].astype(saved[1].dtype)))
-
-
-class _Recording(Reading):
-    """A reading whose taps are read as the values at their nodes."""
-
-    def tap(self, name: str, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        return _seen(x, self.taps[name]) if name in self.taps else x
-
-
-jax.tree_util.register_dataclass(_Recording, data_fields=["gates", "probes", "taps"], meta_fields=["rule"])
-
-
 @jax.jit
 def values(weights: Decoder | Packed, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> dict[str, Array]:
-    """The value at each of the engine's nodes, of the final norm (``"norm"``) and the logits (``"head"``).
-
-    Nothing is propagated back: what the taps hand back does not depend on it, so the compiler leaves it out.
-    """
+    """The value at each of the engine's nodes, of the final norm (``"norm"``) and the logits (``"head"``)."""
     decoder = unpack(weights)
-    layers, shape = decoder.config.num_layers, (*tokens.shape, decoder.config.model_dim)
-    dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
-    taps = {f"{node}.{i}": jnp.zeros(shape, dtype) for node in PARTS for i in range(layers)}
-
-    def run(taps: dict[str, Array]) -> tuple[Array, Array]:
-        stream = decoder.hidden(tokens, valid=valid, reading=_Recording(taps=taps)).stream
-        return stream.astype(dtype).sum(), stream
-
-    found, stream = jax.grad(run, has_aux=True)(taps)
+    layers, dtype = decoder.config.num_layers, jnp.promote_types(decoder.embedding.dtype, jnp.float32)
+    found, stream = record(decoder, tokens, valid, [f"{node}.{i}" for node in PARTS for i in range(layers)])
     norm, head = decoder.norm(stream, Reading()), decoder.logits(stream)
     return found | {f"stream.{layers}": stream.astype(dtype), "norm": norm.astype(dtype), "head": head}
 
