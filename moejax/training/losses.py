@@ -70,7 +70,7 @@ def language_model_loss(
         parts["nonfinite"] = jnp.stack(bad)
     # of the two kinds of mixtures, each may stand in other layers
     for kind in (1, 2):
-        infos = [of_layer[kind] for of_layer in told if of_layer[kind] is not None]
+        infos = [info for of_layer in told if isinstance(info := of_layer[kind], dict)]
         shared = [name for name in (infos[0] if infos else ()) if all(name in info for info in infos)]
         parts |= {name: jnp.stack([info[name] for info in infos]) for name in shared}
     return nats + auxiliary, jax.tree.map(jax.lax.stop_gradient, parts)
