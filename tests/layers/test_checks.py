@@ -244,7 +244,12 @@ def possible(name: str, compat: str | None, experts: int, slots: int) -> bool:
 def test_sizes(name, compat, d, o, experts, slots, count):
     if not possible(name, compat, experts, slots):
         return
-    layer = make(name, compat, sizes=(d, o, experts, slots), **({} if name != "smoe_sharev3" else {"num_groups": 1}))
+    layer = make(
+        name,
+        compat,
+        sizes=(d, o, experts, slots),
+        **({} if name != "smoe_sharev3" else {"num_groups": 1, "num_selected_groups": 1}),
+    )
     x = jnp.asarray(tokens(shape=(1, count, d)), jnp.float32)
     y, auxiliary, _, info = run(layer, x)
     assert y.shape == (1, count, o)
