@@ -91,7 +91,7 @@ def test_bfloat16_is_near_float32(name):
     np.testing.assert_allclose(auxiliary, loss, rtol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("batch", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 8))])
 @pytest.mark.parametrize(
     "name", ["smoe", "smoe_sigmoidgating", "xmoe", "smoe_share", "smoe_sharev3", "smoe_tcmoe", "smoe_plus_plus"]
 )
