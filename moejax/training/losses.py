@@ -69,8 +69,8 @@ def language_model_loss(
         bad = [jnp.zeros((), int) if r is None else (~jnp.isfinite(r.logits)).sum() for r in mixtures]
         parts["nonfinite"] = jnp.stack(bad)
     # of the two kinds of mixtures, each may stand in other layers
-    for kind in (1, 2):
-        infos = [info for of_layer in told if isinstance(info := of_layer[kind], dict)]
+    for kind in ([info for _, info, _ in told], [info for _, _, info in told]):
+        infos = [info for info in kind if info is not None]
         shared = [name for name in (infos[0] if infos else ()) if all(name in info for info in infos)]
         parts |= {name: jnp.stack([info[name] for info in infos]) for name in shared}
     return nats + auxiliary, jax.tree.map(jax.lax.stop_gradient, parts)

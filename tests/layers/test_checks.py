@@ -91,7 +91,7 @@ def test_bfloat16_is_near_float32(name):
     np.testing.assert_allclose(auxiliary, loss, rtol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("batch", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 8))])
 @pytest.mark.parametrize(
     "name", ["smoe", "smoe_sigmoidgating", "xmoe", "smoe_share", "smoe_sharev3", "smoe_tcmoe", "smoe_plus_plus"]
 )
@@ -244,7 +244,12 @@ def possible(name: str, compat: str | None, experts: int, slots: int) -> bool:
 def test_sizes(name, compat, d, o, experts, slots, count):
     if not possible(name, compat, experts, slots):
         return
-    layer = make(name, compat, sizes=(d, o, experts, slots), **({} if name != "smoe_sharev3" else {"num_groups": 1}))
+    layer = make(
+        name,
+        compat,
+        sizes=(d, o, experts, slots),
+        **({} if name != "smoe_sharev3" else {"num_groups": 1, "num_selected_groups": 1}),
+    )
     x = jnp.asarray(tokens(shape=(1, count, d)), jnp.float32)
     y, auxiliary, _, info = run(layer, x)
     assert y.shape == (1, count, o)

@@ -86,10 +86,7 @@ def _routing(decoder: Decoder) -> list[Any]:
 
 some = pytest.mark.parametrize(
     ("name", "compat"),
-    [
-        pytest.param(*case, marks=() if case in {("smoe_tcmoe", None), ("smoe_plus_plus", None)} else pytest.mark.slow)
-        for case in CASES
-    ],
+    [pytest.param(*case, marks=() if case == ("smoe_plus_plus", None) else pytest.mark.slow) for case in CASES],
 )
 
 

@@ -1,0 +1,109 @@
+"""Forward pass, relevance and decoding over all devices of a host, beside one of them.
+
+    python scripts/bench_devices.py --model qwen3-30b-a3b --layers 12
+
+Random weights of published shapes, bfloat16; medians. For each layout: milliseconds, how many times faster than one
+device, and how far the results are from that device's (a share of the largest value). With ``--layers`` fewer layers of
+the same shape are built, to save compilation. With ``--toy`` small shapes, for a try on emulated devices.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import EXPERT, EXPERT_TENSOR, TENSOR
+from moejax.models import Decoder, Packed, Rules, shard
+from moejax.rules import AttnLRP
+from moejax.study.bench import published, random_decoder
+from moejax.study.bench.cases import decoding, explanation, forward
+
+DECODED = 32
+
+
+def layouts(devices: int) -> dict[str, tuple[dict[str, int], Rules]]:
+    """Meshes over all devices."""
+    found: dict[str, tuple[dict[str, int], Rules]] = {
+        "expert": ({"expert": devices}, EXPERT),
+        "tensor": ({"tensor": devices}, TENSOR),
+    }
+    if devices > 2 and devices % 2 == 0:
+        found["expert x tensor"] = {"expert": 2, "tensor": devices // 2}, EXPERT_TENSOR
+    return found
+
+
+def timed(run: Callable[[], object], repeats: int) -> tuple[float, float, object]:
+    """Median milliseconds, seconds of the first call, and the result."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(run())
+    first, times = time.perf_counter() - start, []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times)), first, result
+
+
+def numbers(result: object) -> list[np.ndarray]:
+    """The floating arrays of a result."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(result)]
+    return [leaf.astype(np.float64) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def difference(ours: object, theirs: object) -> float:
+    pairs = zip(numbers(ours), numbers(theirs), strict=True)
+    return max(
+        (float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30)) for a, b in pairs), default=0
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--cases", default="relevance,decode,forward")
+    parser.add_argument("--toy", action="store_true")
+    args = parser.parse_args()
+    config = published(args.model, toy=args.toy)
+    if args.layers:
+        config = replace(config, blocks=config.blocks[: args.layers])
+    devices = jax.devices()
+    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}; {args.model}, {config.num_layers} layers")
+    decoder = random_decoder(config)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
+    print(f"{size / 1e9:.2f} GB of weights, {args.tokens} tokens", flush=True)
+    tokens = jax.random.randint(jax.random.key(1), (1, args.tokens), 0, config.vocab_size)
+    functions = {
+        "relevance": jax.jit(explanation(AttnLRP(), 1)),
+        "decode": decoding(1 + DECODED),
+        "forward": jax.jit(forward),
+    }
+    chosen = {name: functions[name] for name in args.cases.split(",")}
+    reference: dict[str, tuple[float, object]] = {}
+    for layout, spread in [("one device", None), *layouts(len(devices)).items()]:
+        placed: Decoder = decoder
+        if spread is not None:
+            axes, rules = spread
+            placed = shard(decoder, jax.make_mesh(tuple(axes.values()), tuple(axes)), rules)
+        weights = Packed.of(placed)
+        for name, function in chosen.items():
+            ms, compiling, result = timed(lambda f=function, w=weights: f(w, tokens), args.repeats)
+            if spread is None:
+                reference[name] = ms, jax.device_get(result)
+            base, expected = reference[name]
+            per = f", {ms / DECODED:.2f} ms a token" if name == "decode" else ""
+            print(
+                f"{layout:16} {name:10} {ms:8.2f} ms{per}, {base / ms:.2f} x one device, first call {compiling:.0f} s, "
+                f"differs by {difference(jax.device_get(result), expected):.1e}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
