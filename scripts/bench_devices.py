@@ -90,6 +90,8 @@ def main() -> None:
         placed: Decoder = decoder
         if spread is not None:
             axes, rules = spread
+            if args.toy:  # whose vocabulary is a prime number
+                rules = {name: axis for name, axis in rules.items() if name != "vocab"}
             placed = shard(decoder, jax.make_mesh(tuple(axes.values()), tuple(axes)), rules)
         weights = Packed.of(placed)
         for name, function in chosen.items():
