@@ -78,10 +78,10 @@ def estimate(config: Config, dtype: np.dtype) -> Memory:
 
 
 def _layer(index: int, config: Config, sizes: Mapping[str, int]) -> LayerMemory:
-    mixture = getattr(config.blocks[index].feed_forward, "router", None)
+    mixture = config.blocks[index].mixture
     if mixture is None:
         return LayerMemory(index, 0, 0, sum(sizes.values()))
-    parts_of_experts = tuple(f"layers.{index}.feed_forward.{name}" for name in ("gate_up", "down"))
+    parts_of_experts = tuple(f"layers.{index}.feed_forward.{name}" for name in ("gate_up", "down", "experts."))
     experts = sum(size for path, size in sizes.items() if path.startswith(parts_of_experts))
-    active = experts * mixture.num_selected // mixture.num_experts
+    active = experts * min(mixture.num_slots, mixture.num_routed) // mixture.num_routed
     return LayerMemory(index, experts, active, sum(sizes.values()) - experts)

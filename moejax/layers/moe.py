@@ -49,6 +49,11 @@ class MoEConfig:
         return self.router.num_experts
 
     @property
+    def num_routed(self) -> int:
+        """Experts with weights that a token may be routed to."""
+        return self.router.num_experts
+
+    @property
     def num_slots(self) -> int:
         """Routed slots of a token."""
         return self.router.num_selected

@@ -29,8 +29,10 @@ def register_moe(*names: str) -> Callable[[Layer], Layer]:
     Registering a class of the same module and name again replaces it, as running a notebook's cell twice does.
 
     Raises:
-        ConfigError: another class has the name.
+        ConfigError: another class has the name, or there is no name at all.
     """
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError('name the layer: @register_moe("my_moe").')
 
     def register(layer: Layer) -> Layer:
         for name in names:
@@ -96,7 +98,7 @@ class RegisteredConfig:
         """The layer with random weights in float32; ``expert`` as :class:`MoeLayer` takes it."""
         args: MoeArgs = replace(self.args, key=key)
         layer = get_moe(self.name)(
-            self.model_dim, self.model_dim, self.num_experts, self.num_selected, expert=expert, args=args
+            self.model_dim, self.model_dim, self.num_experts, self.num_selected, expert, args=args
         )
         layer.mesh = self.mesh
         return layer
@@ -110,6 +112,11 @@ class RegisteredConfig:
     def num_null(self) -> int:
         """Of these how many, the last, are null routes."""
         return self.abstract.num_null
+
+    @property
+    def num_routed(self) -> int:
+        """Experts with weights that a token may be routed to."""
+        return self.abstract.num_routed
 
     @property
     def num_slots(self) -> int:

@@ -181,6 +181,7 @@ def test_supported_models() -> None:
         "gpt_oss",
         "jetmoe",
         "llama",
+        "moejax",
     }
 
 
@@ -194,3 +195,15 @@ def test_published_sizes() -> None:
     assert memory.total // 2 == 6_919_161_856
     unused = sum(layer.experts - layer.active for layer in memory.layers)
     assert (memory.total - unused) // 2 == pytest.approx(1.28e9, rel=0.01)
+
+
+def test_memory_of_a_registered_layer() -> None:
+    """Its experts count as experts: of 8, a token uses 2."""
+    from moejax.models import family
+
+    size = {"vocab_size": 88, "hidden_size": 48, "intermediate_size": 20, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "num_experts": 8, "num_experts_per_tok": 2}
+    config = family("moejax").config({"moe": "smoe_plus_plus"} | size | heads)
+    (layer, _) = estimate(config, np.dtype(np.float32)).layers
+    assert layer.experts == 8 * 3 * 20 * 48 * 4
+    assert layer.active == layer.experts // 4

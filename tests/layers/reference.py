@@ -181,7 +181,7 @@ def smoe_sharev3(p: Parameters, x: Array, k: int, mask: Array) -> Found:
         ids[at] = sorted(allowed, key=lambda e: -seen[at][e])[:k]
     w = SCALE * over_sum(pick(s, ids))
     q, experts, per = over_sum(s), s.shape[-1], []
-    for row, chosen, m in zip(q, ids, mask, strict=True):
+    for row, chosen, m in zip(q, top(s, k), mask, strict=True):  # equation 18: of the scores as they are
         f = experts / (k * m.sum()) * np.bincount(chosen[m].ravel(), minlength=experts)
         per.append((f * row[m].mean(0)).sum())
     return _found(shared(p, x) + mixture(p, x, ids, w), z, ids, w, q, float(np.mean(per)), mask)

@@ -27,6 +27,10 @@ class TestRegistry:
         assert register_moe("mine", "mine_too")(Mine) is Mine
         assert get_moe("mine") is get_moe("mine_too") is Mine
 
+    def test_a_name_is_needed(self):
+        with pytest.raises(ConfigError, match="name the layer"):
+            register_moe()
+
     def test_a_clash_is_refused_and_registers_nothing(self):
         class Mine(MoeLayer):
             pass

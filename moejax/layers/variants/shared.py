@@ -164,6 +164,14 @@ class DeepSeekV3MoE(SharedMoE):
         weights, selected, scores = self.select(gate_logits, "sigmoid", scaled(a.routed_scaling_factor), adjust=adjust)
         return weights, selected, renormalised(scores)
 
+    def balanceloss(
+        self, selected_experts: Int[Array, "B T K"], gate_softmax: Float[Array, "B T R"]
+    ) -> Float[Array, ""]:
+        """Counts the best ``K`` scores, as they were selected without bias and groups (equation 18)."""
+        if self.args.compat is None:
+            selected_experts = jax.lax.top_k(gate_softmax, self.num_selected)[1]
+        return super().balanceloss(selected_experts, gate_softmax)
+
     def after_step(self, load: Float[Array, " S"], info: Info) -> Self:
         """The layer with its bias moved towards even loads."""
         if self.router_bias is None:
