@@ -10,23 +10,21 @@ however it was stopped. Prints held-out loss per domain beside the 5-gram baseli
 import argparse
 import json
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from moejax.checkpoints import save_folder
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.lm import LM
-from moejax.models import Decoder, family
-from moejax.training import Checkpoints, Corpus, TrainState, make_train_steps
+from moejax.models import Decoder
+from moejax.report.training import follow
+from moejax.training import Corpus, Run, TrainConfig
 
 HUGGING_FACE = {
     "architectures": ["OlmoeForCausalLM"],
@@ -70,54 +68,26 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def optimiser(args: argparse.Namespace) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay; norms and the embedding are not decayed."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, args.learning_rate, min(500, args.steps // 10), args.steps, args.learning_rate / 20
-    )
-
-    def decayed(decoder: Decoder) -> Decoder:
-        return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and "embedding" not in str(path[0]), decoder)
-
-    adam = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=args.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam)
-
-
-def train(args: argparse.Namespace, decoder: Decoder) -> Decoder:
-    corpus = jnp.asarray(Corpus.read(args.corpus / "train.npz").tokens)
-    heldout = Corpus.read(args.corpus / "heldout.npz")
-    transform = optimiser(args)
-    state = TrainState(decoder, transform.init(decoder), jnp.zeros((), jnp.int32))
-    checkpoints = Checkpoints(args.out / "checkpoints")
-    if (restored := checkpoints.restore(state)) is not None:
-        state = restored
-        console.print(f"resumed from step {int(state.step)}")
-    if args.steps % args.save_every:
-        raise SystemExit(f"--steps {args.steps} must be a multiple of --save-every {args.save_every}.")
-    steps = make_train_steps(
-        transform,
+def train(args: argparse.Namespace) -> Decoder:
+    """Train, or go on with a run that was stopped; prints a row whenever its state is saved."""
+    config = TrainConfig(
+        HUGGING_FACE,
+        str(args.corpus / "train.npz"),
+        str(args.corpus / "heldout.npz"),
+        steps=args.steps,
         batch=args.batch,
         length=args.length,
-        count=args.save_every,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        warmup=500,
+        compute_dtype=args.compute_dtype,
+        log_every=args.save_every,
+        save_every=args.save_every,
         seed=args.seed,
-        compute_dtype=jnp.dtype(args.compute_dtype),
     )
-    log = (args.out / "metrics.jsonl").open("a")
-    with Progress(console=console) as progress:
-        task = progress.add_task("training", total=args.steps, completed=int(state.step))
-        while int(state.step) < args.steps:
-            start = time.perf_counter()
-            state, metrics = steps(state, corpus)
-            row = {k: float(v.mean()) for k, v in metrics.items() if k != "load"}
-            row |= {"step": int(state.step), "seconds": time.perf_counter() - start}
-            nats, count, _ = evaluate(state.decoder, heldout, args.length)
-            row["heldout"] = nats.sum() / count.sum()
-            checkpoints.save(state)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            progress.update(task, completed=row["step"])
-            progress.console.print("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
-    return state.decoder
+    run = Run(config.checked(), args.out)
+    follow(run, args.steps, console)
+    return run.decoder
 
 
 @partial(jax.jit, static_argnames="experts")
@@ -208,12 +178,9 @@ def samples(decoder: Decoder, tokenizer: Tokenizer) -> None:
 
 def main() -> None:
     args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     console.print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
-    config = family("olmoe").config(HUGGING_FACE)
-    decoder = Decoder.init(config, jax.random.key(args.seed))
+    decoder = train(args)
     console.print(f"{sum(p.size for p in jax.tree.leaves(decoder)) / 1e6:.2f} M parameters")
-    decoder = train(args, decoder)
     # what is published is bfloat16, so that is what is measured
     published = jax.tree.map(lambda p: p.astype(jnp.bfloat16), decoder)
     report(published, args)

@@ -165,6 +165,10 @@ class MoeLayer(nnx.Module):
             if expert is None
             else stack_experts(expert, self.num_routed, in_embed_dim, out_embed_dim)
         )
+        self.add_weights(args)
+
+    def add_weights(self, args: Any) -> None:
+        """Set what a variant has beside router and experts; ``args.draw(name)`` gives a key for each."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # flax knows arrays by their type, and does not take a traced one for data

@@ -12,7 +12,9 @@ def follow(rows: Iterable[Mapping[str, Any]], steps: int, console: Console | Non
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console()) as progress:
         task = progress.add_task("training", total=steps)
-        for row in rows:
+        for number, row in enumerate(rows):
+            if number == 0 and (step := getattr(rows, "started_from", 0)):
+                progress.console.print(f"resumed from step {step}")
             progress.update(task, completed=row["step"])
             progress.console.print(line(row), highlight=False, soft_wrap=True)
 

@@ -81,9 +81,14 @@ class TrainConfig:
             raise ConfigError(f"{path}: unknown fields {', '.join(unknown)}; known are: {', '.join(sorted(known))}.")
         if missing := sorted({"model", "data"} - set(found)):
             raise ConfigError(f"{path}: no {' and no '.join(missing)}.")
-        return cls(**found)._checked()
+        return cls(**found).checked()
 
-    def _checked(self) -> Self:
+    def checked(self) -> Self:
+        """These settings, if they make sense.
+
+        Raises:
+            ConfigError: a number that is not positive, intervals that do not divide, or an unknown mesh axis.
+        """
         for name in ("steps", "batch", "length", "accumulate", "log_every", "save_every"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a positive integer.")

@@ -36,13 +36,15 @@ class Run:
     ``checkpoints/`` holds the newest states, ``metrics.jsonl`` and ``tensorboard/`` the metrics, ``model/`` the trained
     model, which :func:`moejax.load` loads.
 
+    ``decoder`` is the trained decoder once the run was iterated to its end, ``started_from`` the step it went on from.
+
     Raises:
         ConfigError: settings that do not fit each other, the data or the devices.
         MoejaxError: the data cannot be read.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.started_from = config, folder, 0
         folder.mkdir(parents=True, exist_ok=True)
         kept = {**vars(config), "model": dict(config.model), "mesh": dict(config.mesh)}
         (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
@@ -102,6 +104,7 @@ class Run:
         checkpoints = Checkpoints(self.folder / "checkpoints")
         if (restored := checkpoints.restore(state)) is not None:
             state = restored
+        self.started_from = int(state.step)
         steps = make_train_steps(
             optimiser,
             batch=c.batch,

@@ -1,8 +1,6 @@
 """MoE++: experts that compute nothing, next to nothing, or a mixture with a constant (Jin et al., arXiv 2410.07348)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import ConfigError
 from moejax.layers.linear import wide_matmul
-from moejax.layers.mlp import MLP
 from moejax.layers.moe_layer import MoeArgs, MoeLayer
 from moejax.layers.registry import register_moe
 
@@ -45,23 +42,13 @@ class PlusPlusMoE(MoeLayer):
 
     Args = PlusPlusArgs
 
-    def __init__(
-        self,
-        in_embed_dim: int = 768,
-        out_embed_dim: int = 768,
-        num_of_experts: int = 4,
-        num_selected: int = 2,
-        expert: MLP | Sequence[MLP] | None = None,
-        args: Any = None,
-    ) -> None:
-        super().__init__(in_embed_dim, out_embed_dim, num_of_experts, num_selected, expert, args)
-        a, draw = self.args, self.Args.of(args).draw
-        _, copy, constant = self._kinds
-        if copy + constant and in_embed_dim != out_embed_dim:
-            raise ConfigError(f"copy and constant experts need equal widths, not {in_embed_dim} and {out_embed_dim}.")
-        self.constants = 0.002 * jax.random.normal(draw("constants"), (constant, out_embed_dim))
-        self.constant_gates = self._initial(draw("constant_gates"), (constant, 2, in_embed_dim), a.std_gate)
-        carries = a.gating_residual and not a.compat
+    def add_weights(self, args: PlusPlusArgs) -> None:
+        (_, copy, constant), width, output = self._kinds, self.in_embed_dim, self.out_embed_dim
+        if copy + constant and width != output:
+            raise ConfigError(f"copy and constant experts need equal widths, not {width} and {output}.")
+        self.constants = 0.002 * jax.random.normal(args.draw("constants"), (constant, output))
+        self.constant_gates = self._initial(args.draw("constant_gates"), (constant, 2, width), args.std_gate)
+        carries = args.gating_residual and not args.compat
         self.gate_residual = jnp.zeros((self.num_routes, self.num_routes)) if carries else None
 
     @property

@@ -1,14 +1,12 @@
 """ReMoE: ReLU routing, differentiable everywhere, with a controlled sparsity (Wang et al., arXiv 2412.14711)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.layers.mlp import MLP
 from moejax.layers.moe_layer import Info, MoeArgs, MoeLayer
 from moejax.layers.registry import register_moe
 from moejax.routing.core import keep_sum
@@ -35,16 +33,7 @@ class ReLUMoE(MoeLayer):
 
     Args = ReLUArgs
 
-    def __init__(
-        self,
-        in_embed_dim: int = 768,
-        out_embed_dim: int = 768,
-        num_of_experts: int = 4,
-        num_selected: int = 2,
-        expert: MLP | Sequence[MLP] | None = None,
-        args: Any = None,
-    ) -> None:
-        super().__init__(in_embed_dim, out_embed_dim, num_of_experts, num_selected, expert, args)
+    def add_weights(self, args: ReLUArgs) -> None:
         self.log_l1 = jnp.log(self.args.l1_initial)
 
     @property

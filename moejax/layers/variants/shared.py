@@ -130,24 +130,14 @@ class DeepSeekV3MoE(SharedMoE):
 
     Args = DeepSeekV3Args
 
-    def __init__(
-        self,
-        in_embed_dim: int = 768,
-        out_embed_dim: int = 768,
-        num_of_experts: int = 4,
-        num_selected: int = 2,
-        expert: MLP | Sequence[MLP] | None = None,
-        args: Any = None,
-    ) -> None:
-        super().__init__(in_embed_dim, out_embed_dim, num_of_experts, num_selected, expert, args)
-        a, experts = self.args, self.num_routed
-        groups, kept = a.num_groups, a.num_selected_groups
+    def add_weights(self, args: DeepSeekV3Args) -> None:
+        experts, groups, kept = self.num_routed, args.num_groups, args.num_selected_groups
         if not 1 <= kept <= groups or experts % groups or kept * experts // groups < self.num_selected:
             raise ConfigError(
                 f"num_groups={groups}, num_selected_groups={kept}: groups must divide the {experts} experts, and those "
                 f"selected, no more than there are, must hold {self.num_selected}."
             )
-        self.router_bias = None if a.compat else jnp.zeros(self.num_routes)
+        self.router_bias = None if args.compat else jnp.zeros(self.num_routes)
 
     def topk_expert(
         self, gate_logits: Float[Array, "B T R"]

@@ -1,16 +1,13 @@
 """X-MoE: cosine routing in a low dimension (Chi et al., arXiv 2204.09179)."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moejax.layers.linear import matmul
-from moejax.layers.mlp import MLP
 from moejax.layers.moe_layer import MoeArgs, MoeLayer
 from moejax.layers.registry import register_moe
 from moejax.routing.scores import cosine
@@ -36,18 +33,8 @@ class XMoE(MoeLayer):
 
     Args = XMoEArgs
 
-    def __init__(
-        self,
-        in_embed_dim: int = 768,
-        out_embed_dim: int = 768,
-        num_of_experts: int = 4,
-        num_selected: int = 2,
-        expert: MLP | Sequence[MLP] | None = None,
-        args: Any = None,
-    ) -> None:
-        super().__init__(in_embed_dim, out_embed_dim, num_of_experts, num_selected, expert, args)
-        width, args = self._width, self.Args.of(args)
-        self.reduction = self._initial(args.draw("reduction"), (width, in_embed_dim), args.std_gate)
+    def add_weights(self, args: XMoEArgs) -> None:
+        self.reduction = self._initial(args.draw("reduction"), (self._width, self.in_embed_dim), args.std_gate)
         self.log_temperature = jnp.array(math.log(args.temperature))
 
     @property
