@@ -56,6 +56,7 @@ def test_table_and_files(moejax_command: Callable, model_folder: Path, data: Pat
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_json_is_what_the_library_finds(
     moejax_command: Callable, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:

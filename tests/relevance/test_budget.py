@@ -80,6 +80,7 @@ def temporary(tokens: int, targets: int, **options) -> int:
     return program.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_estimates_are_of_the_right_size():
     """Of what the compiler reports on a CPU, which fuses less than a GPU's; and chunks and recomputing do save it."""
     config, tokens = make_config(layers=L, sizes=(64, 48, 6, 2, 4, 2, 16)), 256

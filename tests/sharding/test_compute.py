@@ -23,7 +23,7 @@ TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 23))
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [*MODELS, ("qwen2_moe", "both"), ("mixtral", "both"), ("llama", "tensor")]
+    ("family", "layout"), [*MODELS, ("qwen2_moe", "both"), ("mixtral", "both"), ("llama", "tensor"), ("moejax", "both")]
 )
 def test_logits(family: str, layout: str) -> None:
     close(spread(family, layout)(TOKENS), single(family)(TOKENS))

@@ -112,6 +112,7 @@ def test_registered_layers(name: str, tmp_path: Path) -> None:
     assert np.array_equal(again(TOKENS), made.model(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", often(["smoe_share", "smoe_sharev3"], ["smoe_sharev3"]))
 def test_shared_layers_of_libmoe_are_exact(name: str) -> None:
     made = upcycle(BIASED, MixtureSpec(E, K, name, {"compat": "libmoe"}), key=KEY, tokens=TOKENS)
@@ -119,6 +120,7 @@ def test_shared_layers_of_libmoe_are_exact(name: str) -> None:
     assert far(made.model(TOKENS), BIASED(TOKENS)) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", often(sorted(SUMS_TO_ONE), ["xmoe"]))
 def test_registered_layers_are_split(name: str) -> None:
     made = upcycle(LM, MixtureSpec(E, 4, name), key=KEY, split=2, tokens=TOKENS)
