@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.routing.core import Routing
+from moejax.routing.statistics import entropy, masked_mean, wide
 
 Mask = Bool[Array, "*b"] | None
 Scope = Literal["sequence", "batch", "global"]
@@ -46,7 +47,7 @@ def balance_loss(
     _known("count", count, Count)
     if (scope == "global") != (axis_name is not None):
         raise ValueError("scope='global' and axis_name belong together; under jit alone use scope='batch'.")
-    scores = _wide(routing.scores)
+    scores = wide(routing.scores)
     chosen = jax.lax.stop_gradient(slot_shares(routing, count))
     axes = (-2,) if scope == "sequence" else tuple(range(scores.ndim - 1))
     f, p = (mean_over(values, mask, axes, axis_name) for values in (chosen, scores))
@@ -69,7 +70,7 @@ def slot_shares(routing: Routing, count: Count = "selected") -> Float[Array, "*b
 
 def z_loss(routing: Routing, mask: Mask = None) -> Float[Array, ""]:
     """Router z-loss: mean of ``logsumexp(logits) ** 2`` (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return _mean(jax.nn.logsumexp(_wide(routing.logits), axis=-1) ** 2, mask)
+    return masked_mean(jax.nn.logsumexp(wide(routing.logits), axis=-1) ** 2, mask)
 
 
 def entropy_loss(
@@ -80,36 +81,30 @@ def entropy_loss(
     ``over`` a single ``"token"`` (which works against decided routing), a ``"sequence"``, or all (``"global"``).
     """
     _known("over", over, Over)
-    p = _wide(probabilities)
+    p = wide(probabilities)
     if over != "token":
         axes = (-2,) if over == "sequence" else tuple(range(p.ndim - 1))
         p = mean_over(p, mask, axes, axis_name)
         mask = mask.any(-1) if over == "sequence" and mask is not None else None
-    return -_mean(_entropy(p), mask)
+    return -masked_mean(entropy(p), mask)
 
 
 def mutual_information_loss(probabilities: Float[Array, "*b E"], mask: Mask = None) -> Float[Array, ""]:
     """``H(E | token) - H(E)`` in nats, minus the mutual information of tokens and experts (Mod-Squad, 2212.08066)."""
-    p = _wide(probabilities)
-    return _mean(_entropy(p), mask) - _entropy(mean_over(p, mask, tuple(range(p.ndim - 1))))
+    p = wide(probabilities)
+    return masked_mean(entropy(p), mask) - entropy(mean_over(p, mask, tuple(range(p.ndim - 1))))
 
 
 def cv_squared_loss(amounts: Float[Array, " E"]) -> Float[Array, ""]:
     """Squared coefficient of variation of the experts' loads or summed weights (Shazeer et al., 1701.06538, eq. 6)."""
-    amounts = _wide(amounts)
+    amounts = wide(amounts)
     mean = amounts.mean()
     return jnp.where(mean == 0, 0, amounts.var() / jnp.where(mean == 0, 1, mean) ** 2)
 
 
 def null_reward(probabilities: Float[Array, "*b N"], mask: Mask = None) -> Float[Array, ""]:
     """Minus the mean probability of the null routes together (TC-MoE: sparsity is rewarded)."""
-    return -_mean(_wide(probabilities).sum(-1), mask)
-
-
-def _entropy(p: Float[Array, "*b E"]) -> Float[Array, "*b"]:
-    """Entropy of distributions in nats; terms at zero are zero, and so is their gradient."""
-    positive = p > 0
-    return -jnp.where(positive, p * jnp.log(jnp.where(positive, p, 1)), 0).sum(-1)
+    return -masked_mean(wide(probabilities).sum(-1), mask)
 
 
 def mean_over(
@@ -124,14 +119,6 @@ def mean_over(
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
     return total / jnp.maximum(count, 1)
-
-
-def _mean(values: Float[Array, "*b"], mask: Mask) -> Float[Array, ""]:
-    return mean_over(values, mask, tuple(range(values.ndim)))
-
-
-def _wide(values: Array) -> Array:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _known(name: str, value: str, kinds: object) -> None:

@@ -31,8 +31,12 @@ def masked_mean(values: Float[Array, "*b"], mask: Mask = None) -> Float[Array, "
 
 
 def entropy(amounts: Num[Array | np.ndarray, "*b n"]) -> Float[Array, "*b"]:
-    """``-sum p ln p`` in nats, ``p = |amounts| / sum |amounts|`` (Shannon, 1948); 0 where all amounts are 0."""
-    return jax.scipy.special.entr(shares(amounts)).sum(-1)
+    """``-sum p ln p`` in nats, ``p = |amounts| / sum |amounts|`` (Shannon, 1948); 0 where all amounts are 0.
+
+    Its gradient is finite: a term at zero has none.
+    """
+    p = shares(amounts)
+    return -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0).sum(-1)
 
 
 def normalised(nats: Float[Array, "*b"], options: int) -> Float[Array, "*b"]:
@@ -42,14 +46,14 @@ def normalised(nats: Float[Array, "*b"], options: int) -> Float[Array, "*b"]:
 
 def shares(amounts: Num[Array | np.ndarray, "*b n"]) -> Float[Array, "*b n"]:
     """``|amounts| / sum |amounts|``, in [0, 1]; zeros where all amounts are 0."""
-    size = jnp.abs(_wide(amounts))
+    size = jnp.abs(wide(amounts))
     total = size.sum(-1, keepdims=True)
     return size / jnp.where(total == 0, 1, total)
 
 
 def router_entropy(logits: Float[Array, "*b R"]) -> Float[Array, "*b"]:
     """Entropy in nats of ``softmax(logits)`` over all R routes, whatever score selects; at most ``ln R``."""
-    return jax.scipy.special.entr(jax.nn.softmax(_wide(logits), axis=-1)).sum(-1)
+    return jax.scipy.special.entr(jax.nn.softmax(wide(logits), axis=-1)).sum(-1)
 
 
 def weight_entropy(weights: Float[Array, "*b K"]) -> Float[Array, "*b"]:
@@ -59,7 +63,7 @@ def weight_entropy(weights: Float[Array, "*b K"]) -> Float[Array, "*b"]:
 
 def router_margin(logits: Float[Array, "*b R"]) -> Float[Array, "*b"]:
     """Probability of the best route minus that of the second, of ``softmax(logits)``, in [0, 1]; 1 if there is one."""
-    return _margin(jax.nn.softmax(_wide(logits), axis=-1))
+    return _margin(jax.nn.softmax(wide(logits), axis=-1))
 
 
 def weight_margin(weights: Float[Array, "*b K"]) -> Float[Array, "*b"]:
@@ -140,7 +144,7 @@ def coactivation(chosen: Integer[Array, "*b E"], mask: Mask = None) -> Integer[A
 
 def conditional_coactivation(counts: Num[Array | np.ndarray, "*b E E"]) -> Float[Array, "*b E E"]:
     """``C_ij / C_ii``, the share of expert i's tokens that also selected j, in [0, 1]; rows of dead experts are 0."""
-    counts = _wide(counts)
+    counts = wide(counts)
     own = jnp.diagonal(counts, axis1=-2, axis2=-1)[..., None]
     return counts / jnp.where(own == 0, 1, own)
 
@@ -223,7 +227,7 @@ def mean_cosine(products: Float[Array, "*b n n"], counted: Bool[Array, "*b n"] |
 
     ``sum_{i != j} cos(x_i, x_j) / (n (n - 1))``; a vector of zeros has cosine 0 with all.
     """
-    products = _wide(products)
+    products = wide(products)
     norms = jnp.sqrt(jnp.diagonal(products, axis1=-2, axis2=-1))
     scale = norms[..., :, None] * norms[..., None, :]
     cosines = products / jnp.where(scale == 0, 1, scale)
@@ -238,7 +242,7 @@ def expert_similarity(vectors: Float[Array, "*b E n"]) -> Float[Array, "*b"]:
 
     Two experts that are equal but for the order of their hidden units are not alike to it.
     """
-    vectors = _wide(vectors)
+    vectors = wide(vectors)
     return mean_cosine(jnp.einsum("...in,...jn->...ij", vectors, vectors, precision="highest"))
 
 
@@ -246,7 +250,7 @@ def token_diversity(
     outputs: Float[Array, "*b K D"], carries: Bool[Array, "*b K"]
 ) -> tuple[Float[Array, "*b"], Bool[Array, "*b"]]:
     """:func:`diversity` of every token, and where it has two outputs or more; ``carries`` says which slots have one."""
-    outputs = _wide(outputs)
+    outputs = wide(outputs)
     products = jnp.einsum("...id,...jd->...ij", outputs, outputs, precision="highest")
     return mean_cosine(products, carries), carries.sum(-1) > 1
 
@@ -274,7 +278,7 @@ def specialisation(counts: Num[Array | np.ndarray, "*b G E"], least: int = 1) ->
     with n independent slots: Miller, 1955), so that those with fewer than ``least`` slots are left out. If the group
     alone decides, but for K experts at a time, this is ``1 - ln K / H(E)``, not 1.
     """
-    counts = _wide(counts)
+    counts = wide(counts)
     size = counts.sum(-1)
     counts = jnp.where((size >= least)[..., None], counts, 0)
     weights = shares(counts.sum(-1))
@@ -299,11 +303,12 @@ def divergence(counts: Num[Array | np.ndarray, "*b G E"]) -> Float[Array, "*b"]:
 
 def pairwise_divergence(counts: Num[Array | np.ndarray, "*b G E"]) -> Float[Array, "*b G G"]:
     """:func:`divergence` of every two groups, over ``ln 2``, in [0, 1]; 0 where one of them has no token."""
-    counts = _wide(counts)
+    counts = wide(counts)
     here, there = jnp.broadcast_arrays(counts[..., :, None, :], counts[..., None, :, :])
     return divergence(jnp.stack([here, there], axis=-2))
 
 
-def _wide(values: Array | np.ndarray) -> Array:
+def wide(values: Array | np.ndarray) -> Array:
+    """``values`` in float32, or wider if they are."""
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -27,6 +27,9 @@ from moejax.training.step import TrainState, make_train_steps
 Row = dict[str, Any]
 """Metrics of some steps: numbers, and for each of the layers that are mixtures a number."""
 
+_MAY_CHANGE = ("steps", "log_every", "save_every", "mesh")
+"""Settings that may be others when a run goes on; the rest makes it another run."""
+
 _DEFAULT_TOKENIZER = BUNDLED / "tiny-olmoe"
 
 
@@ -45,9 +48,15 @@ class Run:
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self.config, self.folder, self.started_from = config, folder, 0
+        config.architecture(self.vocab_size)  # before there is a folder
+        text = json.dumps({**vars(config), "model": dict(config.model), "mesh": dict(config.mesh)}, indent=2)
+        about = folder / "config.json"
+        kept = json.loads(text)
+        before = json.loads(about.read_text()) if about.exists() else kept
+        if other := [name for name in kept if name not in _MAY_CHANGE and before.get(name) != kept[name]]:
+            raise ConfigError(f"{folder} holds a run with another {', '.join(other)}; choose another folder for this.")
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {**vars(config), "model": dict(config.model), "mesh": dict(config.mesh)}
-        (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
+        about.write_text(text + "\n")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

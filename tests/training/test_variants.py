@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 import moejax
-from moejax import MoejaxError, MoeLayer, register_moe
+from moejax import ConfigError, MoejaxError, MoeLayer, register_moe
 from moejax.layers import registry
 from moejax.models import Decoder, family
 from moejax.training import Corpus, LossWeights, TrainState, language_model_loss, make_train_steps
@@ -170,3 +171,15 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(corpus_folder, tmp
     assert lm.config.num_experts == 10, "six, a zero, a copy and two constant ones"
     # a run that is complete trains no more
     assert list(Run(config, whole)) == []
+
+
+def test_a_folder_holds_one_run_and_a_wrong_one_makes_none(corpus_folder, tmp_path):
+    """Two layers may have the same leaves: the second would publish the first one's weights under its name."""
+    config = TrainConfig(MODEL, str(corpus_folder / "train.npz"))
+    Run(config.with_moe("smoe"), tmp_path / "run")
+    Run(replace(config.with_moe("smoe"), steps=2000), tmp_path / "run")
+    with pytest.raises(ConfigError, match="run holds a run with another model; choose another folder"):
+        Run(config.with_moe("smoe_sigmoidgating"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="no MoE layer 'nonsense'"):
+        Run(config.with_moe("nonsense"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
