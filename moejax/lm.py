@@ -24,7 +24,7 @@ Prompt = str | Sequence[int] | Int[Array | np.ndarray, " T"]
 
 
 @jax.jit
-def _logits(weights: Packed, tokens: Array, valid: Array, gates: Gates) -> Array:
+def _logits(weights: Packed, tokens: Array, valid: Array | None, gates: Gates) -> Array:
     return unpack(weights)(tokens, valid=valid, reading=Reading(gates=gates))
 
 
@@ -63,7 +63,7 @@ class LM:
             PromptError: no tokens, or an id outside the vocabulary.
         """
         tokens = jnp.atleast_2d(self.check(tokens))
-        valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid, bool)
+        valid = None if valid is None else jnp.asarray(valid, bool)
         return _logits(self.packed, tokens, valid, gates or Gates())
 
     @overload

@@ -62,7 +62,7 @@ class Context(NamedTuple):
 
     Attributes:
         cosine, sine: rotation of each token.
-        mask: which cache slots (or tokens, without a cache) each token may see.
+        mask: which cache slots (or tokens, without a cache) each token may see; ``None`` for all tokens up to its own.
         distance: how many slots back each slot lies.
         valid: tokens that are not padding.
         start: first cache slot to write; unused without a cache.
@@ -72,7 +72,7 @@ class Context(NamedTuple):
 
     cosine: Float[Array, "B T C"]
     sine: Float[Array, "B T C"]
-    mask: Bool[Array, "B T S"]
+    mask: Bool[Array, "B T S"] | None
     distance: Int[Array, "T S"]
     valid: Bool[Array, "B T"]
     start: Int[Array, ""] | int = 0
@@ -96,7 +96,9 @@ def attend(
     if cache is not None:
         k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), context.start, axis=1)
         v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), context.start, axis=1)
-    mask = context.mask if window is None else context.mask & (context.distance < window)
+    mask = context.mask
+    if mask is not None and window is not None:
+        mask &= context.distance < window
 
     def product(q: Array, k: Array, v: Array, temperature: float = 1.0) -> Array:
         scale = q.shape[-1] ** -0.5 / temperature

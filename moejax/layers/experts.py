@@ -4,7 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.layers.glu import Unit
-from moejax.ops.experts import Assignment, expert_matmul
+from moejax.ops.experts import Assignment, Total, collect, grouped_matmul, over_devices, spread
 from moejax.ops.mxfp4 import MXFP4
 from moejax.rules import Reading
 from moejax.rules.rule import Slope
@@ -24,30 +24,47 @@ class Experts(nnx.Module):
         self, x: Float[Array, "B T One D"], assignment: Assignment, reading: Reading
     ) -> Float[Array, "B T K O"]:
         """The output of the expert of every routed slot."""
-        branches = expert_linear(x, self.input, self.input_bias, assignment, reading, self.unit.slope)
-        hidden = reading.tap("neurons", self.unit(branches, reading))
-        return expert_linear(hidden, self.output, self.output_bias, assignment, reading)
+        run = lambda experts, own, total, x, reading: total(experts._slots(x, own, reading))  # noqa: E731
+        return over_devices(run, self, assignment, x, reading)
+
+    def mixed(
+        self,
+        x: Float[Array, "B T One D"],
+        assignment: Assignment,
+        weights: Float[Array, "B T K"],
+        ids: Int[Array, "B T K"],
+        reading: Reading,
+    ) -> Float[Array, "B T O"]:
+        """:func:`combine` of the slots' outputs; where experts are split over devices, these send sums alone."""
+
+        def run(
+            experts: Experts, own: Assignment, total: Total, x: Array, weights: Array, ids: Array, reading: Reading
+        ) -> Array:
+            return combine(experts._slots(x, own, reading), weights, ids, reading, total=total)
+
+        return over_devices(run, self, assignment, x, weights, ids, reading)
+
+    def _slots(self, x: Array, assignment: Assignment, reading: Reading) -> Float[Array, "B T K O"]:
+        rows, in_rows = _rows(x, assignment, reading)
+        branches = _linear(rows, self.input, self.input_bias, assignment, in_rows, self.unit.slope)
+        hidden = in_rows.tap("neurons", self.unit(branches, in_rows))
+        outputs = _linear(hidden, self.output, self.output_bias, assignment, in_rows)
+        return _by_token(collect(outputs, assignment), x)
 
 
 def expert_linear(
     x: Float[Array, "B T KorOne D"],
-    weight: Float[Array, "E *M D"] | MXFP4,
-    bias: Float[Array, "E *M"] | None,
+    weight: Float[Array, "E M D"],
     assignment: Assignment,
     reading: Reading,
-    slope: Slope | None = None,
-) -> Float[Array, "B T K *M"]:
-    """``weight[e] x + bias[e]`` for the expert ``e`` of every routed slot; ``slope`` as in :meth:`Rule.linear`."""
-    batch, tokens = x.shape[:2]
+) -> Float[Array, "B T K M"]:
+    """``weight[e] x`` for the expert ``e`` of every routed slot."""
 
-    def product(x: Array, weight: Array | MXFP4) -> Array:
-        rows = expert_matmul(x.reshape(batch * tokens, *x.shape[2:]), weight, assignment)
-        return rows.reshape(batch, tokens, *rows.shape[1:])
+    def run(weight: Array, own: Assignment, total: Total, x: Array, reading: Reading) -> Array:
+        rows, in_rows = _rows(x, own, reading)
+        return total(_by_token(collect(_linear(rows, weight, None, own, in_rows), own), x))
 
-    if bias is not None:
-        chosen = bias[assignment.ids]
-        bias = chosen.reshape(batch, tokens, *chosen.shape[1:]).astype(x.dtype)
-    return reading.linear(product, x, weight, bias, slope)
+    return over_devices(run, weight, assignment, x, reading)
 
 
 def combine(
@@ -56,8 +73,41 @@ def combine(
     ids: Int[Array, "B T K"],
     reading: Reading,
     prefix: str = "",
+    total: Total = lambda x: x,
 ) -> Float[Array, "B T D"]:
-    """Gated weighted sum of the routed slots' outputs; ``prefix`` names the gates."""
+    """Gated weighted sum of the routed slots' outputs.
+
+    Args:
+        prefix: names the gates.
+        total: sum over devices, on each of which the slots of other devices' experts are zero.
+    """
     weights, outputs = weights.astype(outputs.dtype), reading.enter("router", outputs)
     mixed = reading.leave("router", reading.rule.mix(weights, outputs))
-    return reading.rule.combine(reading.gate_experts(mixed, ids, prefix))
+    return reading.rule.combine(reading.gate_experts(mixed, ids, prefix), lambda terms: total(terms.sum(-2)))
+
+
+def _linear(
+    rows: Float[Array, "P D"],
+    weight: Float[Array, "E *M D"] | MXFP4,
+    bias: Float[Array, "E *M"] | None,
+    assignment: Assignment,
+    reading: Reading,
+    slope: Slope | None = None,
+) -> Float[Array, "P *M"]:
+    """``weight[e] x + bias[e]`` for the expert ``e`` of every row; ``slope`` as in :meth:`Rule.linear`."""
+    product = lambda x, weight: grouped_matmul(x, weight, assignment)  # noqa: E731
+    if bias is not None:
+        # what has no slot has no expert, whose bias it would move
+        bias = bias.at[assignment.expert].get(mode="fill", fill_value=0).astype(rows.dtype)
+    return reading.linear(product, rows, weight, bias, slope)
+
+
+def _rows(x: Float[Array, "B T KorOne D"], assignment: Assignment, reading: Reading) -> tuple[Array, Reading]:
+    """The experts' rows, and the reading whose batch they are."""
+    by_row = lambda slots: spread(slots.reshape(-1, *slots.shape[2:]), assignment)  # noqa: E731
+    slots = (*x.shape[:2], assignment.ids.shape[1])
+    return by_row(x), reading.rearranged(by_row, slots)
+
+
+def _by_token(slots: Float[Array, "N K *M"], x: Float[Array, "B T KorOne D"]) -> Float[Array, "B T K *M"]:
+    return slots.reshape(*x.shape[:2], *slots.shape[1:])

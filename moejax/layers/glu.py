@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.errors import ConfigError
-from moejax.ops.activation import SLOPES
+from moejax.ops.activation import SLOPES, branches
 from moejax.rules import Reading
 from moejax.rules.rule import Slope
 
@@ -41,7 +40,7 @@ class GLU:
 
     def __call__(self, x: Float[Array, "B *s 2 F"], reading: Reading) -> Float[Array, "B *s F"]:
         """The hidden units of an expert."""
-        rule, (gate, up) = reading.rule, jnp.unstack(x, axis=-2)
+        rule, (gate, up) = reading.rule, branches(x)
         if (limit := self.limit) is not None:
             gate = reading.book("clamp", lambda g: rule.clamp(g, -math.inf, limit), gate)
             up = reading.book("clamp", lambda u: rule.clamp(u, -limit, limit), up)

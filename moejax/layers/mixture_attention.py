@@ -69,7 +69,7 @@ class MixtureAttention(nnx.Module):
         batch, tokens = x.shape[:2]
         slots, groups = c.router.num_selected, c.num_kv_heads
         routing, assignment = self.router(x, reading, "attention_")
-        q = expert_linear(x[:, :, None], self.query, None, assignment, reading)
+        q = expert_linear(x[:, :, None], self.query, assignment, reading)
         k, v = jnp.split(self.key_value(x, reading), 2, axis=-1)
         k, v = (t.reshape(batch, tokens, groups, c.head_dim) for t in (k, v))
         # the attention product counts the heads of one key/value head together, here they lie one slot apart
@@ -77,6 +77,6 @@ class MixtureAttention(nnx.Module):
         heads, stored = attend(q.reshape(batch, tokens, -1, c.head_dim), k, v, context, cache, reading)
         heads = heads.reshape(batch, tokens, groups, slots, c.head_dim).swapaxes(2, 3)
         heads = reading.gate("heads", heads.reshape(batch, tokens, -1, c.head_dim))
-        outputs = expert_linear(heads.reshape(batch, tokens, slots, -1), self.output, None, assignment, reading)
+        outputs = expert_linear(heads.reshape(batch, tokens, slots, -1), self.output, assignment, reading)
         y = combine(outputs, routing.weights, routing.ids, reading, prefix="attention_")
         return reading.add_bias(y, self.bias), stored, routing

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.errors import ConfigError
-from moejax.layers.experts import Experts, combine
+from moejax.layers.experts import Experts
 from moejax.layers.glu import GLU, Unit
 from moejax.layers.linear import Linear, normal, wide_matmul
 from moejax.layers.mlp import MLP, MLPConfig
@@ -126,6 +126,6 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the output and the routing of every token."""
         routing, assignment = self.router(x, reading)
-        outputs = self.experts(x[:, :, None], assignment, reading)
-        y = reading.add_bias(combine(outputs, routing.weights, routing.ids, reading), self.bias)
+        y = self.experts.mixed(x[:, :, None], assignment, routing.weights, routing.ids, reading)
+        y = reading.add_bias(y, self.bias)
         return (y if self.shared is None else reading.rule.add(y, self.shared(x, reading))), routing

@@ -103,8 +103,7 @@ class Decoder(nnx.Module):
         ``key`` is a training step's randomness; without one nothing is random.
         """
         run_block = jax.checkpoint(_run_block) if rematerialise else _run_block
-        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
-        context, cache = self._context(valid, cache)
+        context, cache = self._context(tokens.shape, valid, cache)
         x = self.embedding[tokens] if embedded is None else embedded
         stored, routing, entering, previous = [], [], [], None
         for i, layer in enumerate(self.layers):
@@ -138,9 +137,12 @@ class Decoder(nnx.Module):
         layers = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes]
         return Cache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
-    def _context(self, valid: Array, cache: Cache | None) -> tuple[Context, Cache | None]:
+    def _context(
+        self, shape: tuple[int, ...], valid: Array | None, cache: Cache | None
+    ) -> tuple[Context, Cache | None]:
         """Rotations, mask and write position of this pass, and the cache with its bookkeeping advanced."""
-        tokens = valid.shape[1]
+        whole, tokens = valid is None and cache is None, shape[1]
+        valid = jnp.ones(shape, bool) if valid is None else valid
         if cache is None:
             start, seen, before = 0, valid, 0
         else:
@@ -151,4 +153,5 @@ class Decoder(nnx.Module):
         positions = jnp.maximum(before + jnp.cumsum(valid, axis=1) - 1, 0)
         distance = (start + jnp.arange(tokens))[:, None] - jnp.arange(seen.shape[1])
         angles = self.config.rope.angles(positions, self.config.head_dim)
-        return Context(*angles, (distance >= 0) & seen[:, None], distance, valid, start), cache
+        mask = None if whole else (distance >= 0) & seen[:, None]
+        return Context(*angles, mask, distance, valid, start), cache

@@ -30,3 +30,22 @@ SLOPES: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": _gelu_tanh,
     "relu": _relu,
 }
+
+
+@jax.custom_vjp
+def branches(x: Float[Array, "*s 2 F"]) -> tuple[Float[Array, "*s F"], Float[Array, "*s F"]]:
+    """Gate and linear branch of a unit."""
+    return x[..., 0, :], x[..., 1, :]
+
+
+def _forward(x):
+    return branches(x), None
+
+
+def _backward(_, cotangents):
+    gate, up = cotangents
+    # a selection, since XLA's kernel for a concatenation takes twice as long
+    return (jnp.where((jnp.arange(2) == 0)[:, None], gate[..., None, :], up[..., None, :]),)
+
+
+branches.defvjp(_forward, _backward)

@@ -24,7 +24,7 @@ from moejax.relevance.result import ExpertRelevance
 from moejax.relevance.targets import Argmax, Target
 from moejax.rules import AttnLRP, Gates, Plain, Reading
 from moejax.rules.primitives import accumulation_dtype, attach, gate
-from moejax.rules.rule import AttentionProduct, Slope
+from moejax.rules.rule import AttentionProduct, Slope, Total, over_slots
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,9 @@ class Activations(Plain):
     def leaks(self) -> frozenset[str]:
         return frozenset()
 
-    def combine(self, terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
+    def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
         """A term times its own direction is its norm."""
-        return _along_themselves(terms)
+        return attach(stop_gradient(total(terms)), _along_themselves(terms))
 
     def attention(
         self,
@@ -451,7 +451,7 @@ def _read(lm: LM, question: Question, rule: Activations, nodes: tuple[str, ...] 
     if not isinstance(seeds, LogitSeeds):
         last, one = jnp.full((1, 1), tokens.shape[1] - 1), jnp.ones((1, 1, 1), decoder_dtype(lm))
         seeds = LogitSeeds.of(last, jnp.zeros(one.shape, jnp.int32), one)
-    out = relevance(lm.packed, tokens, jnp.ones(tokens.shape, bool), seeds, Gates(), rule=rule, nodes=nodes, joint=True)
+    out = relevance(lm.packed, tokens, None, seeds, Gates(), rule=rule, nodes=nodes, joint=True)
     return jax.tree.map(np.asarray, out)
 
 

@@ -148,7 +148,7 @@ class Readout(NamedTuple):
 def relevance(
     weights: Decoder | Packed,
     tokens: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
+    valid: Bool[Array, "B T"] | None,
     seeds: Seeds,
     knobs: Gates,
     *,
@@ -161,6 +161,7 @@ def relevance(
     """Relevance at every gate for all seeds, in one forward pass and one backward pass over a batch of seeds.
 
     Args:
+        valid: tokens that are not padding; ``None``, which saves time, where none is.
         knobs: interventions that hold during the pass.
         chunk: how many seeds to propagate at a time at most, over one and the same forward pass; all by default.
         nodes: where to read the relevance of every number (:data:`NODES`), as ``"attention.3"``.

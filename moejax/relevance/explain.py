@@ -91,7 +91,7 @@ def explain_batch(
     out = relevance(
         lm.packed,
         tokens,
-        valid,
+        None if valid.all() else valid,
         seeds,
         knobs,
         rule=rule,

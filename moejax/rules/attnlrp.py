@@ -12,7 +12,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from moejax.rules.primitives import elementwise_identity, scale_cotangent, share_by_size, uniform_product
-from moejax.rules.rule import AttentionProduct, Rule, Slope, activate
+from moejax.rules.rule import AttentionProduct, Rule, Slope, Total, activate, over_slots
 
 Router = Literal["constant", "uniform", "gradient", "proportional"]
 
@@ -73,8 +73,8 @@ class AttnLRP(Rule):
         product = super().mix(weights, outputs)
         return scale_cotangent(product, 0.5) if self.router == "uniform" else product
 
-    def combine(self, terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
-        return share_by_size(terms, axis=-2) if self.router == "proportional" else super().combine(terms)
+    def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
+        return share_by_size(terms, total) if self.router == "proportional" else super().combine(terms, total)
 
     def clamp(self, x: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
         """Identity rule, so that saturated units keep their relevance."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from moejax.rules.attnlrp import AttnLRP
 from moejax.rules.gamma import sum_of_sizes
 from moejax.rules.primitives import by_size, share_by_size
-from moejax.rules.rule import AttentionProduct, MatMul, Slope, Weight
+from moejax.rules.rule import AttentionProduct, MatMul, Slope, Total, Weight, over_slots
 
 _FLAT = -6.0
 """Where the published rule takes a SiLU as saturated."""
@@ -81,8 +81,8 @@ class Backtrace(AttnLRP):
         q, k = stop_gradient(q), stop_gradient(k)
         return by_size(product(q, k, v), product(q, k, jnp.abs(v)))
 
-    def combine(self, terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
-        return share_by_size(terms, axis=-2)
+    def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
+        return share_by_size(terms, total)
 
     def add(self, stream: Float[Array, "*b D"], branch: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         return by_size(stream + branch, jnp.abs(stream) + jnp.abs(branch))

@@ -5,6 +5,7 @@ written in the gradient convention: the cotangent of a tensor ``x`` is ``c = R /
 relevance of anything is read as ``sum(x * c)`` and no rule ever divides by an activation.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -148,6 +149,6 @@ def by_size(value: Float[Array, "*s"], size: Float[Array, "*s"]) -> Float[Array,
     return attach(stop_gradient(value), stop_gradient(ratio) * size)
 
 
-def share_by_size(terms: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """The sum of ``terms`` along ``axis``, which receive its relevance in proportion to their absolute values."""
-    return by_size(terms.sum(axis), jnp.abs(terms).sum(axis))
+def share_by_size(terms: Float[Array, "..."], total: Callable[[Array], Array]) -> Float[Array, "..."]:
+    """``total(terms)``, a sum of them, which receive its relevance in proportion to their absolute values."""
+    return by_size(total(terms), total(jnp.abs(terms)))

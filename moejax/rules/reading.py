@@ -39,6 +39,17 @@ class Reading:
         taps = {names[k][0]: tap for k, tap in self.taps.items() if names[k][2] == str(layer)}
         return replace(self, gates=self.gates.at(layer), probes=probes, taps=taps)
 
+    def rearranged(
+        self, by_row: Callable[[Float[Array, "B T K *s"]], Float[Array, "P *s"]], slots: tuple[int, int, int]
+    ) -> "Reading":
+        """For rows made of the routed slots ``[B T K]``, which then are the batch; gates are not taken along.
+
+        Args:
+            by_row: makes rows of what there is for each slot.
+        """
+        probes = {k: by_row(jnp.broadcast_to(p[:, None, None], slots)) for k, p in self.probes.items()}
+        return Reading(self.rule, probes=probes, taps={k: by_row(self.taps[k]) for k in self.taps if k == "neurons"})
+
     def tap(self, name: str, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """``x`` as the node of that name, a place where the relevance of every number may be read."""
         return gate(x, self.taps[name]) if name in self.taps else x

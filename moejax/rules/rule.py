@@ -12,6 +12,12 @@ Weight = Array | Any
 
 MatMul = Callable[[Array, Weight], Array]
 Slope = Callable[[Array], Array]
+Total = Callable[[Float[Array, "*b K D"]], Float[Array, "*b D"]]
+
+
+def over_slots(terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
+    """The sum over slots that are all at hand."""
+    return terms.sum(-2)
 
 
 @runtime_checkable
@@ -77,9 +83,9 @@ class Rule:
         """``x`` limited to ``[low, high]``."""
         return jnp.clip(x, low, high)
 
-    def combine(self, terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
-        """Sum of the routed slots' weighted outputs."""
-        return terms.sum(-2)
+    def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
+        """Sum of the routed slots' weighted outputs; ``total`` computes it, over all devices that have some."""
+        return total(terms)
 
     def linear(
         self,

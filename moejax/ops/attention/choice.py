@@ -2,10 +2,12 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
+
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
-from moejax.ops.attention.fused import fits, fused
+from moejax.ops.attention.fused import fits, fused, in_sight
 from moejax.ops.attention.plain import plain
 
 Implementation = Literal["plain", "blocks", "fused"]
@@ -18,7 +20,7 @@ def attention(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S G C"],
     v: Float[Array, "B S G C"],
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "B T S"] | None,
     *,
     scale: float,
     sinks: Float[Array, " H"] | None = None,
@@ -34,7 +36,8 @@ def attention(
     and softmax are in float32 whatever the inputs' dtype. A query that may see no key (padding) yields zeros.
 
     Args:
-        mask: the keys that each query may see; what follows only promises something about it.
+        mask: the keys that each query may see; what follows only promises something about it. ``None`` for all that
+            ``causal`` and ``window`` leave.
         edges: multiplies the pattern; its cotangent is the relevance of every edge.
         causal: queries and keys are the same tokens in order, and no query sees a later one.
         window: of ``causal`` keys, each query sees none but the last ``window``.
@@ -49,6 +52,11 @@ def attention(
     """
     if implementation is None:
         implementation = "plain" if edges is not None else "fused" if fits(q, k, causal, sinks) else "blocks"
+    if mask is None and not causal:
+        raise ValueError("attention without a mask is for causal attention.")
+    if mask is None and implementation != "fused":
+        shape = (q.shape[0], q.shape[1], k.shape[1])
+        mask = jnp.broadcast_to(in_sight(q.shape[1], window), shape)
     if implementation == "plain":
         return plain(q, k, v, mask, scale=scale, sinks=sinks, edges=edges)
     if edges is not None:

@@ -29,7 +29,7 @@ def fused(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B T G C"],
     v: Float[Array, "B T G C"],
-    mask: Bool[Array, "B T T"],
+    mask: Bool[Array, "B T T"] | None,
     *,
     scale: float,
     window: int | None,
@@ -37,14 +37,20 @@ def fused(
     kernel: Kernel = "cudnn",
 ) -> Float[Array, "B T H C"]:
     """Attention, arguments as in :func:`attention`. Scores are in float32 here too, but never reach memory."""
-    tokens = q.shape[1]
-    back = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
-    whole = (mask == (back >= 0) & (back < (window or tokens))).all()
+    whole = None if mask is None else (mask == in_sight(q.shape[1], window)).all()
     return _attend((scale, window, block, kernel), q, k, v, mask, whole)
 
 
+def in_sight(tokens: int, window: int | None) -> Bool[Array, "T T"]:
+    """The keys that each query sees of the same tokens: none later, none but the last ``window``."""
+    back = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+    return (back >= 0) & (back < (window or tokens))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings: tuple, q: Array, k: Array, v: Array, mask: Array, whole: Array) -> Array:
+def _attend(settings: tuple, q: Array, k: Array, v: Array, mask: Array | None, whole: Array | None) -> Array:
+    if mask is None:
+        return _together(partial(_kernel, settings))(q, k, v)
     return jax.lax.cond(whole, _together(partial(_kernel, settings)), _blocks(settings, mask), q, k, v)
 
 
@@ -54,6 +60,8 @@ def _forward(settings, q, k, v, mask, whole):
 
 def _backward(settings, saved, cotangent):
     q, k, v, mask, whole = saved
+    if mask is None:
+        return *_pulled(settings)(cotangent, q, k, v), None, None
     of_blocks = lambda c, *x: jax.vjp(_blocks(settings, mask), *x)[1](c)  # noqa: E731
     dq, dk, dv = jax.lax.cond(whole, _pulled(settings), of_blocks, cotangent, q, k, v)
     return dq, dk, dv, None, None

@@ -1,11 +1,15 @@
 """Which rows go to which expert, computed once for the products of a layer."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
+
+ALIGNED = 8
+"""An expert's rows begin at a multiple of this, which a tile of a GPU's matrix unit needs."""
 
 
 @jax.tree_util.register_dataclass
@@ -13,35 +17,107 @@ from jaxtyping import Array, Int
 class Assignment:
     """Routed slots by expert.
 
+    The products of a layer work on *rows*: the routed slots ordered by expert, each expert's from a multiple of
+    :data:`ALIGNED` on, so that there are some rows more than slots. What stands in these is never read.
+
     Attributes:
         ids: the expert of each slot of each token.
-        rank: how many earlier slots went to the same expert: the slot's row in that expert's buffer. Negative for a
-            slot that goes nowhere: it takes no place, and its product is zero.
+        rank: how many earlier slots went to the same expert. Negative for a slot that goes nowhere: it has no row, and
+            its product is zero.
         load: slots of each expert.
+        first: the first row of each expert, if they are ordered so.
+        place: the row of each slot; of one that goes nowhere, any.
+        slot: the slot at each row, counted through ``[T K]``; 0 where there is none.
+        by_expert: whether rows are ordered by expert (static); if not, as the slots are, which suits a few of them.
         complete: whether every slot goes somewhere (static).
-        mesh: devices over whose axis ``expert`` the experts are split (static); ``None`` where each has all of them.
+        mesh: devices over which the weights are split (static); ``None`` where each has all of them.
     """
 
     ids: Int[Array, "T K"]
     rank: Int[Array, "T K"]
     load: Int[Array, " E"]
+    first: Int[Array, " E"]
+    place: Int[Array, "T K"]
+    slot: Int[Array, " P"]
+    by_expert: bool = field(default=True, metadata={"static": True})
     complete: bool = field(default=True, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        ids: Int[Array, "T K"],
+        rank: Int[Array, "T K"],
+        load: Int[Array, " E"],
+        *,
+        by_expert: bool,
+        complete: bool,
+        mesh: Mesh | None,
+    ) -> Self:
+        """The rows of ranked slots."""
+        slots = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
+        aligned = -(-load // ALIGNED) * ALIGNED
+        first = jnp.cumsum(aligned) - aligned
+        if by_expert:
+            rows = (ids.size + (ALIGNED - 1) * min(ids.size, len(load))) // ALIGNED * ALIGNED
+            place = jnp.where(rank < 0, rows, first[ids] + rank)
+            slot = jnp.zeros(rows, jnp.int32).at[place].set(slots, mode="drop", unique_indices=complete)
+            place = jnp.minimum(place, rows - 1)
+        else:
+            place, slot = slots, slots.ravel()
+        # otherwise XLA computes a row's index again for every number that is copied with it
+        arrays = jax.lax.optimization_barrier((ids, rank, load, first, place, slot))
+        return cls(*arrays, by_expert=by_expert, complete=complete, mesh=mesh)
 
     def limited(self, capacity: int) -> "Assignment":
         """The same with no more than ``capacity`` slots for an expert; later ones go nowhere."""
         rank = jnp.where(self.rank < capacity, self.rank, -1)
-        return replace(self, rank=rank, load=jnp.minimum(self.load, capacity), complete=False)
+        load = jnp.minimum(self.load, capacity)
+        return self.of(self.ids, rank, load, by_expert=self.by_expert, complete=False, mesh=self.mesh)
+
+    def arranged(self, by_expert: bool) -> "Assignment":
+        """The same with rows in that order."""
+        return self.of(
+            self.ids, self.rank, self.load, by_expert=by_expert, complete=self.complete, mesh=self.mesh
+        )
+
+    @property
+    def expert(self) -> Int[Array, " P"]:
+        """The expert of each row; E where there is no slot."""
+        expert = take(self.ids.ravel(), self.slot)
+        if not self.by_expert:
+            return jnp.where(self.rank.ravel() < 0, len(self.load), expert)
+        rank = jnp.arange(len(self.slot), dtype=jnp.int32) - take(self.first, expert)
+        held = (rank >= 0) & (rank < take(self.load, expert))
+        return jax.lax.optimization_barrier(jnp.where(held, expert, len(self.load)))
 
 
-def assign(ids: Int[Array, "T K"], num_experts: int, *, nowhere: bool = False, mesh: Mesh | None = None) -> Assignment:
+def assign(
+    ids: Int[Array, "T K"],
+    num_experts: int,
+    *,
+    nowhere: bool = False,
+    mesh: Mesh | None = None,
+    by_expert: bool | None = None,
+) -> Assignment:
     """Count and rank the slots of each expert. The ids of one token must be distinct, as a top-k selection's are.
 
-    With ``nowhere``, ids from ``num_experts`` on, which need not be distinct, are slots that go to no expert.
+    Args:
+        nowhere: ids from ``num_experts`` on, which need not be distinct, are slots that go to no expert.
+        by_expert: order rows by expert; by default unless there are fewer slots than half the experts, for which it
+            is cheaper to copy each slot's matrix.
     """
     chosen = (ids[..., None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32)
     earlier = jnp.cumsum(chosen, axis=0) - chosen
     inside = jnp.minimum(ids, num_experts - 1) if nowhere else ids
     rank = jnp.take_along_axis(earlier, inside, axis=1)
     rank = jnp.where(ids < num_experts, rank, -1) if nowhere else rank
-    return Assignment(inside, rank, chosen.sum(0), complete=not nowhere, mesh=mesh)
+    if by_expert is None:
+        by_expert = ids.size > num_experts // 2
+    return Assignment.of(inside, rank, chosen.sum(0), by_expert=by_expert, complete=not nowhere, mesh=mesh)
+
+
+def take(x: Array, index: Int[Array, "*s"]) -> Array:
+    """``x[index]`` along the first axis."""
+    # unsigned and promised: no wrapping, no clamping, no masking around a plain row copy
+    return x.at[index.astype(jnp.uint32)].get(mode="promise_in_bounds")

@@ -1,65 +1,83 @@
-"""Experts on several devices: each multiplies the slots of its own, and the results are exchanged.
+"""Experts on several devices: each computes what its own contribute, and the sums are exchanged.
 
-Matrices never travel. Every device is given all tokens, which are small beside the matrices, and sends what it
-computed; a slot is zero on all devices but its expert's, so that their sum is exact.
+Matrices never travel. Every device is given all tokens, which are small beside the matrices; a slot is zero on all devices
+but its expert's, so that the sum over devices is exact.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from moejax.ops.experts.assignment import Assignment
-from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.experts.assignment import Assignment, assign
 
 AXIS = "expert"
 """The mesh axis over which experts are split."""
 
+Total = Callable[[Array], Array]
+"""The sum of what the devices found."""
 
-def over_devices(
-    run: Callable[..., Array],
-    rows: tuple[Array, ...],
-    assignment: Assignment,
-    weight: Array | MXFP4,
-    *,
-    split: bool = False,
-) -> Array:
-    """``run(*rows, weight, assignment)`` with each device's experts, summed over devices, or ``split`` as experts are.
 
-    Other axes of the mesh are left to XLA.
+@runtime_checkable
+class Run(Protocol):
+    """Computes with some experts and the slots that are theirs; all that it returns has passed through ``total``."""
+
+    def __call__(self, experts: Any, assignment: Assignment, total: Total, *shared: Any) -> Array: ...
+
+
+def over_devices(run: Run, experts: Any, assignment: Assignment, *shared: Any) -> Array:
+    """``run(experts, assignment, total, *shared)``, on every device with its own experts where they are split.
+
+    Other axes of the mesh are left to XLA. Differentiable in ``experts`` and ``shared``.
+
+    Args:
+        experts: a pytree of arrays whose first axis is that of the experts.
+        shared: pytrees that every device is given whole.
     """
     mesh = assignment.mesh
-    assert mesh is not None, "called for experts that are split"
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    devices, experts = mesh.shape[AXIS], assignment.load.shape[0]
-    first = jnp.arange(devices, dtype=jnp.int32) * (experts // devices)
+    if mesh is None or AXIS not in mesh.axis_names:
+        return run(experts, assignment, lambda x: x, *shared)
+    devices, count = mesh.shape[AXIS], len(assignment.load)
+    total = partial(_total, mesh.devices.flat[0].platform == "cpu", devices)
+    first = jnp.arange(devices, dtype=jnp.int32) * (count // devices)
 
-    def on_one(rows: tuple[Array, ...], weight: Array | MXFP4, slots: Assignment, first: Array) -> Array:
+    def on_one(experts: Any, first: Array, slots: Assignment, shared: tuple) -> Array:
+        own = count // devices
         ids = slots.ids - first
-        mine = (ids >= 0) & (ids < slots.load.shape[0])
-        rank = jnp.where(mine, slots.rank, -1)
-        own = Assignment(jnp.where(mine, ids, 0), rank, slots.load, complete=False)
-        result = run(*rows, weight, own)
-        return result if split else _sum(result, on_cpu)
+        mine = (ids >= 0) & (ids < own) & (slots.rank >= 0)
+        part = assign(jnp.where(mine, ids, own), own, nowhere=True, by_expert=slots.by_expert, mesh=slots.mesh)
+        return run(experts, part, total, *shared)
 
     own, everywhere = PartitionSpec(AXIS), PartitionSpec()
-    slots = replace(assignment, mesh=None)
-    places = replace(slots, ids=everywhere, rank=everywhere, load=own)
     exchanged = jax.shard_map(
         on_one,
         mesh=mesh,
-        in_specs=(everywhere, own, places, own),
-        out_specs=own if split else everywhere,
+        in_specs=(own, own, everywhere, everywhere),
+        out_specs=everywhere,
         axis_names={AXIS},
         check_vma=False,
     )
-    return exchanged(rows, weight, slots, first)
+    return exchanged(experts, first, assignment, shared)
 
 
-def _sum(x: Array, on_cpu: bool) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _total(on_cpu: bool, devices: int, x: Array) -> Array:
     # XLA's CPU compiler aborts at a sum of bfloat16 over devices (AllReducePromotion, jaxlib 0.10)
     narrow = on_cpu and x.dtype == jnp.bfloat16
     return jax.lax.psum(x.astype(jnp.float32), AXIS).astype(x.dtype) if narrow else jax.lax.psum(x, AXIS)
+
+
+def _forward(on_cpu, devices, x):
+    return _total(on_cpu, devices, x), None
+
+
+def _backward(on_cpu, devices, _, cotangent):
+    # a result that all devices have hands each an equal part of its cotangent, of which each needs all
+    return (cotangent * devices,)
+
+
+_total.defvjp(_forward, _backward)

@@ -60,8 +60,7 @@ def explanation(rule: Rule, targets: int, *, rematerialise: bool = False) -> Cal
         length = tokens.shape[1]
         positions = jnp.arange(length - targets, length, dtype=jnp.int32)[None]
         seeds = LogitSeeds.of(positions, jnp.full((1, targets, 1), -1, jnp.int32), jnp.ones((1, targets, 1)))
-        valid = jnp.ones(tokens.shape, bool)
-        return relevance(weights, tokens, valid, seeds, Gates(), rule=rule, rematerialise=rematerialise)
+        return relevance(weights, tokens, None, seeds, Gates(), rule=rule, rematerialise=rematerialise)
 
     return run
 

@@ -1,0 +1,214 @@
+"""The grouped product as one kernel for NVIDIA's Hopper GPUs (compute capability 9), written in Pallas.
+
+Tiles of rows are cut expert by expert, so that the work is that of the loads, however uneven. Every multiprocessor takes
+tile after tile: one warpgroup copies blocks of rows and weights to shared memory, some steps ahead, and two multiply
+half of the tile's rows each.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int
+
+from moejax.ops.experts.assignment import ALIGNED, Assignment
+from moejax.ops.experts.exchange import AXIS
+from moejax.ops.mxfp4 import MXFP4
+
+_ROWS, _DEPTH = 128, 64
+"""Rows of a tile, and of the contracted axis what one step multiplies."""
+
+_MANY = 128
+"""Mean rows of an expert from which on multiplying takes longer than reading the weights; then tiles are wide."""
+
+
+class Tiling(NamedTuple):
+    """Columns of a tile, steps that are copied ahead, multiprocessors."""
+
+    columns: int
+    stages: int
+    processors: int
+
+
+def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignment: Assignment) -> bool:
+    """Whether there is such a GPU, and the kernel takes these operands both ways."""
+    if jax.default_backend() != "gpu" or not assignment.by_expert:
+        return False
+    device, mesh = jax.devices()[0], assignment.mesh
+    # what XLA splits over devices it cannot split inside of a kernel
+    whole = mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
+    shape = weight.shape
+    outputs = math.prod(shape[1:-1])
+    narrow = x.dtype in (jnp.bfloat16, jnp.float16) and (isinstance(weight, MXFP4) or weight.dtype == x.dtype)
+    even = shape[-1] % _DEPTH == 0 and outputs % _DEPTH == 0
+    return whole and narrow and even and str(getattr(device, "compute_capability", "")).startswith("9.")
+
+
+def tiling(rows: int, experts: int, columns: int) -> Tiling:
+    """For ``rows`` in all and that many columns of the product, a multiple of 64."""
+    wide = (256, 192, 128, 64) if rows >= _MANY * experts else (128, 192, 64)
+    width = next(w for w in wide if columns % w == 0)
+    return Tiling(width, {256: 4, 192: 4, 128: 6, 64: 8}[width], jax.devices()[0].core_count)
+
+
+def matmul(
+    x: Float[Array, "P D"],
+    weight: Float[Array, "E M D"],
+    first: Int[Array, " E"],
+    load: Int[Array, " E"],
+    transpose: bool,
+    interpret: Any = None,
+) -> Float[Array, "P M"]:
+    """Rows ``first[e]`` to ``first[e] + load[e]`` times the transposed matrix of expert ``e``, or times the matrix.
+
+    ``first`` has multiples of 8. With a batch of ``x`` the weights are read once. Other rows are left as they are found.
+    """
+    run = partial(_kernel, transpose=transpose, interpret=interpret)
+    return _batched(run)(x, weight, first, load)
+
+
+def _batched(run):
+    product = custom_vmap(run)
+
+    @product.def_vmap
+    def several(size: int, in_batched: list[bool], x: Array, weight: Array, first: Array, load: Array):
+        rows_alone = in_batched[0] and not any(in_batched[1:])
+        if not rows_alone:
+            each = [
+                a if batched else jnp.broadcast_to(a, (size, *a.shape))
+                for a, batched in zip((x, weight, first, load), in_batched, strict=True)
+            ]
+            return lax.map(lambda operands: product(*operands), tuple(each)), True
+        # a row's copies stand together, so that an expert's rows still do
+        rows = jnp.moveaxis(x, 0, 1).reshape(-1, x.shape[-1])
+        y = product(rows, weight, first * size, load * size)
+        return jnp.moveaxis(y.reshape(-1, size, y.shape[-1]), 1, 0), True
+
+    return product
+
+
+def _tiles(first: Array, load: Array, rows: int) -> tuple[Int[Array, "3 I"], Int[Array, "1"]]:
+    """Expert, first row and number of rows (a multiple of 8) of every tile, and how many there are."""
+    experts = len(load)
+    count = -(-load // _ROWS)
+    last = jnp.cumsum(count)
+    index = jnp.arange(rows // _ROWS + experts, dtype=jnp.int32)
+    expert = jnp.minimum((index[:, None] >= last).sum(1, dtype=jnp.int32), experts - 1)
+    inner = (index - (last - count)[expert]) * _ROWS
+    here = jnp.minimum((-(-load // ALIGNED) * ALIGNED)[expert] - inner, _ROWS)
+    table = jnp.stack([expert, first[expert] + inner, here])
+    return table.astype(jnp.int32), last[-1:].astype(jnp.int32)
+
+
+def _kernel(
+    x: Array, weight: Array, first: Array, load: Array, *, transpose: bool, interpret: Any, tile: Tiling | None = None
+) -> Array:
+    # imported late: it is only there where jax was built for GPUs
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as gpu
+
+    (rows, depth), columns = x.shape, weight.shape[2 if transpose else 1]
+    t = tile or tiling(rows, len(weight), columns)
+    steps, across = depth // _DEPTH, columns // t.columns
+    stages, half = min(t.stages, steps), _ROWS // 2
+    stored = 128 if t.columns % 128 == 0 else 64
+
+    def body(x, weight, table, count, y, xs, ws, ys, loaded, used):
+        group, processor = lax.axis_index("group"), lax.axis_index("processor")
+        mine = lax.div(count[0] * across - processor + (t.processors - 1), t.processors)
+
+        def tile_at(i: Array) -> tuple[Array, ...]:
+            index = processor + i * t.processors
+            m = lax.div(index, across)
+            return table[0, m], pl.multiple_of(table[1, m], ALIGNED), table[2, m], lax.rem(index, across) * t.columns
+
+        @pl.when(group == 2)
+        def _copy():
+            gpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, mine)
+            def _tile(i):
+                expert, start, _, column = tile_at(i)
+
+                @pl.loop(0, steps)
+                def _step(k):
+                    n = i * steps + k
+                    stage, part = lax.rem(n, stages), pl.ds(k * _DEPTH, _DEPTH)
+                    wide = pl.ds(column, t.columns)
+                    pl.when(n >= stages)(lambda: gpu.barrier_wait(used.at[stage]))
+                    gpu.copy_gmem_to_smem(x.at[pl.ds(start, _ROWS), part], xs.at[stage], loaded.at[stage])
+                    block = weight.at[expert, part, wide] if transpose else weight.at[expert, wide, part]
+                    gpu.copy_gmem_to_smem(block, ws.at[stage], loaded.at[stage])
+
+            # leave no barrier behind that somebody still arrives at
+            @pl.loop(jnp.maximum(mine * steps - stages, 0), mine * steps)
+            def _rest(n):
+                gpu.barrier_wait(used.at[lax.rem(n, stages)])
+
+        @pl.when(group < 2)
+        def _multiply():
+            gpu.set_max_registers(232, action="increase")
+
+            @pl.loop(0, mine)
+            def _tile(i):
+                _, start, held, column = tile_at(i)
+
+                def product(total):
+                    @pl.loop(0, steps)
+                    def _step(k):
+                        n = i * steps + k
+                        stage = lax.rem(n, stages)
+                        gpu.barrier_wait(loaded.at[stage])
+                        block = ws.at[stage] if transpose else gpu.transpose_ref(ws.at[stage], (1, 0))
+                        gpu.wgmma(total, xs.at[stage, pl.ds(group * half, half)], block)
+                        # the product before this one has ended, so that its stage may be written
+                        gpu.wgmma_wait(1)
+                        pl.when(k > 0)(lambda: gpu.barrier_arrive(used.at[lax.rem(n - 1, stages)]))
+
+                    found = total[...]
+                    gpu.barrier_arrive(used.at[lax.rem(i * steps + steps - 1, stages)])
+                    return found
+
+                found = pl.run_scoped(product, gpu.ACC((half, t.columns), jnp.float32)).astype(y.dtype)
+                own = jnp.clip(held - group * half, 0, half)
+                for c in range(0, t.columns, stored):
+                    gpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    ys[group] = found[:, c : c + stored]
+                    gpu.commit_smem()
+                    # copies have fixed sizes, and rows of the next expert must not be touched: powers of two
+                    size = half
+                    while size >= ALIGNED:
+
+                        @pl.when((own & size) != 0)
+                        def _store(size=size, c=c):
+                            done = pl.multiple_of(own & ~(2 * size - 1), ALIGNED)
+                            there = pl.ds(pl.multiple_of(start + group * half + done, ALIGNED), size)
+                            part = ys.at[group, pl.ds(done, size)]
+                            gpu.copy_smem_to_gmem(part, y.at[there, pl.ds(column + c, stored)])
+
+                        size //= 2
+            gpu.wait_smem_to_gmem(0)
+
+    layout = (gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128))
+    block = (_DEPTH, t.columns) if transpose else (t.columns, _DEPTH)
+    run = gpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, columns), x.dtype),
+        grid=(t.processors,),
+        grid_names=("processor",),
+        num_threads=3,
+        thread_name="group",
+        scratch_types=[
+            gpu.SMEM((stages, _ROWS, _DEPTH), x.dtype, transforms=layout),
+            gpu.SMEM((stages, *block), x.dtype, transforms=layout),
+            gpu.SMEM((2, half, stored), x.dtype, transforms=layout),
+            gpu.Barrier(num_arrivals=2, num_barriers=stages),
+            gpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ],
+        interpret=interpret,
+    )
+    return run(x, weight, *_tiles(first, load, rows))

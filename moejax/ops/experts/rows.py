@@ -1,0 +1,57 @@
+"""Between routed slots ``[T K]`` and the rows that the experts' products work on: two copies, each the other's gradient."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.ops.experts.assignment import Assignment, take
+
+
+@jax.custom_vjp
+def spread(x: Float[Array, "T KorOne *D"], assignment: Assignment) -> Float[Array, "P *D"]:
+    """A row for each slot; ``x`` has one for each, or one that all slots of a token share (second axis 1)."""
+    tokens, slots = assignment.ids.shape
+    if not assignment.by_expert:
+        return jnp.broadcast_to(x, (tokens, slots, *x.shape[2:])).reshape(-1, *x.shape[2:])
+    return take(x.reshape(-1, *x.shape[2:]), assignment.slot // (slots // x.shape[1]))
+
+
+def _spread_forward(x, assignment):
+    return spread(x, assignment), (x.shape[1], assignment)
+
+
+def _spread_backward(saved, cotangent):
+    width, assignment = saved
+    dx = collect(cotangent, assignment)
+    return dx.sum(1, keepdims=True) if width == 1 else dx, None
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def collect(rows: Float[Array, "P *D"], assignment: Assignment) -> Float[Array, "T K *D"]:
+    """The row of each slot; zero for slots that go nowhere."""
+    tokens, slots = assignment.ids.shape
+    if not assignment.by_expert:
+        return _somewhere(rows.reshape(tokens, slots, *rows.shape[1:]), assignment)
+    return _somewhere(take(rows, assignment.place), assignment)
+
+
+def _collect_forward(rows, assignment):
+    return collect(rows, assignment), assignment
+
+
+def _collect_backward(assignment, cotangent):
+    # outside jit a cotangent may be a numpy array, which cannot be indexed as rows are
+    return spread(_somewhere(jnp.asarray(cotangent), assignment), assignment), None
+
+
+collect.defvjp(_collect_forward, _collect_backward)
+
+
+def _somewhere(x: Float[Array, "T K *D"], assignment: Assignment) -> Float[Array, "T K *D"]:
+    if assignment.complete:
+        return x
+    goes = assignment.rank >= 0
+    return jnp.where(goes.reshape(*goes.shape, *[1] * (x.ndim - 2)), x, 0)
