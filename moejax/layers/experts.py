@@ -1,5 +1,6 @@
 """The experts of a mixture as stacked arrays: their products for the routed slots, and the weighted sum of these."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -83,7 +84,13 @@ def combine(
     """
     weights, outputs = weights.astype(outputs.dtype), reading.enter("router", outputs)
     mixed = reading.leave("router", reading.rule.mix(weights, outputs))
-    return reading.rule.combine(reading.gate_experts(mixed, ids, prefix), lambda terms: total(terms.sum(-2)))
+
+    def over_all(terms: Float[Array, "B T K D"]) -> Float[Array, "B T D"]:
+        # rounded once, however many devices there are
+        wide = jnp.promote_types(terms.dtype, jnp.float32)
+        return total(terms.sum(-2, dtype=wide)).astype(terms.dtype)
+
+    return reading.rule.combine(reading.gate_experts(mixed, ids, prefix), over_all)
 
 
 def _linear(
@@ -105,8 +112,8 @@ def _linear(
 def _rows(x: Float[Array, "B T KorOne D"], assignment: Assignment, reading: Reading) -> tuple[Array, Reading]:
     """The experts' rows, and the reading whose batch they are."""
     by_row = lambda slots: spread(slots.reshape(-1, *slots.shape[2:]), assignment)  # noqa: E731
-    slots = (*x.shape[:2], assignment.ids.shape[1])
-    return by_row(x), reading.rearranged(by_row, slots)
+    batch, tokens = x.shape[:2]
+    return by_row(x), reading.rearranged(by_row, (batch, tokens, assignment.ids.shape[1]))
 
 
 def _by_token(slots: Float[Array, "N K *M"], x: Float[Array, "B T KorOne D"]) -> Float[Array, "B T K *M"]:

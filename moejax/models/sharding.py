@@ -130,9 +130,12 @@ def shard(decoder: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mappin
 
 
 def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder:
-    """The decoder, its mixtures told that their experts lie on several devices, if they do."""
+    """The decoder, its mixtures told over which devices their experts lie."""
     experts = (s for path, s in placed.items() if (AXES.get(_LAYER.sub("", path, count=1)) or (None,))[0] == "expert")
-    mesh = next((s.mesh for s in experts if s.spec[0] == AXIS and isinstance(s.mesh, Mesh)), None)
+    meshes = [(s.mesh, s.spec[0]) for s in experts if isinstance(s.mesh, Mesh)]
+    split = next((mesh for mesh, axis in meshes if axis == AXIS), None)
+    others = next((mesh for mesh, _ in meshes if AXIS not in mesh.axis_names), None)
+    mesh = others if split is None else split
     structure = jax.tree.structure(Decoder.abstract(decoder.config.over(mesh)))
     return jax.tree.unflatten(structure, jax.tree.leaves(decoder))
 

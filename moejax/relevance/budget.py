@@ -10,6 +10,8 @@ from typing import NamedTuple
 from moejax.errors import MoejaxError
 from moejax.models import Config
 from moejax.ops.attention.choice import block_size
+from moejax.ops.experts import hopper
+from moejax.ops.experts.assignment import ALIGNED
 from moejax.ops.experts.matmul import capacities
 
 
@@ -90,6 +92,9 @@ def _attention_experts(config: Config, rows: int) -> int:
 
 
 def _buffer_rows(rows: int, slots: int, experts: int) -> int:
+    """Rows beside those of the slots: buffers of equal size, or what aligns each expert's rows where there are none."""
+    if hopper.available():
+        return (ALIGNED - 1) * experts
     return experts * capacities(rows, slots, experts)[-1]
 
 

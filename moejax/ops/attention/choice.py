@@ -1,9 +1,8 @@
 """The attention of every layer: which implementation computes it."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
-
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
@@ -52,22 +51,21 @@ def attention(
     """
     if implementation is None:
         implementation = "plain" if edges is not None else "fused" if fits(q, k, causal, sinks) else "blocks"
-    if mask is None and not causal:
-        raise ValueError("attention without a mask is for causal attention.")
-    if mask is None and implementation != "fused":
-        shape = (q.shape[0], q.shape[1], k.shape[1])
-        mask = jnp.broadcast_to(in_sight(q.shape[1], window), shape)
-    if implementation == "plain":
-        return plain(q, k, v, mask, scale=scale, sinks=sinks, edges=edges)
-    if edges is not None:
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation={implementation!r} is unknown; choose from 'blocks', 'fused', 'plain'.")
+    if edges is not None and implementation != "plain":
         raise ValueError(f"implementation={implementation!r} does not read edges; leave it out.")
+    if mask is None and not causal:
+        raise ValueError("without a mask attention is causal: give causal=True.")
     size = block or block_size(q.shape[1], k.shape[1] * q.shape[0] * q.shape[2])
     if implementation == "fused":
         if sinks is not None or not causal:
             raise ValueError("implementation='fused' is for causal attention without sinks; leave it out.")
         return fused(q, k, v, mask, scale=scale, window=window, block=size)
-    if implementation != "blocks":
-        raise ValueError(f"implementation={implementation!r} is unknown; choose from 'blocks', 'fused', 'plain'.")
+    if mask is None:
+        mask = jnp.broadcast_to(in_sight(q.shape[1], window), (q.shape[0], q.shape[1], k.shape[1]))
+    if implementation == "plain":
+        return plain(q, k, v, mask, scale=scale, sinks=sinks, edges=edges)
     return in_blocks(q, k, v, mask, sinks, scale=scale, causal=causal, window=window, block=size)
 
 

@@ -77,9 +77,7 @@ class Assignment:
 
     def arranged(self, by_expert: bool) -> "Assignment":
         """The same with rows in that order."""
-        return self.of(
-            self.ids, self.rank, self.load, by_expert=by_expert, complete=self.complete, mesh=self.mesh
-        )
+        return self.of(self.ids, self.rank, self.load, by_expert=by_expert, complete=self.complete, mesh=self.mesh)
 
     @property
     def expert(self) -> Int[Array, " P"]:

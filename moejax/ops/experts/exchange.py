@@ -1,12 +1,12 @@
 """Experts on several devices: each computes what its own contribute, and the sums are exchanged.
 
-Matrices never travel. Every device is given all tokens, which are small beside the matrices; a slot is zero on all devices
-but its expert's, so that the sum over devices is exact.
+Matrices never travel. Every device is given all tokens, which are small beside the matrices; a slot is zero on all
+devices but its expert's, so that the sum over devices is exact.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,13 @@ Total = Callable[[Array], Array]
 """The sum of what the devices found."""
 
 
-@runtime_checkable
-class Run(Protocol):
-    """Computes with some experts and the slots that are theirs; all that it returns has passed through ``total``."""
-
-    def __call__(self, experts: Any, assignment: Assignment, total: Total, *shared: Any) -> Array: ...
-
-
-def over_devices(run: Run, experts: Any, assignment: Assignment, *shared: Any) -> Array:
+def over_devices(run: Callable[..., Array], experts: Any, assignment: Assignment, *shared: Any) -> Array:
     """``run(experts, assignment, total, *shared)``, on every device with its own experts where they are split.
 
     Other axes of the mesh are left to XLA. Differentiable in ``experts`` and ``shared``.
 
     Args:
+        run: computes with some experts and the slots that are theirs; all that it returns has passed through ``total``.
         experts: a pytree of arrays whose first axis is that of the experts.
         shared: pytrees that every device is given whole.
     """

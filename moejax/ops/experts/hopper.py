@@ -1,8 +1,8 @@
 """The grouped product as one kernel for NVIDIA's Hopper GPUs (compute capability 9), written in Pallas.
 
-Tiles of rows are cut expert by expert, so that the work is that of the loads, however uneven. Every multiprocessor takes
-tile after tile: one warpgroup copies blocks of rows and weights to shared memory, some steps ahead, and two multiply
-half of the tile's rows each.
+Tiles of rows are cut expert by expert, so that the work is that of the loads, however uneven. Every multiprocessor
+takes tile after tile: one warpgroup copies blocks of rows and weights to shared memory, some steps ahead, and two
+multiply half of the tile's rows each.
 """
 
 import math
@@ -34,18 +34,25 @@ class Tiling(NamedTuple):
     processors: int
 
 
+def available() -> bool:
+    """Whether there is such a GPU."""
+    if jax.default_backend() != "gpu":
+        return False
+    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+
+
 def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignment: Assignment) -> bool:
     """Whether there is such a GPU, and the kernel takes these operands both ways."""
-    if jax.default_backend() != "gpu" or not assignment.by_expert:
+    if not available() or not assignment.by_expert:
         return False
-    device, mesh = jax.devices()[0], assignment.mesh
+    mesh = assignment.mesh
     # what XLA splits over devices it cannot split inside of a kernel
     whole = mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
     shape = weight.shape
     outputs = math.prod(shape[1:-1])
     narrow = x.dtype in (jnp.bfloat16, jnp.float16) and (isinstance(weight, MXFP4) or weight.dtype == x.dtype)
     even = shape[-1] % _DEPTH == 0 and outputs % _DEPTH == 0
-    return whole and narrow and even and str(getattr(device, "compute_capability", "")).startswith("9.")
+    return whole and narrow and even
 
 
 def tiling(rows: int, experts: int, columns: int) -> Tiling:
@@ -56,16 +63,16 @@ def tiling(rows: int, experts: int, columns: int) -> Tiling:
 
 
 def matmul(
-    x: Float[Array, "P D"],
+    x: Float[Array, "P A"],
     weight: Float[Array, "E M D"],
     first: Int[Array, " E"],
     load: Int[Array, " E"],
     transpose: bool,
     interpret: Any = None,
-) -> Float[Array, "P M"]:
+) -> Float[Array, "P B"]:
     """Rows ``first[e]`` to ``first[e] + load[e]`` times the transposed matrix of expert ``e``, or times the matrix.
 
-    ``first`` has multiples of 8. With a batch of ``x`` the weights are read once. Other rows are left as they are found.
+    ``first`` has multiples of 8. With a batch of ``x`` the weights are read once. What other rows hold is left open.
     """
     run = partial(_kernel, transpose=transpose, interpret=interpret)
     return _batched(run)(x, weight, first, load)
@@ -173,7 +180,7 @@ def _kernel(
                     gpu.barrier_arrive(used.at[lax.rem(i * steps + steps - 1, stages)])
                     return found
 
-                found = pl.run_scoped(product, gpu.ACC((half, t.columns), jnp.float32)).astype(y.dtype)
+                found = pl.run_scoped(product, gpu.WGMMAAccumulatorRef((half, t.columns), jnp.float32)).astype(y.dtype)
                 own = jnp.clip(held - group * half, 0, half)
                 for c in range(0, t.columns, stored):
                     gpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -191,6 +198,7 @@ def _kernel(
                             gpu.copy_smem_to_gmem(part, y.at[there, pl.ds(column + c, stored)])
 
                         size //= 2
+
             gpu.wait_smem_to_gmem(0)
 
     layout = (gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128))

@@ -78,9 +78,12 @@ def capacities(tokens: int, slots: int, experts: int) -> list[int]:
 
 
 def _gather(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
-    m = _outputs(weight)
-    spec = f"p{m},p{m}d->pd" if transpose else f"pd,p{m}d->p{m}"
-    return jnp.einsum(spec, *_unpacked_in_turn(x, weight[assignment.ids.ravel()]))
+    # products and their sum, which XLA reads the matrices for where they are; as a matmul it copies them first
+    x, weight = _unpacked_in_turn(x, weight[assignment.ids.ravel()])
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    outputs = tuple(range(1, weight.ndim - 1))
+    terms = jnp.expand_dims(x, -1 if transpose else outputs).astype(wide) * weight.astype(wide)
+    return terms.sum(outputs if transpose else -1).astype(x.dtype)
 
 
 def _hopper(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:

@@ -1,4 +1,4 @@
-"""Between routed slots ``[T K]`` and the rows that the experts' products work on: two copies, each the other's gradient."""
+"""Between routed slots ``[T K]`` and the experts' rows: two copies, each the other's gradient."""
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.checkpoints.plan import leaf_paths
-from moejax.models import Decoder
+from moejax.models import Config, Decoder
 from moejax.study.bench.cases import Case
 
 _PATIENCE = 10.0
@@ -57,8 +57,9 @@ def ceilings() -> Ceilings:
 def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> float:
     """The larger of two times: reading the weights, and multiplying the active ones with every token.
 
-    A forward pass multiplies every token once, a backward pass once for each target. A decoded token reads the experts
-    that it uses and no others. Attention's own products are not counted.
+    A forward pass multiplies every token once, a backward pass once for each target. Attention multiplies each query
+    with the keys that it sees and their pattern with the values, on the way back twice as much. A decoded token reads
+    the experts that it uses and no others.
     """
     config = decoder.config
     share = {"feed_forward": config.num_selected / max(1, config.num_experts)}
@@ -76,5 +77,18 @@ def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> flo
         per_token += used * values if path not in ("head", "embedding") else 0
     if case.passes == 0:
         return active / limits.bandwidth * 1e3
-    multiplying = 2 * per_token * tokens * (1 + (case.passes - 1) * case.targets) / limits.rate
+    backward = (case.passes - 1) * case.targets
+    multiplying = 2 * per_token * tokens * (1 + backward) + _attention(config, tokens) * (1 + 2 * backward)
+    multiplying /= limits.rate
     return max(case.passes * total / limits.bandwidth, multiplying) * 1e3
+
+
+def _attention(config: Config, tokens: int) -> float:
+    """Operations of the two products of all layers' attention, forward."""
+    total = 0.0
+    for block in config.blocks:
+        a = block.attention
+        window = getattr(a, "window", None) or tokens
+        seen = sum(min(t, window) for t in range(1, tokens + 1))
+        total += 4.0 * seen * a.num_heads * a.head_dim
+    return total

@@ -1,0 +1,158 @@
+"""The kernel for Hopper GPUs, run by Pallas's interpreter, against numpy; what it is given, and when it is taken.
+
+On a GPU ``scripts/check_kernel.py`` compares it at true sizes.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental.pallas import mosaic_gpu
+from jax.sharding import AbstractMesh
+
+from moejax.ops.experts import assign, hopper
+from moejax.ops.mxfp4 import MXFP4
+
+E, D, M, N = 4, 128, 192, 3
+LOADS = {"uneven": (11, 0, 37, 5), "one expert": (0, 0, 0, 18), "nobody": (0, 0, 0, 0)}
+
+transposed_only = pytest.mark.skipif(
+    not hasattr(mosaic_gpu, "InterpretGPUParams"), reason="the interpreter of jax 0.10 has no transposed operands"
+)
+BOTH_WAYS = [pytest.param(True, id="times-matrix"), pytest.param(False, id="times-transposed", marks=transposed_only)]
+
+
+def interpreter():
+    # reads beyond the last row are filled in by the copying unit, and never stored
+    return InterpretGPUParams(out_of_bounds_reads="uninitialized")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 rows and 64 columns on two processors, so that few rows fill several tiles."""
+    monkeypatch.setattr(hopper, "_ROWS", 16)
+    monkeypatch.setattr(hopper, "tiling", lambda *_: hopper.Tiling(64, 2, 2))
+
+
+def rows_of(load: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """The first row of each expert, and how many rows there are."""
+    aligned = -(-np.array(load) // 8) * 8
+    return (np.cumsum(aligned) - aligned).astype(np.int32), int(aligned.sum()) + 8
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("transpose", BOTH_WAYS)
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_against_numpy(load, transpose):
+    first, rows = rows_of(load)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, D)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=(E, D, M) if transpose else (E, M, D)), jnp.bfloat16)
+    y = hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), transpose, interpreter())
+    assert y.shape == (rows, M)
+    for e, (start, count) in enumerate(zip(first, load, strict=True)):
+        matrix = np.asarray(weight[e], np.float64)
+        want = np.asarray(x[start : start + count], np.float64) @ (matrix if transpose else matrix.T)
+        got = np.asarray(y[start : start + count], np.float64)
+        np.testing.assert_allclose(got, want, rtol=0.01, atol=0.1)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_cotangents_share_the_weights():
+    """A batch of rows is one product, in which a row's copies stand together."""
+    load = LOADS["uneven"]
+    first, rows = rows_of(load)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(N, rows, D)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=(E, D, M)), jnp.bfloat16)
+    product = lambda x: hopper.matmul(  # noqa: E731
+        x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter()
+    )
+    together = np.asarray(jax.vmap(product)(x), np.float64)
+    for e, (start, count) in enumerate(zip(first, load, strict=True)):
+        want = np.asarray(x, np.float64)[:, start : start + count] @ np.asarray(weight[e], np.float64)
+        np.testing.assert_allclose(together[:, start : start + count], want, rtol=0.01, atol=0.1)
+    program = str(jax.make_jaxpr(jax.vmap(product))(x))
+    assert f"bf16[{N * rows},{M}]" in program, "one kernel for all"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 700), min_size=5, max_size=5))
+def test_tiles_cover_every_row_once(loads):
+    load = np.array(loads, np.int32)
+    aligned = -(-load // 8) * 8
+    first = (np.cumsum(aligned) - aligned).astype(np.int32)
+    table, count = hopper._tiles(jnp.asarray(first), jnp.asarray(load), 5 * 704)
+    tiles = np.asarray(table)[:, : int(count[0])].T
+    assert int(count[0]) <= table.shape[1]
+    covered = np.zeros(aligned.sum(), int)
+    for expert, start, rows in tiles:
+        assert start % 8 == rows % 8 == 0
+        assert 0 < rows <= 128
+        assert first[expert] <= start
+        assert start + rows <= first[expert] + aligned[expert]
+        covered[start : start + rows] += 1
+    assert (covered == 1).all()
+
+
+@pytest.fixture
+def hopper_gpu(monkeypatch):
+    """As if there were one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0", core_count=132)])
+
+
+@pytest.mark.usefixtures("hopper_gpu")
+class TestChoice:
+    def fits(self, x_dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16, shape=(E, 2, 64, 128), by_expert=True, **options):
+        assignment = assign(jnp.arange(6).reshape(3, 2) % E, E, by_expert=by_expert, **options)
+        x = jnp.zeros((len(assignment.slot), shape[-1]), x_dtype)
+        return hopper.fits(x, jnp.zeros(shape, weight_dtype), assignment)
+
+    def test_taken(self):
+        assert self.fits()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"x_dtype": jnp.float32, "weight_dtype": jnp.float32},
+            {"weight_dtype": jnp.float32},
+            {"shape": (E, 2, 64, 96)},
+            {"shape": (E, 80, 128)},
+            {"by_expert": False},
+        ],
+        ids=["float32", "mixed", "inputs", "outputs", "by-slot"],
+    )
+    def test_not_taken(self, options):
+        assert not self.fits(**options)
+
+    @pytest.mark.parametrize(("axes", "taken"), [({"expert": 4}, True), ({"expert": 2, "tensor": 2}, False)])
+    def test_only_where_no_other_axis_splits_the_weights(self, axes, taken):
+        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+        assignment = replace(assign(jnp.arange(6).reshape(3, 2) % E, E), mesh=mesh)
+        x = jnp.zeros((len(assignment.slot), 128), jnp.bfloat16)
+        assert hopper.fits(x, jnp.zeros((E, 64, 128), jnp.bfloat16), assignment) == taken
+
+    def test_packed(self):
+        assignment = assign(jnp.arange(6).reshape(3, 2) % E, E)
+        packed = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (E, 2, 64, 128)))
+        assert hopper.fits(jnp.zeros((len(assignment.slot), 128), jnp.bfloat16), packed, assignment)
+
+    def test_other_gpus(self, monkeypatch):
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="8.0", core_count=108)])
+        assert not self.fits()
+
+    @pytest.mark.parametrize("columns", [64, 192, 1536, 2048, 2880, 5760, 11264])
+    @pytest.mark.parametrize("rows", [64, 4096, 65536])
+    def test_tiles_divide_the_columns(self, rows, columns):
+        tile = hopper.tiling(rows, 64, columns)
+        assert columns % tile.columns == 0
+        # of shared memory: what is copied ahead, and what waits to be stored
+        ahead = tile.stages * (128 + tile.columns) * 64
+        assert 2 * (ahead + 128 * min(128, tile.columns)) <= 227 * 1024 - 1024
