@@ -42,7 +42,10 @@ class TestFloor:
         assert self.floor(Case("", nothing, 2, 16)) == pytest.approx(2 * 2 * total / 1e9 * 1e3)
         assert self.floor(Case("", nothing, 0)) == pytest.approx(2 * active / 1e9 * 1e3)
         products = 2 * (active - V * D) * 19
-        assert self.floor(Case("", nothing, 2, 16), 1e30, 1e9) == pytest.approx(products * 17 / 1e9 * 1e3)
+        # scores and their sum over values, of each token with those up to it
+        attention = 2 * 2 * (19 * 20 / 2) * D * L
+        backward = Case("", nothing, 2, 16)
+        assert self.floor(backward, 1e30, 1e9) == pytest.approx((products * 17 + attention * 33) / 1e9 * 1e3)
 
 
 @pytest.fixture(scope="module")
