@@ -199,11 +199,14 @@ class TestFused:
     """What surrounds the kernel, with XLA's attention in its place."""
 
     @pytest.mark.parametrize("window", [None, 5])
-    @pytest.mark.parametrize("padding", [0, 2])
+    @pytest.mark.parametrize("padding", [None, 0, 2])
     def test_equals_blocks(self, window, padding):
-        """Values and gradients, of one cotangent and of several; with padding, blocks take over at run time."""
+        """Values and gradients, of one cotangent and of several; with padding, blocks take over at run time.
+
+        ``None``: no padding, and no mask to say so.
+        """
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
-        mask = jnp.asarray(causal_mask(8, window, padding))
+        mask = None if padding is None else jnp.asarray(causal_mask(8, window, padding))
         received = jnp.asarray(np.random.default_rng(6).normal(size=(3, *q.shape)), jnp.float32)
 
         def both(run):
@@ -233,6 +236,27 @@ class TestFused:
 
 
 class TestChoice:
+    @pytest.mark.parametrize("window", [None, 5])
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_no_mask_is_the_causal_one(self, implementation, window):
+        q, k, v = operands(queries=8, keys=8)
+        run = partial(attention, scale=0.3, causal=True, window=window, **IMPLEMENTATIONS[implementation])
+        out = run(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), None)
+        want = by_loop(q, k, v, causal_mask(8, window, padding=0), 0.3)
+        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+
+    def test_no_branch_without_a_mask(self):
+        """Whether all is causal is known when the program is compiled, and not asked again in every layer."""
+        q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
+        run = lambda mask: fused(q, k, v, mask, scale=0.3, window=None, block=8, kernel="xla")  # noqa: E731
+        assert "cond[" in str(jax.make_jaxpr(run)(jnp.asarray(causal_mask(8, None))))
+        assert "cond[" not in str(jax.make_jaxpr(lambda: run(None))())
+
+    def test_no_mask_must_be_causal(self):
+        q, k, v = (jnp.asarray(a, jnp.float32) for a in operands())
+        with pytest.raises(ValueError, match="causal=True"):
+            attention(q, k, v, None, scale=1.0)
+
     def test_edges(self):
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands())
         mask, edges = jnp.asarray(some_mask("random")), jnp.ones((B, H, T, S))

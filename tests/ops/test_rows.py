@@ -1,0 +1,111 @@
+"""Rows by expert: where each slot's stands, and that what stands in rows without a slot never counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.layers.experts import Experts, combine
+from moejax.layers.glu import GLU
+from moejax.ops.experts import assign, collect, matmul, spread
+from moejax.rules import AttnLRP, Backtrace, Gates, Reading
+from moejax.rules.rule import Rule
+
+B, T, K, E, D, F, WIDTH = 2, 5, 3, 6, 7, 4, 9
+
+
+def some_ids(seed: int, skew: float, tokens: int = B * T) -> np.ndarray:
+    """Distinct experts for each token, the first ones favoured."""
+    rng = np.random.default_rng(seed)
+    logits = rng.gumbel(size=(tokens, E)) - skew * np.arange(E)
+    return np.argsort(-logits, axis=1)[:, :K].astype(np.int32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 10), st.sampled_from([None, 2]), st.booleans())
+def test_every_slot_has_a_row_of_its_expert(seed, skew, limit, by_expert):
+    ids = some_ids(seed, skew)
+    assignment = assign(jnp.asarray(ids), E, by_expert=by_expert)
+    assignment = assignment if limit is None else assignment.limited(limit)
+    goes = np.asarray(assignment.rank) >= 0
+    assert goes.sum() == np.asarray(assignment.load).sum()
+    place, slot, expert = (np.asarray(a) for a in (assignment.place, assignment.slot, assignment.expert))
+    assert len(set(place[goes])) == goes.sum(), "no two share a row"
+    np.testing.assert_array_equal(slot[place[goes]], np.flatnonzero(goes.ravel()))
+    np.testing.assert_array_equal(expert[place[goes]], ids[goes])
+    others = np.setdiff1d(np.arange(len(slot)), place[goes])
+    assert (expert[others] == E).all(), "rows without a slot have no expert"
+    if by_expert:
+        assert (np.asarray(assignment.first) % 8 == 0).all()
+        for e in range(E):
+            rows = np.sort(place[goes & (ids == e)])
+            np.testing.assert_array_equal(rows, assignment.first[e] + np.arange(len(rows)))
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("width", [1, K])
+def test_the_copies_are_each_other_transposed(width, limit):
+    assignment = assign(jnp.asarray(some_ids(0, 1.0)), E)
+    assignment = assignment if limit is None else assignment.limited(limit)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(B * T, width, D)), jnp.float32)
+    slots = collect(spread(x, assignment), assignment)
+    goes = np.asarray(assignment.rank >= 0)[..., None]
+    np.testing.assert_array_equal(slots, np.where(goes, np.broadcast_to(x, slots.shape), 0))
+    received = jnp.asarray(rng.normal(size=slots.shape), jnp.float32)
+    (dx,) = jax.vjp(lambda x: collect(spread(x, assignment), assignment), x)[1](received)
+    want = np.where(goes, received, 0)
+    np.testing.assert_allclose(dx, want.sum(1, keepdims=True) if width == 1 else want, rtol=1e-6)
+
+
+def everything(experts: Experts, x, weights, ids, rule: Rule, limit: int | None) -> list:
+    """Output, gradients in all parameters and inputs, relevance of slots and neurons, the ledger's entries."""
+    assignment = assign(ids.reshape(-1, K), E)
+    assignment = assignment if limit is None else assignment.limited(limit)
+    gates = Gates(slots=jnp.ones((B, T, K)))
+    probes = {name: jnp.zeros(B) for name in ("activation", "bias", "router")}
+    taps = {"neurons": jnp.ones((B, T, K, F))}
+
+    def run(experts, x, weights, gates, probes, taps):
+        reading = Reading(rule, gates, probes, taps)
+        return experts.mixed(x[:, :, None], assignment, weights, ids, reading)
+
+    y, pull = jax.vjp(run, experts, x, weights, gates, probes, taps)
+    received = jnp.asarray(np.random.default_rng(1).normal(size=(2, *y.shape)), y.dtype)
+    return [y, pull(received[0]), jax.vmap(pull)(received)]
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule(), AttnLRP(), Backtrace(saturation=True)], ids=["calculus", "attnlrp", "backtrace"]
+)
+@pytest.mark.parametrize("limit", [None, 2])
+def test_rows_without_a_slot_may_hold_anything(monkeypatch, rule, limit):
+    """The kernel leaves them as it finds the memory: here they are not numbers, in every product."""
+    rng = np.random.default_rng(0)
+    some = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    experts = Experts(some(E, 2, F, D), some(E, WIDTH, F), some(E, 2, F), some(E, WIDTH), GLU(limit=1.0, offset=1.0))
+    x, weights, ids = some(B, T, D), some(B, T, K), jnp.asarray(some_ids(3, 2.0)).reshape(B, T, K)
+    want = everything(experts, x, weights, ids, rule, limit)
+    padded = matmul._padded
+
+    def leaving(x, weight, assignment, transpose):
+        y = padded(x, weight, assignment, transpose)
+        held = (assignment.expert < E).reshape(-1, *[1] * (y.ndim - 1))
+        return jnp.where(held, y, jnp.nan)
+
+    monkeypatch.setitem(matmul._IMPLEMENTATIONS, "padded", leaving)
+    got = everything(experts, x, weights, ids, rule, limit)
+    assert (assign(ids.reshape(-1, K), E).expert == E).any(), "there are such rows"
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_combine_takes_the_sum_it_is_given():
+    """As where experts are split over devices: the sum over slots is completed by that over devices."""
+    rng = np.random.default_rng(0)
+    outputs, weights = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, T, K, D), (B, T, K)))
+    ids = jnp.asarray(some_ids(0, 0.0)).reshape(B, T, K)
+    for rule in (AttnLRP(), AttnLRP("proportional"), Backtrace()):
+        alone = combine(outputs, weights, ids, Reading(rule))
+        np.testing.assert_allclose(combine(outputs, weights, ids, Reading(rule), total=lambda y: 2 * y), 2 * alone)
