@@ -19,7 +19,7 @@ import numpy as np
 
 from moejax import EXPERT, EXPERT_TENSOR, TENSOR
 from moejax.models import Decoder, Packed, Rules, shard
-from moejax.rules import AttnLRP
+from moejax.rules import AttnLRP, Rule
 from moejax.study.bench import published, random_decoder
 from moejax.study.bench.cases import decoding, explanation, forward
 
@@ -56,15 +56,20 @@ def numbers(result: object) -> list[np.ndarray]:
 
 
 def difference(ours: object, theirs: object) -> float:
+    """The largest over all arrays of a result, each as a share of its largest value."""
     pairs = zip(numbers(ours), numbers(theirs), strict=True)
-    return max(
-        (float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30)) for a, b in pairs), default=0
-    )
+    # of what is not a number the largest is none either
+    return float(np.max([np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30) for a, b in pairs]))
 
 
-def relevances(weights: Packed, tokens: jax.Array) -> tuple:
-    found = explanation(AttnLRP(), 1)(weights, tokens)
-    return found.gates, found.target, found.logits
+def relevances(rule: Rule, targets: int = 1) -> Callable[[Packed, jax.Array], tuple]:
+    """Relevance at the gates, targets and logits; the ledger's entries, differences near zero, are left out."""
+
+    def run(weights: Packed, tokens: jax.Array) -> tuple:
+        found = explanation(rule, targets)(weights, tokens)
+        return found.gates, found.target, found.logits
+
+    return run
 
 
 def main() -> None:
@@ -86,7 +91,7 @@ def main() -> None:
     print(f"{size / 1e9:.2f} GB of weights, {args.tokens} tokens", flush=True)
     tokens = jax.random.randint(jax.random.key(1), (1, args.tokens), 0, config.vocab_size)
     functions = {
-        "relevance": jax.jit(relevances),
+        "relevance": jax.jit(relevances(AttnLRP())),
         "decode": decoding(1 + DECODED),
         "forward": jax.jit(forward),
     }

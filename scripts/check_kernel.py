@@ -12,26 +12,15 @@ from dataclasses import replace
 from unittest import mock
 
 import jax
-import numpy as np
+from bench_devices import difference, relevances
 
 from moejax.models import Packed
 from moejax.ops.experts import hopper
 from moejax.rules import AttnLRP, Backtrace
 from moejax.study.bench import published, random_decoder
-from moejax.study.bench.cases import explanation, forward
+from moejax.study.bench.cases import forward
 
 TOLERANCE = 0.02
-
-
-def difference(ours: object, theirs: object) -> float:
-    """The largest over all arrays of a result, each as a share of its largest value."""
-    found = 0.0
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        if not np.isfinite(a).all():
-            return float("inf")
-        found = max(found, float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30)))
-    return found
 
 
 def run(function: Callable, weights: Packed, tokens: jax.Array, *, kernel: bool) -> object:
@@ -53,8 +42,8 @@ def main() -> None:
     tokens = jax.random.randint(jax.random.key(1), (1, args.tokens), 0, config.vocab_size)
     cases = {
         "forward": lambda w, t: forward(w, t)[0],
-        "AttnLRP, 3 targets": explanation(AttnLRP(), 3),
-        "Backtrace": explanation(Backtrace(), 1),
+        "AttnLRP, 3 targets": relevances(AttnLRP(), 3),
+        "Backtrace": relevances(Backtrace()),
     }
     for name, function in cases.items():
         found = difference(*(run(function, weights, tokens, kernel=kernel) for kernel in (True, False)))

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.layers.glu import Unit
-from moejax.ops.experts import Assignment, Total, collect, grouped_matmul, over_devices, spread
+from moejax.ops.experts import Assignment, OverDevices, collect, grouped_matmul, over_devices, spread
 from moejax.ops.mxfp4 import MXFP4
 from moejax.rules import Reading
 from moejax.rules.rule import Slope
@@ -24,7 +24,7 @@ class Experts(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T One D"], assignment: Assignment, reading: Reading
     ) -> Float[Array, "B T K O"]:
-        """The output of the expert of every routed slot."""
+        """The output of the expert of every routed slot; zero for slots that go nowhere."""
         run = lambda experts, own, total, x, reading: total(experts._slots(x, own, reading))  # noqa: E731
         return over_devices(run, self, assignment, x, reading)
 
@@ -39,7 +39,13 @@ class Experts(nnx.Module):
         """:func:`combine` of the slots' outputs; where experts are split over devices, these send sums alone."""
 
         def run(
-            experts: Experts, own: Assignment, total: Total, x: Array, weights: Array, ids: Array, reading: Reading
+            experts: Experts,
+            own: Assignment,
+            total: OverDevices,
+            x: Array,
+            weights: Array,
+            ids: Array,
+            reading: Reading,
         ) -> Array:
             return combine(experts._slots(x, own, reading), weights, ids, reading, total=total)
 
@@ -59,9 +65,9 @@ def expert_linear(
     assignment: Assignment,
     reading: Reading,
 ) -> Float[Array, "B T K M"]:
-    """``weight[e] x`` for the expert ``e`` of every routed slot."""
+    """``weight[e] x`` for the expert ``e`` of every routed slot; zero for slots that go nowhere."""
 
-    def run(weight: Array, own: Assignment, total: Total, x: Array, reading: Reading) -> Array:
+    def run(weight: Array, own: Assignment, total: OverDevices, x: Array, reading: Reading) -> Array:
         rows, in_rows = _rows(x, own, reading)
         return total(_by_token(collect(_linear(rows, weight, None, own, in_rows), own), x))
 
@@ -74,7 +80,7 @@ def combine(
     ids: Int[Array, "B T K"],
     reading: Reading,
     prefix: str = "",
-    total: Total = lambda x: x,
+    total: OverDevices = lambda x: x,
 ) -> Float[Array, "B T D"]:
     """Gated weighted sum of the routed slots' outputs.
 

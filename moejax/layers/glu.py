@@ -7,7 +7,7 @@ from typing import ClassVar
 from jaxtyping import Array, Float
 
 from moejax.errors import ConfigError
-from moejax.ops.activation import SLOPES, branches
+from moejax.ops.activation import SLOPES, split_branches
 from moejax.rules import Reading
 from moejax.rules.rule import Slope
 
@@ -40,7 +40,7 @@ class GLU:
 
     def __call__(self, x: Float[Array, "B *s 2 F"], reading: Reading) -> Float[Array, "B *s F"]:
         """The hidden units of an expert."""
-        rule, (gate, up) = reading.rule, branches(x)
+        rule, (gate, up) = reading.rule, split_branches(x)
         if (limit := self.limit) is not None:
             gate = reading.book("clamp", lambda g: rule.clamp(g, -math.inf, limit), gate)
             up = reading.book("clamp", lambda u: rule.clamp(u, -limit, limit), up)

@@ -308,7 +308,7 @@ class MoeLayer(nnx.Module):
         for place, special in enumerate(self.special(x), self.num_routed):
             here = ids == place
             goes |= here & (weights != 0)
-            # what a slot that goes nowhere has is no product, but a bias all the same
+            # where outputs of all experts were given, there stands another's
             outputs = jnp.where(here[..., None], 0 if special is None else special[:, :, None], outputs)
         weights = jnp.where(goes, weights, 0)
         self.note("ids", ids)

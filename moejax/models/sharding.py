@@ -134,10 +134,14 @@ def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder
     experts = (s for path, s in placed.items() if (AXES.get(_LAYER.sub("", path, count=1)) or (None,))[0] == "expert")
     meshes = [(s.mesh, s.spec[0]) for s in experts if isinstance(s.mesh, Mesh)]
     split = next((mesh for mesh, axis in meshes if axis == AXIS), None)
-    others = next((mesh for mesh, _ in meshes if AXIS not in mesh.axis_names), None)
-    mesh = others if split is None else split
+    mesh = next((_renamed(mesh) for mesh, _ in meshes), None) if split is None else split
     structure = jax.tree.structure(Decoder.abstract(decoder.config.over(mesh)))
     return jax.tree.unflatten(structure, jax.tree.leaves(decoder))
+
+
+def _renamed(mesh: Mesh) -> Mesh:
+    """A mesh over whose axis ``expert`` no experts are split, under another name."""
+    return Mesh(mesh.devices, [f"no {name}" if name == AXIS else name for name in mesh.axis_names])
 
 
 def logical_axes(path: str, axes: Mapping[str, Axes] = AXES) -> Axes:

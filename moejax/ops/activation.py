@@ -33,13 +33,13 @@ SLOPES: dict[str, Callable[[Array], Array]] = {
 
 
 @jax.custom_vjp
-def branches(x: Float[Array, "*s 2 F"]) -> tuple[Float[Array, "*s F"], Float[Array, "*s F"]]:
+def split_branches(x: Float[Array, "*s 2 F"]) -> tuple[Float[Array, "*s F"], Float[Array, "*s F"]]:
     """Gate and linear branch of a unit."""
     return x[..., 0, :], x[..., 1, :]
 
 
 def _forward(x):
-    return branches(x), None
+    return split_branches(x), None
 
 
 def _backward(_, cotangents):
@@ -48,4 +48,4 @@ def _backward(_, cotangents):
     return (jnp.where((jnp.arange(2) == 0)[:, None], gate[..., None, :], up[..., None, :]),)
 
 
-branches.defvjp(_forward, _backward)
+split_branches.defvjp(_forward, _backward)

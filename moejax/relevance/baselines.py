@@ -290,7 +290,7 @@ class Activations(Plain):
 
     def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
         """A term times its own direction is its norm."""
-        return attach(stop_gradient(total(terms)), _along_themselves(terms))
+        return total(_along_themselves(terms))
 
     def attention(
         self,
@@ -305,12 +305,13 @@ class Activations(Plain):
 
 
 @jax.custom_vjp
-def _along_themselves(terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
-    return terms.sum(-2)
+def _along_themselves(terms: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
+    """``terms``, whose cotangents are their directions, whatever comes back."""
+    return terms
 
 
 def _forward(terms):
-    return terms.sum(-2), terms
+    return terms, terms
 
 
 def _backward(terms, _):

@@ -49,7 +49,8 @@ class Footprint:
         return cls(
             stored=c.num_layers * layer,
             stream=c.num_layers * stream + layer,
-            target=itemsize * max(_experts(c, rows), _attention_experts(c, rows), _attention(c, batch, tokens)),
+            target=itemsize
+            * max(_experts(c, rows, itemsize), _attention_experts(c, rows, itemsize), _attention(c, batch, tokens)),
             readout=4 * rows * (c.num_layers + 1) * (1 + slots + c.num_heads + c.num_shared),
         )
 
@@ -74,26 +75,28 @@ class Footprint:
         )
 
 
-def _experts(config: Config, rows: int) -> int:
+def _experts(config: Config, rows: int, itemsize: int) -> int:
     """Numbers in the buffers around an expert's first product, as large as they may become at run time."""
     if not config.num_experts:
         return 8 * rows * config.model_dim
-    buffers = _buffer_rows(rows, config.num_selected, config.num_experts)
+    even = hopper.suits(itemsize, config.model_dim, config.expert_dim)
+    buffers = _buffer_rows(rows, config.num_selected, config.num_experts, even)
     return (buffers + rows * config.num_selected) * (config.model_dim + 2 * config.expert_dim)
 
 
-def _attention_experts(config: Config, rows: int) -> int:
+def _attention_experts(config: Config, rows: int, itemsize: int) -> int:
     if not config.num_attention_experts:
         return 0
     slots = config.num_attention_selected
     width = config.num_heads // slots * config.head_dim
-    buffers = _buffer_rows(rows, slots, config.num_attention_experts)
+    even = hopper.suits(itemsize, config.model_dim, width)
+    buffers = _buffer_rows(rows, slots, config.num_attention_experts, even)
     return (buffers + rows * slots) * (config.model_dim + width)
 
 
-def _buffer_rows(rows: int, slots: int, experts: int) -> int:
-    """Rows beside those of the slots: buffers of equal size, or what aligns each expert's rows where there are none."""
-    if hopper.available():
+def _buffer_rows(rows: int, slots: int, experts: int, kernel: bool) -> int:
+    """Rows beside those of the slots: buffers of equal size, or what aligns each expert's rows for the kernel."""
+    if kernel:
         return (ALIGNED - 1) * experts
     return experts * capacities(rows, slots, experts)[-1]
 

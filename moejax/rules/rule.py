@@ -84,7 +84,12 @@ class Rule:
         return jnp.clip(x, low, high)
 
     def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
-        """Sum of the routed slots' weighted outputs; ``total`` computes it, over all devices that have some."""
+        """Sum of the routed slots' weighted outputs.
+
+        Args:
+            total: computes it, over all devices that have some. Whatever is returned, or stands in for it on the way
+                back, must have passed through ``total``.
+        """
         return total(terms)
 
     def linear(

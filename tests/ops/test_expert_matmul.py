@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from slots import expert_matmul
 
-from moejax.ops.experts import assign, expert_matmul
+from moejax.ops.experts import assign, grouped_matmul
 from moejax.ops.experts.matmul import capacities
 
 D, M, N = 9, 5, 3
@@ -135,6 +136,7 @@ def test_default_implementation(tokens):
     """Chosen from the shapes: one token takes ``gather``, seven take ``padded``; the answer is the same."""
     ids = ids_with_load(tokens, 2, 6, tokens)
     x, weight, cotangents = operands(ids, 6, shared=True)
+    assert assign(jnp.asarray(ids), 6).by_expert == (tokens == 7)
     got = run(*map(jnp.asarray, (x, weight, ids, cotangents)), implementation=None)
     assert_close(got, by_loop(x, weight, ids, cotangents), 1e-12)
 
@@ -205,6 +207,23 @@ def test_cotangent_may_be_a_numpy_array(implementation):
     product = lambda x: expert_matmul(x, jnp.asarray(weight), assignment, implementation=implementation)  # noqa: E731
     (dx,) = jax.vjp(product, jnp.asarray(x))[1](cotangents[0])
     np.testing.assert_allclose(dx, by_loop(x, weight, ids, cotangents)[1][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("implementation", "by_expert"), [("padded", False), ("gather", True)])
+def test_rows_in_another_order_are_refused(implementation, by_expert):
+    assignment = assign(jnp.zeros((3, 1), int), 2, by_expert=by_expert)
+    with pytest.raises(ValueError, match=f"{implementation!r} is not for rows with by_expert={by_expert}"):
+        grouped_matmul(
+            jnp.ones((len(assignment.slot), D)), jnp.ones((2, M, D)), assignment, implementation=implementation
+        )
+
+
+def test_narrow_rows_and_wide_weights():
+    """Also where the loads need several passes, whose sums are carried."""
+    ids = jnp.zeros((301, 1), jnp.int32)
+    rows = expert_matmul(jnp.ones((301, 1, D), jnp.bfloat16), jnp.ones((20, M, D)), assign(ids, 20))
+    assert rows.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rows, D)
 
 
 def test_unknown_implementation():

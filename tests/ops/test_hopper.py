@@ -3,7 +3,7 @@
 On a GPU ``scripts/check_kernel.py`` compares it at true sizes.
 """
 
-from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 
 import jax
@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import mosaic_gpu
-from jax.sharding import AbstractMesh
 
 from moejax.ops.experts import assign, hopper
 from moejax.ops.mxfp4 import MXFP4
@@ -30,7 +28,11 @@ BOTH_WAYS = [pytest.param(True, id="times-matrix"), pytest.param(False, id="time
 
 def interpreter():
     # reads beyond the last row are filled in by the copying unit, and never stored
-    return InterpretGPUParams(out_of_bounds_reads="uninitialized")
+    if hasattr(mosaic_gpu, "InterpretGPUParams"):
+        return mosaic_gpu.InterpretGPUParams(out_of_bounds_reads="uninitialized")
+    # where jax 0.10 has it
+    params = import_module("jax._src.pallas.mosaic_gpu.interpret.params")
+    return params.InterpretGPUParams(out_of_bounds_reads="uninitialized")
 
 
 @pytest.fixture
@@ -104,8 +106,7 @@ def test_tiles_cover_every_row_once(loads):
 @pytest.fixture
 def hopper_gpu(monkeypatch):
     """As if there were one."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0", core_count=132)])
+    monkeypatch.setattr(hopper, "target", lambda *_: SimpleNamespace(compute_capability="9.0", core_count=132))
 
 
 @pytest.mark.usefixtures("hopper_gpu")
@@ -132,20 +133,13 @@ class TestChoice:
     def test_not_taken(self, options):
         assert not self.fits(**options)
 
-    @pytest.mark.parametrize(("axes", "taken"), [({"expert": 4}, True), ({"expert": 2, "tensor": 2}, False)])
-    def test_only_where_no_other_axis_splits_the_weights(self, axes, taken):
-        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
-        assignment = replace(assign(jnp.arange(6).reshape(3, 2) % E, E), mesh=mesh)
-        x = jnp.zeros((len(assignment.slot), 128), jnp.bfloat16)
-        assert hopper.fits(x, jnp.zeros((E, 64, 128), jnp.bfloat16), assignment) == taken
-
     def test_packed(self):
         assignment = assign(jnp.arange(6).reshape(3, 2) % E, E)
         packed = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (E, 2, 64, 128)))
         assert hopper.fits(jnp.zeros((len(assignment.slot), 128), jnp.bfloat16), packed, assignment)
 
     def test_other_gpus(self, monkeypatch):
-        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="8.0", core_count=108)])
+        monkeypatch.setattr(hopper, "target", lambda *_: SimpleNamespace(compute_capability="8.0", core_count=108))
         assert not self.fits()
 
     @pytest.mark.parametrize("columns", [64, 192, 1536, 2048, 2880, 5760, 11264])

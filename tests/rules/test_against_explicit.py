@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slots import expert_matmul
 
 from moejax.layers import Linear, RMSNorm
 from moejax.layers.linear import wide_matmul
 from moejax.ops.activation import SLOPES
 from moejax.ops.attention import attention
-from moejax.ops.experts import assign, expert_matmul
+from moejax.ops.experts import assign
 from moejax.routing import SCORES, WEIGHTS, route
 from moejax.rules import CPLRP, GIM, AttnLRP, Backtrace, Gamma, Plain, Reading
 

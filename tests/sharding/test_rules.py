@@ -1,6 +1,7 @@
 """The table of logical axes and the rules that use it."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -8,8 +9,9 @@ from jax.sharding import Mesh
 
 from moejax import EXPERT, EXPERT_TENSOR, TENSOR, ConfigError, load
 from moejax.checkpoints.plan import leaf_paths
-from moejax.models import Decoder, family, shardings
+from moejax.models import Decoder, Rules, family, shard, shardings
 from moejax.models.sharding import AXES, logical_axes
+from moejax.ops.experts import hopper
 from sharding.tiny import (
     DENSE,
     EXPERTS,
@@ -134,3 +136,24 @@ def test_a_leaf_without_an_entry_is_refused_and_can_be_added() -> None:
     axes["feed_forward.down"] = ("expert", "model", None)
     placed = shardings(model, mesh("both"), EXPERT_TENSOR, axes)
     assert placed["layers.1.feed_forward.down"].shard_shape((8, 50, 20)) == (4, 50, 20)
+
+
+@pytest.mark.parametrize(
+    ("axes", "rules", "kernel"),
+    [
+        ({"expert": 4}, EXPERT, True),
+        ({"tensor": 4}, TENSOR, False),
+        ({"expert": 2, "tensor": 2}, EXPERT_TENSOR, False),
+        ({"expert": 2, "tensor": 2}, TENSOR, False),
+    ],
+    ids=["expert", "tensor", "both", "an axis that splits nothing"],
+)
+def test_a_kernel_is_not_given_what_xla_splits(monkeypatch, axes: dict[str, int], rules: Rules, kernel: bool) -> None:
+    """It cannot be split inside, so that XLA would collect the weights of all devices for it."""
+    gpu = SimpleNamespace(compute_capability="9.0", core_count=132)
+    monkeypatch.setattr(hopper, "target", lambda *_: gpu)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes))
+    placed = shard(decoder("olmoe"), mesh, rules)
+    router = placed.layers[1].feed_forward.router.config
+    assert router.mesh is not None
+    assert hopper.suits(2, 64, 128, mesh=router.mesh) == kernel

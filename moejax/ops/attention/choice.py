@@ -52,7 +52,8 @@ def attention(
     if implementation is None:
         implementation = "plain" if edges is not None else "fused" if fits(q, k, causal, sinks) else "blocks"
     if implementation not in get_args(Implementation):
-        raise ValueError(f"implementation={implementation!r} is unknown; choose from 'blocks', 'fused', 'plain'.")
+        known = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation={implementation!r} is unknown; choose from {known}.")
     if edges is not None and implementation != "plain":
         raise ValueError(f"implementation={implementation!r} does not read edges; leave it out.")
     if mask is None and not causal:

@@ -12,6 +12,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
+from moejax.ops.target import target
 
 Kernel = Literal["cudnn", "xla"]
 """Who computes ``jax.nn.dot_product_attention``; ``"xla"`` only to test what is written here without a GPU."""
@@ -22,7 +23,7 @@ def fits(q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], causal: bool, s
     narrow = q.dtype in (jnp.bfloat16, jnp.float16)
     whole = causal and q.shape[1] == k.shape[1] and q.shape[1] % 2 == 0
     shaped = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-    return sinks is None and narrow and whole and shaped and jax.default_backend() == "gpu"
+    return sinks is None and narrow and whole and shaped and target().platform == "gpu"
 
 
 def fused(

@@ -18,14 +18,14 @@ class Assignment:
     """Routed slots by expert.
 
     The products of a layer work on *rows*: the routed slots ordered by expert, each expert's from a multiple of
-    :data:`ALIGNED` on, so that there are some rows more than slots. What stands in these is never read.
+    :data:`ALIGNED` on, so that there are some rows more than slots. What stands in these reaches no slot.
 
     Attributes:
-        ids: the expert of each slot of each token.
+        ids: the expert of each slot of each token; any for a slot that goes nowhere.
         rank: how many earlier slots went to the same expert. Negative for a slot that goes nowhere: it has no row, and
             its product is zero.
         load: slots of each expert.
-        first: the first row of each expert, if they are ordered so.
+        first: the first row of each expert, where they are ordered by expert.
         place: the row of each slot; of one that goes nowhere, any.
         slot: the slot at each row, counted through ``[T K]``; 0 where there is none.
         by_expert: whether rows are ordered by expert (static); if not, as the slots are, which suits a few of them.
@@ -69,15 +69,11 @@ class Assignment:
         arrays = jax.lax.optimization_barrier((ids, rank, load, first, place, slot))
         return cls(*arrays, by_expert=by_expert, complete=complete, mesh=mesh)
 
-    def limited(self, capacity: int) -> "Assignment":
+    def limited(self, capacity: int) -> Self:
         """The same with no more than ``capacity`` slots for an expert; later ones go nowhere."""
         rank = jnp.where(self.rank < capacity, self.rank, -1)
         load = jnp.minimum(self.load, capacity)
         return self.of(self.ids, rank, load, by_expert=self.by_expert, complete=False, mesh=self.mesh)
-
-    def arranged(self, by_expert: bool) -> "Assignment":
-        """The same with rows in that order."""
-        return self.of(self.ids, self.rank, self.load, by_expert=by_expert, complete=self.complete, mesh=self.mesh)
 
     @property
     def expert(self) -> Int[Array, " P"]:
@@ -102,7 +98,7 @@ def assign(
 
     Args:
         nowhere: ids from ``num_experts`` on, which need not be distinct, are slots that go to no expert.
-        by_expert: order rows by expert; by default unless there are fewer slots than half the experts, for which it
+        by_expert: order rows by expert; by default unless there are no more slots than half the experts, for which it
             is cheaper to copy each slot's matrix.
     """
     chosen = (ids[..., None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32)

@@ -1,7 +1,7 @@
 """Experts on several devices: each computes what its own contribute, and the sums are exchanged.
 
 Matrices never travel. Every device is given all tokens, which are small beside the matrices; a slot is zero on all
-devices but its expert's, so that the sum over devices is exact.
+devices but its expert's, and what is exchanged is the sum over devices, of slots or of their sums.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from moejax.ops.experts.assignment import Assignment, assign
 AXIS = "expert"
 """The mesh axis over which experts are split."""
 
-Total = Callable[[Array], Array]
+OverDevices = Callable[[Array], Array]
 """The sum of what the devices found."""
 
 

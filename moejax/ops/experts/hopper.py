@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.ops.experts.assignment import ALIGNED, Assignment
 from moejax.ops.experts.exchange import AXIS
 from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.target import target
 
 _ROWS, _DEPTH = 128, 64
 """Rows of a tile, and of the contracted axis what one step multiplies."""
@@ -34,32 +36,28 @@ class Tiling(NamedTuple):
     processors: int
 
 
-def available() -> bool:
-    """Whether there is such a GPU."""
-    if jax.default_backend() != "gpu":
-        return False
-    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+def suits(itemsize: int, *widths: int, mesh: Mesh | None = None) -> bool:
+    """Whether there is such a GPU, and the kernel multiplies between these widths numbers of ``itemsize`` bytes.
+
+    What XLA splits over devices by other axes of a mesh it cannot split inside of a kernel.
+    """
+    whole = mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
+    capability = str(getattr(target(mesh), "compute_capability", ""))
+    return whole and itemsize == 2 and capability.startswith("9.") and not any(width % _DEPTH for width in widths)
 
 
 def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignment: Assignment) -> bool:
-    """Whether there is such a GPU, and the kernel takes these operands both ways."""
-    if not available() or not assignment.by_expert:
-        return False
-    mesh = assignment.mesh
-    # what XLA splits over devices it cannot split inside of a kernel
-    whole = mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
-    shape = weight.shape
-    outputs = math.prod(shape[1:-1])
-    narrow = x.dtype in (jnp.bfloat16, jnp.float16) and (isinstance(weight, MXFP4) or weight.dtype == x.dtype)
-    even = shape[-1] % _DEPTH == 0 and outputs % _DEPTH == 0
-    return whole and narrow and even
+    """Whether the kernel takes these operands, both ways."""
+    alike = isinstance(weight, MXFP4) or weight.dtype == x.dtype
+    widths = weight.shape[-1], math.prod(weight.shape[1:-1])
+    return assignment.by_expert and alike and suits(x.dtype.itemsize, *widths, mesh=assignment.mesh)
 
 
 def tiling(rows: int, experts: int, columns: int) -> Tiling:
     """For ``rows`` in all and that many columns of the product, a multiple of 64."""
     wide = (256, 192, 128, 64) if rows >= _MANY * experts else (128, 192, 64)
     width = next(w for w in wide if columns % w == 0)
-    return Tiling(width, {256: 4, 192: 4, 128: 6, 64: 8}[width], jax.devices()[0].core_count)
+    return Tiling(width, {256: 4, 192: 4, 128: 6, 64: 8}[width], target().core_count)
 
 
 def matmul(

@@ -12,28 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from moejax.ops.experts import hopper
 from moejax.ops.experts.assignment import Assignment, take
-from moejax.ops.experts.rows import collect, spread
 from moejax.ops.mxfp4 import MXFP4
 
 Implementation = Literal["gather", "padded", "hopper"]
-
-
-def expert_matmul(
-    x: Float[Array, "T KorOne D"],
-    weight: Float[Array, "E *M D"] | MXFP4,
-    assignment: Assignment,
-    *,
-    implementation: Implementation | None = None,
-) -> Float[Array, "T K *M"]:
-    """Multiply each routed slot by its expert's matrix: :func:`grouped_matmul` of slots, zero for those going nowhere.
-
-    Args:
-        x: a row for each slot, or one row that all slots of a token share (second axis 1).
-    """
-    if implementation is not None:
-        assignment = assignment.arranged(by_expert=implementation != "gather")
-    rows = grouped_matmul(spread(x, assignment), weight, assignment, implementation=implementation)
-    return collect(rows, assignment)
 
 
 def grouped_matmul(
@@ -60,7 +41,7 @@ def grouped_matmul(
             how uneven the loads are. By default what fits.
 
     Raises:
-        ValueError: unknown implementation.
+        ValueError: unknown implementation, or one for rows in another order.
     """
     if implementation is None:
         fits = hopper.fits(x, weight, assignment)
@@ -68,6 +49,8 @@ def grouped_matmul(
     if implementation not in get_args(Implementation):
         known = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation={implementation!r} is unknown; choose from {known}.")
+    if (implementation == "gather") == assignment.by_expert:
+        raise ValueError(f"implementation={implementation!r} is not for rows with by_expert={assignment.by_expert}.")
     return _grouped_matmul(implementation, False, x, weight, assignment)
 
 
@@ -104,7 +87,7 @@ def _padded(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: 
     def one_pass(capacity: int, x: Array, weight: Array, start: Array | int) -> Array:
         # what stands in places beyond an expert's load is multiplied too, and never read
         product = jnp.einsum(spec, take(x, _places(assignment, capacity, start)), weight).reshape(-1, *width)
-        return take(product, expert * capacity + (rank - start).clip(0, capacity - 1))
+        return take(product.astype(x.dtype), expert * capacity + (rank - start).clip(0, capacity - 1))
 
     def passes(capacity: int, x: Array, weight: Array) -> Array:
         def add(i: Array, y: Array) -> Array:

@@ -1,0 +1,14 @@
+"""What a program that is being traced will run on, as far as that is known."""
+
+import jax
+from jax.sharding import Mesh
+
+
+def target(mesh: Mesh | None = None) -> jax.Device:
+    """A device of the mesh, if there is one; else the one that ``jax.default_device`` names, or JAX's first."""
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0]
+    named = getattr(jax.config, "jax_default_device", None)
+    if isinstance(named, str):
+        return jax.devices(named)[0]
+    return jax.devices()[0] if named is None else named
