@@ -168,7 +168,7 @@ def _kernel(
                         n = i * steps + k
                         stage = lax.rem(n, stages)
                         gpu.barrier_wait(loaded.at[stage])
-                        block = ws.at[stage] if transpose else gpu.transpose_ref(ws.at[stage], (1, 0))
+                        block = ws.at[stage] if transpose else ws.at[stage].transpose((1, 0))
                         gpu.wgmma(total, xs.at[stage, pl.ds(group * half, half)], block)
                         # the product before this one has ended, so that its stage may be written
                         gpu.wgmma_wait(1)

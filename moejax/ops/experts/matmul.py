@@ -118,7 +118,9 @@ def _weight_gradient(transpose: bool, x: Array, cotangent: Array, weight: Array,
     if not assignment.by_expert:
         spec = f"pe,p{m},pd->e{m}d" if transpose else f"pe,pd,p{m}->e{m}d"
         goes = (assignment.ids[..., None] == jnp.arange(len(weight))) & (assignment.rank >= 0)[..., None]
-        return jnp.einsum(spec, goes.reshape(len(x), -1).astype(x.dtype), x, cotangent).astype(weight.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        operands = (a.astype(wide) for a in (goes.reshape(len(x), -1), x, cotangent))
+        return jnp.einsum(spec, *operands).astype(weight.dtype)
     spec = f"ec{m},ecd->e{m}d" if transpose else f"ecd,ec{m}->e{m}d"
 
     def single(capacity: int, x: Array, cotangent: Array, start: Array | int = 0) -> Array:
