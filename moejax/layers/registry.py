@@ -77,7 +77,7 @@ class RegisteredConfig:
     Attributes:
         name: what it is registered under.
         args: settings as :class:`MoeArgs` takes them; by default the class's own.
-        mesh: devices over whose axis ``expert`` the experts are split, if they are.
+        mesh: devices over which the weights lie, if there are several; over its axis ``expert`` experts are split.
 
     Raises:
         ConfigError: no such layer, or settings that it does not have.

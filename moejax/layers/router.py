@@ -22,7 +22,7 @@ class RouterConfig:
     Attributes:
         score: scores of all experts, a name in ``routing.SCORES``.
         weigh: weights of the selected, a name in ``routing.WEIGHTS``.
-        mesh: devices over whose axis ``expert`` the experts are split, if they are.
+        mesh: devices over which the weights lie, if there are several; over its axis ``expert`` experts are split.
     """
 
     num_experts: int

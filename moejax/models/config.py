@@ -111,7 +111,7 @@ class Config:
         return replace(self, blocks=tuple(map(packed, self.blocks)))
 
     def over(self, mesh: Mesh | None) -> Self:
-        """The same architecture with experts split over the axis ``expert`` of a mesh; ``None``: with all on each."""
+        """The same architecture, its weights over a mesh, whose axis ``expert`` splits experts; ``None``: over none."""
 
         def placed(part: Any) -> Any:
             if isinstance(part, RegisteredConfig):

@@ -84,6 +84,22 @@ def test_cotangents_share_the_weights():
     assert f"bf16[{N * rows},{M}]" in program, "one kernel for all"
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_weights_in_a_batch():
+    """Nothing here asks for it, but ``vmap`` may: one product after the other."""
+    load = (3, 0, 0, 18)
+    first, rows = rows_of(load)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, D)), jnp.bfloat16)
+    weights = jnp.asarray(rng.normal(size=(2, E, D, M)), jnp.bfloat16)
+    product = lambda weight: hopper.matmul(  # noqa: E731
+        x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter()
+    )
+    for n, y in enumerate(jax.vmap(product)(weights)):
+        want = np.asarray(x, np.float64)[first[3] : first[3] + 18] @ np.asarray(weights[n, 3], np.float64)
+        np.testing.assert_allclose(np.asarray(y, np.float64)[first[3] : first[3] + 18], want, rtol=0.01, atol=0.1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 700), min_size=5, max_size=5))
 def test_tiles_cover_every_row_once(loads):

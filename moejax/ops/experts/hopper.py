@@ -109,15 +109,13 @@ def _tiles(first: Array, load: Array, rows: int) -> tuple[Int[Array, "3 I"], Int
     return table.astype(jnp.int32), last[-1:].astype(jnp.int32)
 
 
-def _kernel(
-    x: Array, weight: Array, first: Array, load: Array, *, transpose: bool, interpret: Any, tile: Tiling | None = None
-) -> Array:
-    # imported late: it is only there where jax was built for GPUs
+def _kernel(x: Array, weight: Array, first: Array, load: Array, *, transpose: bool, interpret: Any) -> Array:
+    # imported late: it takes a quarter of a second, and only such a GPU needs it
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as gpu
 
     (rows, depth), columns = x.shape, weight.shape[2 if transpose else 1]
-    t = tile or tiling(rows, len(weight), columns)
+    t = tiling(rows, len(weight), columns)
     steps, across = depth // _DEPTH, columns // t.columns
     stages, half = min(t.stages, steps), _ROWS // 2
     stored = 128 if t.columns % 128 == 0 else 64
