@@ -1,6 +1,7 @@
 """Every implementation of attention against a softmax written out for each head and query in numpy."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from moejax.ops.attention import attention
+from moejax.ops.attention import fused as fused_attention
 from moejax.ops.attention.blocks import spans
 from moejax.ops.attention.choice import block_size
-from moejax.ops.attention.fused import fits, fused
+from moejax.ops.attention.fused import Kernel, fits, fused, in_sight
 
 B, T, S, H, G, C = 3, 7, 9, 4, 2, 10
 LONG = 23
@@ -195,12 +197,42 @@ class TestBlocks:
         assert block_size(300, 10**9) == 128
 
 
-class TestFused:
-    """What surrounds the kernel, with XLA's attention in its place."""
+def explicit_scores(q, k, scale, window):
+    repeated = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    scores = jnp.einsum("bthc,bshc->bhts", q, repeated) * scale
+    return jnp.where(in_sight(q.shape[1], window), scores, -jnp.inf)
 
+
+def explicit_forward(q, k, v, scale, window):
+    scores = explicit_scores(q, k, scale, window)
+    statistics = jax.nn.logsumexp(scores, axis=-1)
+    values = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    return jnp.einsum("bhts,bshc->bthc", jnp.exp(scores - statistics[..., None]), values), statistics
+
+
+def explicit_backward(cotangent, q, k, v, out, statistics, scale, window):
+    """From the statistics and the output that it is given, as a kernel does."""
+    groups = k.shape[2]
+    by_group = lambda x: x.reshape(*x.shape[:2], groups, -1, x.shape[-1]).sum(3)  # noqa: E731
+    pattern = jnp.exp(explicit_scores(q, k, scale, window) - statistics[..., None])
+    keys, values = (jnp.repeat(x, q.shape[2] // groups, axis=2) for x in (k, v))
+    towards = jnp.einsum("bthc,bshc->bhts", cotangent, values)
+    scores = pattern * (towards - (cotangent * out).sum(-1).swapaxes(1, 2)[..., None]) * scale
+    dq = jnp.einsum("bhts,bshc->bthc", scores, keys)
+    dk = by_group(jnp.einsum("bhts,bthc->bshc", scores, q))
+    return dq, dk, by_group(jnp.einsum("bhts,bthc->bshc", pattern, cotangent))
+
+
+EXPLICIT = Kernel(explicit_forward, explicit_backward)
+
+
+class TestFused:
+    """What surrounds the kernel, with the textbook's formulas in its place."""
+
+    @pytest.mark.parametrize("sunk", [False, True], ids=["no sinks", "sinks"])
     @pytest.mark.parametrize("window", [None, 5])
     @pytest.mark.parametrize("padding", [None, 0, 2])
-    def test_equals_blocks(self, window, padding):
+    def test_equals_blocks(self, window, padding, sunk):
         """Values and gradients, of one cotangent and of several; with padding, blocks take over at run time.
 
         ``None``: no padding, and no mask to say so.
@@ -209,30 +241,48 @@ class TestFused:
         mask = None if padding is None else jnp.asarray(causal_mask(8, window, padding))
         received = jnp.asarray(np.random.default_rng(6).normal(size=(3, *q.shape)), jnp.float32)
 
+        sinks = [jnp.linspace(-1, 2, H)] if sunk else []
+
         def both(run):
-            out, pull = jax.vjp(lambda *a: run(*a, mask, scale=0.3, window=window, block=8), q, k, v)
+            read = lambda q, k, v, *sinks: run(q, k, v, mask, sinks=sinks[0] if sinks else None)  # noqa: E731
+            out, pull = jax.vjp(read, q, k, v, *sinks)
             return out, pull(received[0]), jax.vmap(pull)(received)
 
-        got = jax.jit(lambda: both(partial(fused, kernel="xla")))()
-        want = jax.jit(lambda: both(partial(attention, causal=True, implementation="blocks")))()
+        options = {"scale": 0.3, "window": window, "block": 8}
+        got = jax.jit(lambda: both(partial(fused, kernel=EXPLICIT, **options)))()
+        want = jax.jit(lambda: both(partial(attention, causal=True, implementation="blocks", **options)))()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
     def test_queries_alone_in_a_batch(self):
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
         mask = jnp.asarray(causal_mask(8, None, 0))
-        run = lambda q: fused(q, k, v, mask, scale=0.3, window=None, block=8, kernel="xla")  # noqa: E731
+        run = lambda q: fused(q, k, v, mask, None, scale=0.3, window=None, block=8, kernel=EXPLICIT)  # noqa: E731
         np.testing.assert_allclose(jax.vmap(run)(jnp.stack([q, 2 * q]))[1], run(2 * q), rtol=1e-5, atol=1e-5)
 
     def test_padding_is_not_left_to_the_kernel(self):
-        """XLA's attention gives a query that sees nothing the mean of all values, ours zeros."""
+        """It would let queries see padding."""
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
-        out = fused(q, k, v, jnp.asarray(causal_mask(8, None)), scale=0.3, window=None, block=8, kernel="xla")
+        mask = jnp.asarray(causal_mask(8, None))
+        out = fused(q, k, v, mask, None, scale=0.3, window=None, block=8, kernel=EXPLICIT)
         assert not np.asarray(out)[1, :2].any()
         assert np.asarray(out)[0, :2].any()
 
+    def test_statistics_are_kept(self):
+        """The way back does not run the forward pass, which alone takes a logarithm, again."""
+        q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
+        run = lambda q: fused(q, k, v, None, None, scale=0.3, window=None, block=8, kernel=EXPLICIT).sum()  # noqa: E731
+        assert str(jax.make_jaxpr(jax.value_and_grad(run))(q)).count(" log ") == 1
+
+    @pytest.mark.parametrize(("capability", "taken"), [(None, False), ("7.5", False), ("8.0", True), ("9.0", True)])
+    def test_on_gpus_that_have_it(self, monkeypatch, capability, taken):
+        q = jnp.zeros((1, 8, H, 16), jnp.bfloat16)
+        device = SimpleNamespace() if capability is None else SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(fused_attention, "target", lambda: device)
+        assert fits(q, q, True) is taken
+
     def test_never_without_a_gpu(self):
         q = jnp.zeros((1, 8, H, 16), jnp.bfloat16)
-        assert not fits(q, q, True, None)
+        assert not fits(q, q, True)
 
 
 class TestChoice:
@@ -248,7 +298,7 @@ class TestChoice:
     def test_no_branch_without_a_mask(self):
         """Whether all is causal is known when the program is compiled, and not asked again in every layer."""
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
-        run = lambda mask: fused(q, k, v, mask, scale=0.3, window=None, block=8, kernel="xla")  # noqa: E731
+        run = lambda mask: fused(q, k, v, mask, None, scale=0.3, window=None, block=8, kernel=EXPLICIT)  # noqa: E731
         assert "cond[" in str(jax.make_jaxpr(run)(jnp.asarray(causal_mask(8, None))))
         assert "cond[" not in str(jax.make_jaxpr(lambda: run(None))())
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
+from moejax.ops.attention.cudnn import CUDNN
 from moejax.ops.attention.fused import fits, fused, in_sight
 from moejax.ops.attention.plain import plain
 
@@ -42,15 +43,15 @@ def attention(
         window: of ``causal`` keys, each query sees none but the last ``window``.
         implementation: ``"plain"`` holds all scores, the reference; ``"blocks"`` those of one block of queries,
             computes them again on the way back, and skips keys that no query of a block may see; ``"fused"`` is
-            cuDNN's kernel, for ``causal`` attention without sinks in bfloat16 on a GPU. By default fused where that
-            can be, else blocks, but plain where ``edges`` are read.
+            cuDNN's kernel, for ``causal`` attention in bfloat16 on a GPU. By default fused where that can be, else
+            blocks, but plain where ``edges`` are read.
         block: queries of a block; by default all where their scores fit 128 MiB, else as many as fit, but 128.
 
     Raises:
         ValueError: unknown implementation, or edges with one that does not read them.
     """
     if implementation is None:
-        implementation = "plain" if edges is not None else "fused" if fits(q, k, causal, sinks) else "blocks"
+        implementation = "plain" if edges is not None else "fused" if fits(q, k, causal) else "blocks"
     if implementation not in get_args(Implementation):
         known = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation={implementation!r} is unknown; choose from {known}.")
@@ -60,9 +61,9 @@ def attention(
         raise ValueError("without a mask attention is causal: give causal=True.")
     size = block or block_size(q.shape[1], k.shape[1] * q.shape[0] * q.shape[2])
     if implementation == "fused":
-        if sinks is not None or not causal:
-            raise ValueError("implementation='fused' is for causal attention without sinks; leave it out.")
-        return fused(q, k, v, mask, scale=scale, window=window, block=size)
+        if not causal:
+            raise ValueError("implementation='fused' is for causal attention; leave it out.")
+        return fused(q, k, v, mask, sinks, scale=scale, window=window, block=size, kernel=CUDNN)
     if mask is None:
         mask = jnp.broadcast_to(in_sight(q.shape[1], window), (q.shape[0], q.shape[1], k.shape[1]))
     if implementation == "plain":
