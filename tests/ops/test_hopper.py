@@ -1,6 +1,6 @@
 """The kernel for Hopper GPUs, run by Pallas's interpreter, against numpy; what it is given, and when it is taken.
 
-On a GPU ``scripts/check_kernel.py`` compares it at true sizes.
+On a GPU ``scripts/check_kernels.py`` compares it at true sizes.
 """
 
 from importlib import import_module
