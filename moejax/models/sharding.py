@@ -50,14 +50,14 @@ AXES: Mapping[str, Axes] = {
     "attention.key_norm.weight": (None,),
     "attention.sinks": ("heads",),
     # mixture of attention experts; the keys' rows stand before the values', so no contiguous part holds whole heads
-    "attention.router.linear.weight": ("expert", "model"),
+    "attention.router.linear.weight": (None, "model"),
     "attention.query": ("expert", "kv_heads", "model"),
     "attention.output": ("expert", "model", "kv_heads"),
     "attention.key_value.weight": (None, "model"),
     "attention.bias": (None,),
-    # experts
-    "feed_forward.router.linear.weight": ("expert", "model"),
-    "feed_forward.router.linear.bias": ("expert",),
+    # experts; a router split like them would send scores around three times a layer to find the best of them
+    "feed_forward.router.linear.weight": (None, "model"),
+    "feed_forward.router.linear.bias": (None,),
     "feed_forward.gate_up": ("expert", *_GATED),
     "feed_forward.down": ("expert", *_DOWN),
     # packed ones: the blocks of a row stay together, since their number divides less often than that of values

@@ -133,3 +133,15 @@ def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> 
     program = _logits.lower(spread(family, layout).packed, tokens, None, Gates()).compile()
     matrix = _matrices(single(family))[1][0].size
     assert max(_messages(program)) < matrix // LAYOUTS[layout][0].get("tensor", 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_devices_meet_once_for_a_mixture(family: str) -> None:
+    """Every device routes all tokens, so that nothing but the sum over experts is waited for."""
+    model = spread(family, "expert")
+    program = _logits.lower(model.packed, jnp.ones((1, 3), jnp.int32), None, Gates()).compile()
+    config = model.decoder.config
+    mixtures = sum(block.mixture is not None for block in config.blocks)
+    # attention experts meet with the slots of their first product, and with the sums of their second
+    attention = 2 * config.num_layers if config.num_attention_experts else 0
+    assert len(list(_messages(program))) == mixtures + attention
