@@ -3,11 +3,12 @@
 from typing import Any
 
 _COLUMNS = (
-    ("case", 26),
+    ("case", 30),
     ("T", 6),
     ("ms", 10),
     ("floor ms", 10),
     ("ratio", 7),
+    ("queued ms", 10),
     ("targets/s", 10),
     ("compile s", 10),
     ("cached s", 9),
@@ -32,6 +33,7 @@ def row_line(row: dict[str, Any]) -> str:
         return _line([row["case"], str(row["tokens"]), row["failed"]])
     rate = f"{row['targets_per_s']:.1f}" if row["targets_per_s"] else "-"
     figures = [f"{row[name]:.2f}" for name in ("ms", "floor_ms", "ratio")]
+    figures.append(f"{row['queued_ms']:.2f}" if row["queued_ms"] else "-")
     rest = [f"{row[name]:.1f}" for name in ("compile_s", "cached_s")]
     line = _line([row["case"], str(row["tokens"]), *figures, rate, *rest, f"{row['peak_gb']:.2f}"])
     return line if row["load"] is None else f"{line}   most loaded expert: {row['load']:.2f}x the mean"

@@ -63,6 +63,7 @@ def test_rows(decoder):
     assert (row.case, row.tokens) == ("forward", 19)
     assert row.ratio == pytest.approx(row.ms / row.floor_ms)
     assert row.peak_gb > heading["weights_gb"]
+    assert row.queued_ms > 0
     # from the cache it is loaded, not compiled
     assert 0 < row.cached_s < row.compile_s
     assert 1 <= row.load <= E / K

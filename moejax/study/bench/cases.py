@@ -82,7 +82,7 @@ CASES = (
     Case("AttnLRP, 16 targets", explanation(AttnLRP(), 16), 2, 16),
     Case("Backtrace, 1 target", explanation(Backtrace(), 1), 2, 1),
     Case("AttnLRP, 1 target, long", explanation(AttnLRP(), 1), 2, 1, long=True),
-    Case("AttnLRP, 1 target, long, rematerialised", explanation(AttnLRP(), 1, rematerialise=True), 2, 1, long=True),
+    Case("AttnLRP, long, rematerialised", explanation(AttnLRP(), 1, rematerialise=True), 2, 1, long=True),
     Case("decode, a token", decoding(1 + DECODED), 0),
     Case("Plain, 1 target", explanation(Plain(), 1), 2, 1),
     Case("GIM, 1 target", explanation(GIM(), 1), 2, 1),

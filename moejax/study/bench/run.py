@@ -18,7 +18,7 @@ from jaxtyping import Array
 from moejax.errors import MoejaxError
 from moejax.models import Decoder, Packed
 from moejax.study.bench.cases import CASES, DECODED, Case, decoding, forward
-from moejax.study.bench.floor import Ceilings, ceilings, floor_ms, median_ms
+from moejax.study.bench.floor import Ceilings, ceilings, floor_ms, median_ms, queued_ms
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Row:
         tokens: of the prompt.
         ms: median wall time, of decoding a new token's.
         floor_ms: the least that the machine could take, by its measured limits.
+        queued_ms: mean time of a call where calls follow one another and only the last is waited for, which leaves out
+            what the host takes to start one; 0 for decoding.
         targets_per_s: explained targets a second; 0 where nothing is explained.
         compile_s: tracing and compiling.
         cached_s: tracing, and loading the program from the persistent cache.
@@ -41,6 +43,7 @@ class Row:
     tokens: int
     ms: float = 0.0
     floor_ms: float = 0.0
+    queued_ms: float = 0.0
     targets_per_s: float = 0.0
     compile_s: float = 0.0
     cached_s: float = 0.0
@@ -119,8 +122,11 @@ def _row(case: Case, decoder: Decoder, packed: Packed, prompt: Array, limits: Ce
     run, compile_s, cached_s = _compiled(case.function, packed, prompt)
     memory = run.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    ms = median_ms(partial(run, packed, prompt), repeats)
-    if case.passes == 0:
+    call = partial(run, packed, prompt)
+    ms, queued = median_ms(call, repeats), 0.0
+    if case.passes:
+        queued = queued_ms(call, repeats, ms)
+    else:
         # the prompt's own pass chooses the first token
         first = jax.jit(decoding(1)).lower(packed, prompt).compile()
         ms = (ms - median_ms(partial(first, packed, prompt), repeats)) / DECODED
@@ -130,6 +136,7 @@ def _row(case: Case, decoder: Decoder, packed: Packed, prompt: Array, limits: Ce
         length,
         ms=ms,
         floor_ms=floor_ms(decoder, case, length, limits),
+        queued_ms=queued,
         targets_per_s=case.targets / ms * 1e3,
         compile_s=compile_s,
         cached_s=cached_s,
