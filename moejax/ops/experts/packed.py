@@ -25,15 +25,22 @@ from moejax.ops.target import target
 _MANY = 512
 """Mean rows of an expert from which on unpacking once takes less time than unpacking in every tile."""
 
+_PROGRAMS = 400
+"""As many as a large GPU runs at a time; with fewer, tiles are smaller."""
+
 
 class Tiling(NamedTuple):
-    """Rows and columns of a tile, what a step contracts, warps of a program, steps that are copied ahead."""
+    """Rows and columns of a tile, what a step contracts, warps of a program, steps that are copied ahead.
+
+    ``parts`` of the contracted axis are summed apart, so that there are enough programs where rows are few.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    parts: int = 1
 
 
 def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignment: Assignment) -> bool:
@@ -47,13 +54,14 @@ def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignm
     return capable and small and find_spec("jax.experimental.pallas.triton") is not None
 
 
-def tiling(rows: int, groups: int, transpose: bool) -> Tiling:
-    """For ``rows`` in all."""
+def tiling(rows: int, groups: int, columns: int, transpose: bool) -> Tiling:
+    """For ``rows`` in all and that many columns of the product."""
     if transpose:
         return Tiling(64, 128, 64, 4, 3)
-    if rows <= 16 * groups:
-        return Tiling(16, 64, 256, 4, 3)
-    return Tiling(64, 128, 128, 4, 3)
+    height = next(h for h in (16, 32, 64) if h == 64 or 2 * rows <= h * groups)
+    if groups * columns < _PROGRAMS * 128:
+        return Tiling(height, 64, 128, 4, 4, 3)
+    return Tiling(height, 128, 128, 4, 3)
 
 
 def matmul(
@@ -80,7 +88,7 @@ def _product(x: Array, weights: tuple, first: Array, load: Array, *, transpose: 
     if expert is None and len(x) >= _MANY * len(load) and hopper.suits(x.dtype.itemsize, *weight.shape[1:]):
         x, full = unpacked_in_turn(x, weight)
         return hopper.matmul(x, full, first, load, transpose)
-    tile = tiling(len(x), len(load), transpose)
+    tile = tiling(len(x), len(load), weight.shape[2 if transpose else 1], transpose)
     table, count = cut(first, load, len(x), tile.rows)
     if expert is not None:
         table = table.at[0].set(expert[table[0]])
@@ -94,12 +102,13 @@ def _kernel(x: Array, weight: MXFP4, table: Array, count: Array, t: Tiling, tran
 
     _, m, d = weight.shape
     depth, width = (m, d) if transpose else (d, m)
+    steps = -(-depth // (t.depth * t.parts))
 
     def region(lead: tuple, i: Array, j: Array, ends: tuple) -> tuple[tuple, Array]:
         return (*lead, i[:, None], j[None]), (i < ends[0])[:, None] & (j < ends[1])[None]
 
     def body(x, blocks, scales, table, count, y):
-        tile, column = pl.program_id(1), pl.program_id(0)
+        column, tile, part = (pl.program_id(n) for n in range(3))
 
         @pl.when(tile < count[0])
         def _tile():
@@ -118,8 +127,9 @@ def _kernel(x: Array, weight: MXFP4, table: Array, count: Array, t: Tiling, tran
                 last = (m, d // values)
                 return read(array, (expert,), i * height + jnp.arange(height), j * entries + jnp.arange(entries), last)
 
-            def step(k: Array, carry: tuple) -> tuple:
+            def step(i: Array, carry: tuple) -> tuple:
                 sums, scale = carry
+                k = part * steps + i
                 # of the next step: too narrow for Triton to copy them ahead
                 following = packed(scales, k + 1, BLOCK)
                 halves = _unpacked(packed(blocks, k, 2), scale, interpret)
@@ -127,22 +137,23 @@ def _kernel(x: Array, weight: MXFP4, table: Array, count: Array, t: Tiling, tran
                 return (_plus_matrix if transpose else _plus_transposed)(sums, xs, halves), following
 
             zero = jnp.zeros((t.rows, t.columns // 2) if transpose else (t.columns, t.rows), jnp.float32)
-            start = (zero, zero) if transpose else zero
-            sums, _ = lax.fori_loop(0, -(-depth // t.depth), step, (start, packed(scales, 0, BLOCK)))
+            start = (zero, zero) if transpose else zero, packed(scales, part * steps, BLOCK)
+            sums, _ = lax.fori_loop(0, steps, step, start)
             found = _interleaved(*(s.astype(y.dtype) for s in sums)) if transpose else sums.T.astype(y.dtype)
-            index, inside = region((), rows, column * t.columns + jnp.arange(t.columns), (first + held, width))
+            index, inside = region((part,), rows, column * t.columns + jnp.arange(t.columns), (first + held, width))
             gpu.store(y.at[index], found, mask=inside)
 
     # what a profile shows
     body.__name__ = f"packed_matmul_{len(x)}x{depth}x{width}"
     run = pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct((len(x), width), x.dtype),
-        grid=(-(-width // t.columns), table.shape[1]),
+        out_shape=jax.ShapeDtypeStruct((t.parts, len(x), width), x.dtype if t.parts == 1 else jnp.float32),
+        grid=(-(-width // t.columns), table.shape[1], t.parts),
         compiler_params=gpu.CompilerParams(num_warps=t.warps, num_stages=t.stages),
         interpret=interpret,
     )
-    return run(x, weight.blocks.reshape(len(weight.blocks), m, d // 2), weight.scales, table, count)
+    y = run(x, weight.blocks.reshape(len(weight.blocks), m, d // 2), weight.scales, table, count)
+    return y[0] if t.parts == 1 else y.sum(0).astype(x.dtype)
 
 
 def _plus_transposed(sums: Array, x: Array, halves: tuple[Array, Array]) -> Array:
