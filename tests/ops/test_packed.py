@@ -126,7 +126,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(packed, "target", lambda *_: device)
     monkeypatch.setattr(hopper, "target", lambda *_: device)
     kernel = packed.matmul
-    monkeypatch.setattr(packed, "matmul", lambda *operands: kernel(*operands, True))
+    monkeypatch.setattr(packed, "matmul", lambda *operands: kernel(*operands, interpret=True))
     return device
 
 
@@ -190,6 +190,7 @@ class TestChoice:
             grouped_matmul(x, jnp.zeros((E, M, D)), slots, implementation="packed")
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="runs on an NVIDIA GPU")
 @BOTH_WAYS
 def test_every_code_and_scale_on_a_gpu(transpose):

@@ -95,9 +95,10 @@ def _packed(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: 
     if assignment.by_expert:
         y = packed.matmul(rows, flat, None, assignment.first, assignment.load, transpose)
     else:
-        # every slot its own group
-        ids, load = assignment.ids.ravel(), (assignment.rank.ravel() >= 0).astype(jnp.int32)
-        y = packed.matmul(rows, flat, ids, jnp.arange(len(x), dtype=jnp.int32), load, transpose)
+        # every slot is a group, empty if it goes nowhere
+        held = jnp.ones(len(x), bool) if assignment.complete else assignment.rank.ravel() >= 0
+        place = jnp.arange(len(x), dtype=jnp.int32)
+        y = packed.matmul(rows, flat, assignment.ids.ravel(), place, held.astype(jnp.int32), transpose)
     return y if transpose else y.reshape(len(x), *width)
 
 

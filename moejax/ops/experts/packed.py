@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
@@ -89,13 +90,16 @@ def _product(x: Array, weights: tuple, first: Array, load: Array, *, transpose: 
         x, full = unpacked_in_turn(x, weight)
         return hopper.matmul(x, full, first, load, transpose)
     tile = tiling(len(x), len(load), weight.shape[2 if transpose else 1], transpose)
-    table, count = cut(first, load, len(x), tile.rows)
-    if expert is not None:
-        table = table.at[0].set(expert[table[0]])
-    return _kernel(x if transpose else _by_lane(x), weight, table, count, tile, transpose, interpret)
+    if len(x) <= tile.rows:  # and so has no group more
+        group = jnp.arange(len(load), dtype=jnp.int32)
+        table = jnp.stack([group if expert is None else expert, first, load])
+    else:
+        table, _ = cut(first, load, len(x), tile.rows)
+        table = table if expert is None else table.at[0].set(expert[table[0]])
+    return _kernel(x if transpose else _rows_by_lane(x), weight, table, tile, transpose, interpret)
 
 
-def _kernel(x: Array, weight: MXFP4, table: Array, count: Array, t: Tiling, transpose: bool, interpret: bool) -> Array:
+def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool, interpret: bool) -> Array:
     # imported late: it takes a quarter of a second, and only such a GPU needs it
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as gpu
@@ -107,10 +111,11 @@ def _kernel(x: Array, weight: MXFP4, table: Array, count: Array, t: Tiling, tran
     def region(lead: tuple, i: Array, j: Array, ends: tuple) -> tuple[tuple, Array]:
         return (*lead, i[:, None], j[None]), (i < ends[0])[:, None] & (j < ends[1])[None]
 
-    def body(x, blocks, scales, table, count, y):
+    def body(x, blocks, scales, table, y):
         column, tile, part = (pl.program_id(n) for n in range(3))
 
-        @pl.when(tile < count[0])
+        # none in the tiles that are left over
+        @pl.when(table[2, tile] > 0)
         def _tile():
             expert, first, held = (table[n, tile] for n in range(3))
             rows = first + jnp.arange(t.rows)
@@ -152,12 +157,12 @@ def _kernel(x: Array, weight: MXFP4, table: Array, count: Array, t: Tiling, tran
         compiler_params=gpu.CompilerParams(num_warps=t.warps, num_stages=t.stages),
         interpret=interpret,
     )
-    y = run(x, weight.blocks.reshape(len(weight.blocks), m, d // 2), weight.scales, table, count)
+    y = run(x, weight.blocks.reshape(len(weight.blocks), m, d // 2), weight.scales, table)
     return y[0] if t.parts == 1 else y.sum(0).astype(x.dtype)
 
 
 def _plus_transposed(sums: Array, x: Array, halves: tuple[Array, Array]) -> Array:
-    """``sums [C, R]`` and ``W x^T``, with ``x`` as :func:`_by_lane` orders it."""
+    """``sums [C, R]`` and ``W x^T``, with ``x`` as :func:`_rows_by_lane` orders it."""
     weight = _by_lane(_interleaved(*halves))
     return sums + lax.dot_general(weight, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -167,7 +172,7 @@ def _plus_matrix(sums: tuple[Array, Array], x: Array, halves: tuple[Array, Array
     return tuple(s + jnp.dot(x, w, preferred_element_type=jnp.float32) for s, w in zip(sums, halves, strict=True))
 
 
-def _by_lane(x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+def _by_lane(weight: Float[Array, "C D"]) -> Float[Array, "C D"]:
     """Columns reordered within blocks of 32, so that packed weights reach the threads that multiply them 4 bytes each.
 
     A thread of a quad holds, of 16 columns that the matrix unit contracts, the pairs 2q and 2q + 8. It is given the
@@ -175,7 +180,14 @@ def _by_lane(x: Float[Array, "R D"]) -> Float[Array, "R D"]:
     the others.
     """
     # quad, pair, one of it, half of the byte -> half, pair, quad, one of it
-    return x.reshape(len(x), -1, 4, 2, 2, 2).transpose(0, 1, 5, 3, 2, 4).reshape(x.shape)
+    return weight.reshape(len(weight), -1, 4, 2, 2, 2).transpose(0, 1, 5, 3, 2, 4).reshape(weight.shape)
+
+
+def _rows_by_lane(x: Float[Array, "P D"]) -> Float[Array, "P D"]:
+    """The same of rows outside of the kernel: as a copy by index, which XLA makes part of what computes them."""
+    block = np.arange(BLOCK).reshape(4, 2, 2, 2).transpose(3, 1, 0, 2).ravel()
+    index = np.arange(0, x.shape[1], BLOCK)[:, None] + block
+    return x.at[:, index.ravel().astype(np.uint32)].get(mode="promise_in_bounds", unique_indices=True)
 
 
 def _interleaved(even: Float[Array, "R H"], odd: Float[Array, "R H"]) -> Float[Array, "R 2*H"]:
