@@ -124,25 +124,25 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool, i
                 index, inside = region(*where)
                 return gpu.load(array.at[index], mask=inside, other=0)
 
-            def packed(array: Any, step: Array | int, values: int) -> Array:
+            def entries(array: Any, step: Array | int, values: int) -> Array:
                 # of an array that has an entry for so many values
                 along, across = (step, t.depth), (column, t.columns)
                 (i, height), (j, length) = (along, across) if transpose else (across, along)
-                entries = length // values
-                last = (m, d // values)
-                return read(array, (expert,), i * height + jnp.arange(height), j * entries + jnp.arange(entries), last)
+                length //= values
+                ends = (m, d // values)
+                return read(array, (expert,), i * height + jnp.arange(height), j * length + jnp.arange(length), ends)
 
             def step(i: Array, carry: tuple) -> tuple:
                 sums, scale = carry
                 k = part * steps + i
                 # of the next step: too narrow for Triton to copy them ahead
-                following = packed(scales, k + 1, BLOCK)
-                halves = _unpacked(packed(blocks, k, 2), scale, interpret)
+                following = entries(scales, k + 1, BLOCK)
+                halves = _unpacked(entries(blocks, k, 2), scale, interpret)
                 xs = read(x, (), rows, k * t.depth + jnp.arange(t.depth), (first + held, depth))
                 return (_plus_matrix if transpose else _plus_transposed)(sums, xs, halves), following
 
             zero = jnp.zeros((t.rows, t.columns // 2) if transpose else (t.columns, t.rows), jnp.float32)
-            start = (zero, zero) if transpose else zero, packed(scales, part * steps, BLOCK)
+            start = (zero, zero) if transpose else zero, entries(scales, part * steps, BLOCK)
             sums, _ = lax.fori_loop(0, steps, step, start)
             found = _interleaved(*(s.astype(y.dtype) for s in sums)) if transpose else sums.T.astype(y.dtype)
             index, inside = region((part,), rows, column * t.columns + jnp.arange(t.columns), (first + held, width))
@@ -232,7 +232,7 @@ def _in_registers(pairs: UInt8[Array, "A B"], high: bool) -> BFloat16[Array, "A 
     (values,) = gpu.elementwise_inline_asm(
         asm,
         args=[pairs],
-        constraints="=r,=r,r",
+        constraints="=&r,=r,r",
         pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct(pairs.shape, jnp.bfloat16)],
     )
