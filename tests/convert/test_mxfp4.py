@@ -18,6 +18,7 @@ import moejax
 from moejax.checkpoints.doctor import examine
 from moejax.checkpoints.verify import verify
 from moejax.models import family
+from moejax.ops import mxfp4
 from moejax.ops.mxfp4 import MXFP4
 from tests.convert import tiny
 from tests.convert.test_round_trip import raw, same_leaves
@@ -55,6 +56,16 @@ def test_every_byte(scale: int) -> None:
 def test_nan_scale_gives_nothing_finite() -> None:
     values = dequantise(np.arange(256, dtype=np.uint8).reshape(16, 16), np.full(16, 255, np.uint8))
     assert not np.isfinite(values.astype(np.float32)).any()
+
+
+def test_multiplying_is_another_way_to_the_same_bits() -> None:
+    """What a GPU is given. On a CPU, which flushes them, a scale may be lost that is below 2^-126."""
+    blocks = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8).reshape(16, 16), (256, 16, 16))
+    scales = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None], (256, 16))
+    bits, product = (np.asarray(of(blocks, scales)) for of in (mxfp4._of_bits, jax.jit(mxfp4._multiplied)))
+    assert bits[2:255].tobytes() == product[2:255].tobytes()
+    assert np.allclose(bits[:2].astype(np.float64), product[:2].astype(np.float64), rtol=0, atol=2.0**-124)
+    assert not np.isfinite(product[255].astype(np.float32)).any()
 
 
 @settings(max_examples=6, deadline=None)

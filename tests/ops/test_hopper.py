@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu
 
 from moejax.ops.experts import assign, hopper
+from moejax.ops.experts.tiles import cut
 from moejax.ops.mxfp4 import MXFP4
 
 E, D, M, N = 4, 128, 192, 3
@@ -106,7 +107,7 @@ def test_tiles_cover_every_row_once(loads):
     load = np.array(loads, np.int32)
     aligned = -(-load // 8) * 8
     first = (np.cumsum(aligned) - aligned).astype(np.int32)
-    table, count = hopper._tiles(jnp.asarray(first), jnp.asarray(load), 5 * 704)
+    table, count = cut(jnp.asarray(first), jnp.asarray(aligned), 5 * 704, 128)
     tiles = np.asarray(table)[:, : int(count[0])].T
     assert int(count[0]) <= table.shape[1]
     covered = np.zeros(aligned.sum(), int)

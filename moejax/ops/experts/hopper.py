@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.ops.experts.assignment import ALIGNED, Assignment
-from moejax.ops.experts.exchange import AXIS
+from moejax.ops.experts.exchange import whole
+from moejax.ops.experts.tiles import cut, rows_together
 from moejax.ops.mxfp4 import MXFP4
 from moejax.ops.target import target
 
@@ -41,9 +41,8 @@ def suits(itemsize: int, *widths: int, mesh: Mesh | None = None) -> bool:
 
     What XLA splits over devices by other axes of a mesh it cannot split inside of a kernel.
     """
-    whole = mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
     capability = str(getattr(target(mesh), "compute_capability", ""))
-    return whole and itemsize == 2 and capability.startswith("9.") and not any(width % _DEPTH for width in widths)
+    return whole(mesh) and itemsize == 2 and capability.startswith("9.") and not any(width % _DEPTH for width in widths)
 
 
 def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignment: Assignment) -> bool:
@@ -73,40 +72,7 @@ def matmul(
     ``first`` has multiples of 8. With a batch of ``x`` the weights are read once. What other rows hold is left open.
     """
     run = partial(_kernel, transpose=transpose, interpret=interpret)
-    return _batched(run)(x, weight, first, load)
-
-
-def _batched(run):
-    product = custom_vmap(run)
-
-    @product.def_vmap
-    def several(size: int, in_batched: list[bool], x: Array, weight: Array, first: Array, load: Array):
-        rows_alone = in_batched[0] and not any(in_batched[1:])
-        if not rows_alone:
-            each = [
-                a if batched else jnp.broadcast_to(a, (size, *a.shape))
-                for a, batched in zip((x, weight, first, load), in_batched, strict=True)
-            ]
-            return lax.map(lambda operands: product(*operands), tuple(each)), True
-        # a row's copies stand together, so that an expert's rows still do
-        rows = jnp.moveaxis(x, 0, 1).reshape(-1, x.shape[-1])
-        y = product(rows, weight, first * size, load * size)
-        return jnp.moveaxis(y.reshape(-1, size, y.shape[-1]), 1, 0), True
-
-    return product
-
-
-def _tiles(first: Array, load: Array, rows: int) -> tuple[Int[Array, "3 I"], Int[Array, "1"]]:
-    """Expert, first row and number of rows (a multiple of 8) of every tile, and how many there are."""
-    experts = len(load)
-    count = -(-load // _ROWS)
-    last = jnp.cumsum(count)
-    index = jnp.arange(rows // _ROWS + experts, dtype=jnp.int32)
-    expert = jnp.minimum((index[:, None] >= last).sum(1, dtype=jnp.int32), experts - 1)
-    inner = (index - (last - count)[expert]) * _ROWS
-    here = jnp.minimum((-(-load // ALIGNED) * ALIGNED)[expert] - inner, _ROWS)
-    table = jnp.stack([expert, first[expert] + inner, here])
-    return table.astype(jnp.int32), last[-1:].astype(jnp.int32)
+    return rows_together(run)(x, weight, first, load)
 
 
 def _kernel(x: Array, weight: Array, first: Array, load: Array, *, transpose: bool, interpret: Any) -> Array:
@@ -217,4 +183,5 @@ def _kernel(x: Array, weight: Array, first: Array, load: Array, *, transpose: bo
         ],
         interpret=interpret,
     )
-    return run(x, weight, *_tiles(first, load, rows))
+    aligned = -(-load // ALIGNED) * ALIGNED
+    return run(x, weight, *cut(first, aligned, rows, _ROWS))

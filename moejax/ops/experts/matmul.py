@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.experts import hopper
+from moejax.ops.experts import hopper, packed
 from moejax.ops.experts.assignment import Assignment, take
-from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.mxfp4 import MXFP4, unpacked_in_turn
 
-Implementation = Literal["gather", "padded", "hopper"]
+Implementation = Literal["gather", "padded", "hopper", "packed"]
 
 
 def grouped_matmul(
@@ -32,26 +32,37 @@ def grouped_matmul(
     Args:
         x: rows in the order of ``assignment``.
         weight: one matrix for each expert, ``[out, in]``. The outputs may have several axes; merging them beforehand
-            would make XLA move weights of which one of them is split over devices. Packed matrices are unpacked
-            here: those of one layer at a time, or, where rows copy their matrices, of the rows' experts alone.
+            would make XLA move weights of which one of them is split over devices. All but ``"packed"`` unpack
+            packed matrices first: those of one layer at a time, or, where rows copy their matrices, of the rows'
+            experts alone.
         assignment: the expert of each row.
         implementation: ``"gather"`` copies each row's matrix, the plain reference and right for decoding, for rows
-            ordered as the slots are; the others are for rows by expert: ``"padded"`` multiplies equal buffers of rows
+            ordered as the slots are; the next are for rows by expert: ``"padded"`` multiplies equal buffers of rows
             in one batched product, ``"hopper"`` is a kernel for the GPUs of that name, whose time does not depend on
-            how uneven the loads are. By default what fits.
+            how uneven the loads are. ``"packed"``, for rows in either order, is a kernel for NVIDIA GPUs that unpacks
+            as it multiplies. By default what fits.
 
     Raises:
-        ValueError: unknown implementation, or one for rows in another order.
+        ValueError: unknown implementation, or one for rows in another order or for other matrices.
     """
     if implementation is None:
-        fits = hopper.fits(x, weight, assignment)
-        implementation = "gather" if not assignment.by_expert else "hopper" if fits else "padded"
+        implementation = _fitting(x, weight, assignment)
     if implementation not in get_args(Implementation):
         known = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation={implementation!r} is unknown; choose from {known}.")
-    if (implementation == "gather") == assignment.by_expert:
+    if implementation == "packed" and not isinstance(weight, MXFP4):
+        raise ValueError(f"implementation='packed' is for matrices kept in MXFP4, not in {weight.dtype}.")
+    if implementation != "packed" and (implementation == "gather") == assignment.by_expert:
         raise ValueError(f"implementation={implementation!r} is not for rows with by_expert={assignment.by_expert}.")
     return _grouped_matmul(implementation, False, x, weight, assignment)
+
+
+def _fitting(x: Array, weight: Array | MXFP4, assignment: Assignment) -> Implementation:
+    if packed.fits(x, weight, assignment):
+        return "packed"
+    if not assignment.by_expert:
+        return "gather"
+    return "hopper" if hopper.fits(x, weight, assignment) else "padded"
 
 
 def capacities(tokens: int, slots: int, experts: int) -> list[int]:
@@ -62,23 +73,37 @@ def capacities(tokens: int, slots: int, experts: int) -> list[int]:
 
 def _gather(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
     # products and their sum, which XLA reads the matrices for where they are; as a matmul it copies them first
-    x, weight = _unpacked_in_turn(x, weight[assignment.ids.ravel()])
+    x, weight = unpacked_in_turn(x, weight[assignment.ids.ravel()])
     wide = jnp.promote_types(x.dtype, jnp.float32)
     outputs = tuple(range(1, weight.ndim - 1))
     terms = jnp.expand_dims(x, -1 if transpose else outputs).astype(wide) * weight.astype(wide)
     return terms.sum(outputs if transpose else -1).astype(x.dtype)
 
 
-def _hopper(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
-    x, weight = _unpacked_in_turn(x, packed)
+def _hopper(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
+    x, weight = unpacked_in_turn(x, weight)
     width, flat = weight.shape[1:-1], weight.reshape(len(weight), -1, weight.shape[-1])
     rows = x.reshape(len(x), -1)
     y = hopper.matmul(rows, flat, assignment.first, assignment.load, transpose)
     return y if transpose else y.reshape(len(x), *width)
 
 
-def _padded(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
-    x, weight = _unpacked_in_turn(x, packed)
+def _packed(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
+    assert isinstance(weight, MXFP4)
+    width, flat = weight.shape[1:-1], weight.flat()
+    rows = x.reshape(len(x), -1)
+    if assignment.by_expert:
+        y = packed.matmul(rows, flat, None, assignment.first, assignment.load, transpose)
+    else:
+        # every slot is a group, empty if it goes nowhere
+        held = jnp.ones(len(x), bool) if assignment.complete else assignment.rank.ravel() >= 0
+        place = jnp.arange(len(x), dtype=jnp.int32)
+        y = packed.matmul(rows, flat, assignment.ids.ravel(), place, held.astype(jnp.int32), transpose)
+    return y if transpose else y.reshape(len(x), *width)
+
+
+def _padded(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
+    x, weight = unpacked_in_turn(x, weight)
     m, expert = _outputs(weight), jnp.minimum(assignment.expert, len(weight) - 1)
     spec = f"ec{m},e{m}d->ecd" if transpose else f"ecd,e{m}d->ec{m}"
     width = weight.shape[-1:] if transpose else weight.shape[1:-1]
@@ -99,17 +124,6 @@ def _padded(x: Array, packed: Array | MXFP4, assignment: Assignment, transpose: 
 
     single = lambda capacity, x, weight: one_pass(capacity, x, weight, 0)  # noqa: E731
     return _by_capacity(single, passes, assignment, x, weight)
-
-
-def _unpacked_in_turn(x: Array, weight: Array | MXFP4) -> tuple[Array, Array]:
-    """``x``, and the matrices in its dtype, unpacked no earlier than ``x`` is there and for this product alone.
-
-    Otherwise XLA unpacks all layers at once, or keeps what the forward pass unpacked for the backward pass.
-    """
-    if not isinstance(weight, MXFP4):
-        return x, weight
-    x, packed = jax.lax.optimization_barrier((x, weight))
-    return x, packed.unpack(x.dtype)
 
 
 def _weight_gradient(transpose: bool, x: Array, cotangent: Array, weight: Array, assignment: Assignment) -> Array:
@@ -162,7 +176,7 @@ def _outputs(weight: Float[Array, "E *M D"] | MXFP4) -> str:
     return "mno"[: weight.ndim - 2]
 
 
-_IMPLEMENTATIONS = {"gather": _gather, "padded": _padded, "hopper": _hopper}
+_IMPLEMENTATIONS = {"gather": _gather, "padded": _padded, "hopper": _hopper, "packed": _packed}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
