@@ -102,13 +102,13 @@ def assign(
             is cheaper to copy each slot's matrix.
     """
     chosen = (ids[..., None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32)
-    earlier = jnp.cumsum(chosen, axis=0) - chosen
+    until = jnp.cumsum(chosen, axis=0)
     inside = jnp.minimum(ids, num_experts - 1) if nowhere else ids
-    rank = jnp.take_along_axis(earlier, inside, axis=1)
+    rank = jnp.take_along_axis(until - chosen, inside, axis=1)
     rank = jnp.where(ids < num_experts, rank, -1) if nowhere else rank
     if by_expert is None:
         by_expert = ids.size > num_experts // 2
-    return Assignment.of(inside, rank, chosen.sum(0), by_expert=by_expert, complete=not nowhere, mesh=mesh)
+    return Assignment.of(inside, rank, until[-1], by_expert=by_expert, complete=not nowhere, mesh=mesh)
 
 
 def take(x: Array, index: Int[Array, "*s"]) -> Array:
