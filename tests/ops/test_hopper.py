@@ -127,6 +127,22 @@ def hopper_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("hopper_gpu")
+def test_a_program_is_the_same_whatever_was_lowered_before():
+    """Else the persistent cache would only find what processes lower in one order."""
+
+    def program(rows):
+        shapes = [(rows, D), (E, M, D)]
+        operands = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes] + [jax.ShapeDtypeStruct((E,), jnp.int32)] * 2
+        run = jax.jit(lambda *a: hopper.matmul(*a, False))
+        return run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+    before = program(256)
+    assert program(512) != before
+    jax.clear_caches()
+    assert program(256) == before
+
+
+@pytest.mark.usefixtures("hopper_gpu")
 class TestChoice:
     def fits(self, x_dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16, shape=(E, 2, 64, 128), by_expert=True, **options):
         assignment = assign(jnp.arange(6).reshape(3, 2) % E, E, by_expert=by_expert, **options)
