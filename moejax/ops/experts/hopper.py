@@ -80,7 +80,7 @@ def _nameless(context: Any) -> None:
 
     With it the persistent cache would only find what processes compile in the same order.
     """
-    from jax._src.lib.mlir import ir
+    from jaxlib.mlir import ir
 
     context.module.operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get("grouped_matmul")
 

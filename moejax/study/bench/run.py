@@ -146,24 +146,16 @@ def _row(case: Case, decoder: Decoder, packed: Packed, prompt: Array, limits: Ce
 
 
 def _compiled(function: Callable, packed: Packed, prompt: Array) -> tuple[Any, float, float]:
-    """The compiled program, and the seconds that it took, first to compile and then to find it in a cache.
-
-    What is lowered a second time in one process is not found, since a kernel's name counts the kernels before it; what
-    another process lowers in the same order is. Hence the time of lowering once is part of both.
-    """
-    # nothing that was traced or compiled before
-    jax.clear_caches()
-    # the default; with any option at all a program is compiled whenever it is asked for
-    options: dict[str, Any] = {"xla_embed_ir_in_executable": False}
+    """The compiled program, and the seconds that it took, traced and compiled, and traced and found in a cache."""
+    program, times = None, []
     with _persistent_cache():
-        start = time.perf_counter()
-        lowered = jax.jit(lambda weights, tokens: function(weights, tokens)).lower(packed, prompt)
-        traced = time.perf_counter()
-        lowered.compile(compiler_options=options)
-        compiled = time.perf_counter()
-        program = lowered.compile(compiler_options=options)
-        loaded = time.perf_counter() - compiled
-    return program, compiled - start, traced - start + loaded
+        for _ in range(2):
+            # nothing that was traced or compiled before
+            jax.clear_caches()
+            start = time.perf_counter()
+            program = jax.jit(lambda weights, tokens: function(weights, tokens)).lower(packed, prompt).compile()
+            times.append(time.perf_counter() - start)
+    return program, *times
 
 
 @contextmanager
