@@ -13,8 +13,8 @@ from moejax.rules import Reading
 
 def matmul(x: Float[Array, "*b D"], weight: Float[Array, "*m D"]) -> Float[Array, "..."]:
     """``x @ weight.T`` in the dtype of ``x``; the outputs may have several axes, ``[*b *m]``."""
-    # XLA would copy the matrices of several maps of one x side by side, to multiply by all at once
-    x, weight = jax.lax.optimization_barrier((x, weight))
+    # an x of its own for every map, else XLA copies the matrices of several maps side by side to multiply once
+    x, _ = jax.lax.optimization_barrier((x, jax.lax.stop_gradient(weight)))
     return jnp.tensordot(x, weight, (-1, -1))
 
 

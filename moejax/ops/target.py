@@ -12,3 +12,9 @@ def target(mesh: Mesh | None = None) -> jax.Device:
     if isinstance(named, str):
         return jax.devices(named)[0]
     return jax.devices()[0] if named is None else named
+
+
+def generation(device: object) -> int:
+    """Of an NVIDIA GPU the first number of its compute capability: 8 for Ampere, 9 for Hopper. 0 for what is none."""
+    first, dot, _ = str(getattr(device, "compute_capability", "")).partition(".")
+    return int(first) if dot and first.isdecimal() else 0

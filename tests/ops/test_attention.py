@@ -13,7 +13,8 @@ from moejax.ops.attention import attention
 from moejax.ops.attention import fused as fused_attention
 from moejax.ops.attention.blocks import spans
 from moejax.ops.attention.choice import block_size
-from moejax.ops.attention.fused import Kernel, fits, fused, in_sight
+from moejax.ops.attention.fused import Kernel, fits, fused
+from ops.explicit import explicit_backward, explicit_forward
 
 B, T, S, H, G, C = 3, 7, 9, 4, 2, 10
 LONG = 23
@@ -197,32 +198,6 @@ class TestBlocks:
         assert block_size(300, 10**9) == 128
 
 
-def explicit_scores(q, k, scale, window):
-    repeated = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    scores = jnp.einsum("bthc,bshc->bhts", q, repeated) * scale
-    return jnp.where(in_sight(q.shape[1], window), scores, -jnp.inf)
-
-
-def explicit_forward(q, k, v, scale, window):
-    scores = explicit_scores(q, k, scale, window)
-    statistics = jax.nn.logsumexp(scores, axis=-1)
-    values = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-    return jnp.einsum("bhts,bshc->bthc", jnp.exp(scores - statistics[..., None]), values), statistics
-
-
-def explicit_backward(cotangent, q, k, v, out, statistics, scale, window):
-    """From the statistics and the output that it is given, as a kernel does."""
-    groups = k.shape[2]
-    by_group = lambda x: x.reshape(*x.shape[:2], groups, -1, x.shape[-1]).sum(3)  # noqa: E731
-    pattern = jnp.exp(explicit_scores(q, k, scale, window) - statistics[..., None])
-    keys, values = (jnp.repeat(x, q.shape[2] // groups, axis=2) for x in (k, v))
-    towards = jnp.einsum("bthc,bshc->bhts", cotangent, values)
-    scores = pattern * (towards - (cotangent * out).sum(-1).swapaxes(1, 2)[..., None]) * scale
-    dq = jnp.einsum("bhts,bshc->bthc", scores, keys)
-    dk = by_group(jnp.einsum("bhts,bthc->bshc", scores, q))
-    return dq, dk, by_group(jnp.einsum("bhts,bthc->bshc", pattern, cotangent))
-
-
 EXPLICIT = Kernel(explicit_forward, explicit_backward)
 
 
@@ -273,7 +248,9 @@ class TestFused:
         run = lambda q: fused(q, k, v, None, None, scale=0.3, window=None, block=8, kernel=EXPLICIT).sum()  # noqa: E731
         assert str(jax.make_jaxpr(jax.value_and_grad(run))(q)).count(" log ") == 1
 
-    @pytest.mark.parametrize(("capability", "taken"), [(None, False), ("7.5", False), ("8.0", True), ("9.0", True)])
+    @pytest.mark.parametrize(
+        ("capability", "taken"), [(None, False), ("7.5", False), ("8.0", True), ("9.0", True), ("gfx942", False)]
+    )
     def test_on_gpus_that_have_it(self, monkeypatch, capability, taken):
         q = jnp.zeros((1, 8, H, 16), jnp.bfloat16)
         device = SimpleNamespace() if capability is None else SimpleNamespace(compute_capability=capability)

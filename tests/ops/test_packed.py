@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from moejax.ops import mxfp4
 from moejax.ops.experts import assign, collect, grouped_matmul, hopper, packed, spread
@@ -119,6 +120,16 @@ def test_weights_in_a_batch():
         close(wide(y)[first[3] : first[3] + 18], wide(x)[first[3] : first[3] + 18] @ matrices[3].T)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_experts_in_a_batch():
+    """Of two tokens that are decoded apart; the matrices are not copied for each."""
+    x, weight, expert = normal(2, 1, D), weights(E, M, D), jnp.array([[3], [1]])
+    product = lambda x, expert: packed.matmul(x, weight, expert, jnp.arange(1), jnp.ones(1, int), False, True)  # noqa: E731
+    for n, y in enumerate(jax.vmap(product)(x, expert)):
+        close(wide(y), wide(x)[n] @ wide(weight)[int(expert[n, 0])].T)
+    assert f"u8[2,{E}," not in str(jax.make_jaxpr(jax.vmap(product))(x, expert))
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """As if there were a Hopper GPU, but for the interpreter that runs its kernel for packed matrices."""
@@ -154,8 +165,8 @@ def test_in_the_grouped_product(by_expert):
 
 @pytest.mark.usefixtures("gpu")
 class TestChoice:
-    def fits(self, dtype=jnp.bfloat16, weight=None):
-        slots = assign(jnp.arange(6).reshape(3, 2) % E, E)
+    def fits(self, dtype=jnp.bfloat16, weight=None, mesh=None):
+        slots = assign(jnp.arange(6).reshape(3, 2) % E, E, mesh=mesh)
         weight = weights(E, 2, 40, D) if weight is None else weight
         return packed.fits(jnp.zeros((len(slots.slot), D), dtype), weight, slots)
 
@@ -167,6 +178,17 @@ class TestChoice:
         assert not self.fits(weight=jnp.zeros((E, 80, D), jnp.bfloat16))
         huge = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (1024, 2880, 2880)))
         assert not self.fits(weight=huge)
+
+    @pytest.mark.parametrize(("axes", "kernel"), [(("expert",), True), (("expert", "data"), False)])
+    def test_devices(self, axes, kernel):
+        """What XLA splits by another axis it cannot split inside of a kernel."""
+        mesh = Mesh(np.array([jax.devices()[0]] * 2 ** len(axes)).reshape((2,) * len(axes)), axes)
+        assert self.fits(mesh=mesh) == kernel
+
+    def test_parts_where_rows_are_few(self):
+        assert packed.tiling(4, 4, 5760, False).parts == 3
+        assert packed.tiling(2304, 32, 2880, False).parts == 1
+        assert packed.tiling(65536, 4, 5760, False).parts == 1, "a float32 result for each part"
 
     @pytest.mark.parametrize(
         ("capability", "kernel"), [("8.0", True), ("10.0", True), ("7.5", False), ("gfx942", False)]

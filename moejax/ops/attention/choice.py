@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
-from moejax.ops.attention.cudnn import CUDNN
+from moejax.ops.attention.cudnn import AVAILABLE, CUDNN
 from moejax.ops.attention.fused import fits, fused, in_sight
 from moejax.ops.attention.plain import plain
 
@@ -43,15 +43,15 @@ def attention(
         window: of ``causal`` keys, each query sees none but the last ``window``.
         implementation: ``"plain"`` holds all scores, the reference; ``"blocks"`` those of one block of queries,
             computes them again on the way back, and skips keys that no query of a block may see; ``"fused"`` is
-            cuDNN's kernel, for ``causal`` attention in bfloat16 on a GPU. By default fused where that can be, else
-            blocks, but plain where ``edges`` are read.
+            cuDNN's kernel, for ``causal`` attention in 16 bits on a GPU from compute capability 8. By default fused
+            where that can be, else blocks, but plain where ``edges`` are read.
         block: queries of a block; by default all where their scores fit 128 MiB, else as many as fit, but 128.
 
     Raises:
         ValueError: unknown implementation, or edges with one that does not read them.
     """
     if implementation is None:
-        implementation = "plain" if edges is not None else "fused" if fits(q, k, causal) else "blocks"
+        implementation = "plain" if edges is not None else "fused" if AVAILABLE and fits(q, k, causal) else "blocks"
     if implementation not in get_args(Implementation):
         known = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation={implementation!r} is unknown; choose from {known}.")

@@ -4,15 +4,21 @@
 takes none on the way back, so that learned sinks could not have a share in them. Hence JAX's own functions beneath it.
 """
 
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo
 from jaxtyping import Array, Float
 
 from moejax.ops.attention.fused import Kernel
 
-kernels: Any = fused_attention_stablehlo
+kernels: Any = None
+with suppress(ImportError):
+    kernels = import_module("jax._src.cudnn.fused_attention_stablehlo")
+
+AVAILABLE = all(hasattr(kernels, f"_dot_product_attention_{way}_rule") for way in ("fwd", "bwd"))
+"""Whether this version of JAX has them; both that moejax is tested with do."""
 
 _SEED, _DROPOUT = 0, 0.0
 

@@ -18,7 +18,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
-from moejax.ops.target import target
+from moejax.ops.target import generation, target
 
 
 class Kernel(NamedTuple):
@@ -46,7 +46,7 @@ def fits(q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], causal: bool) -
     narrow = q.dtype in (jnp.bfloat16, jnp.float16)
     whole = causal and q.shape[1] == k.shape[1] and q.shape[1] % 2 == 0
     shaped = q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-    return narrow and whole and shaped and float(getattr(target(), "compute_capability", None) or 0) >= 8
+    return narrow and whole and shaped and generation(target()) >= 8
 
 
 def fused(

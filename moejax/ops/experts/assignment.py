@@ -108,7 +108,8 @@ def assign(
     rank = jnp.where(ids < num_experts, rank, -1) if nowhere else rank
     if by_expert is None:
         by_expert = ids.size > num_experts // 2
-    return Assignment.of(inside, rank, until[-1], by_expert=by_expert, complete=not nowhere, mesh=mesh)
+    load = until[-1] if len(ids) else jnp.zeros(num_experts, jnp.int32)
+    return Assignment.of(inside, rank, load, by_expert=by_expert, complete=not nowhere, mesh=mesh)
 
 
 def take(x: Array, index: Int[Array, "*s"]) -> Array:

@@ -19,7 +19,7 @@ from moejax.ops.experts.assignment import ALIGNED, Assignment
 from moejax.ops.experts.exchange import whole
 from moejax.ops.experts.tiles import cut, rows_together
 from moejax.ops.mxfp4 import MXFP4
-from moejax.ops.target import target
+from moejax.ops.target import generation, target
 
 _ROWS, _DEPTH = 128, 64
 """Rows of a tile, and of the contracted axis what one step multiplies."""
@@ -41,8 +41,8 @@ def suits(itemsize: int, *widths: int, mesh: Mesh | None = None) -> bool:
 
     What XLA splits over devices by other axes of a mesh it cannot split inside of a kernel.
     """
-    capability = str(getattr(target(mesh), "compute_capability", ""))
-    return whole(mesh) and itemsize == 2 and capability.startswith("9.") and not any(width % _DEPTH for width in widths)
+    fit = itemsize == 2 and not any(width % _DEPTH for width in widths)
+    return fit and whole(mesh) and generation(target(mesh)) == 9
 
 
 def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignment: Assignment) -> bool:

@@ -21,7 +21,7 @@ from moejax.ops.experts.assignment import Assignment
 from moejax.ops.experts.exchange import whole
 from moejax.ops.experts.tiles import cut, rows_together
 from moejax.ops.mxfp4 import BLOCK, MXFP4, unpacked_in_turn
-from moejax.ops.target import target
+from moejax.ops.target import generation, target
 
 _MANY = 512
 """Mean rows of an expert from which on unpacking once takes less time than unpacking in every tile."""
@@ -48,11 +48,11 @@ def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignm
     """Whether there is such a GPU (compute capability 8 or later), and the kernel takes these operands, both ways."""
     if not isinstance(weight, MXFP4) or x.dtype != jnp.bfloat16 or not whole(assignment.mesh):
         return False
-    generation, dot, _ = str(getattr(target(assignment.mesh), "compute_capability", "")).partition(".")
-    capable = bool(dot) and generation.isdecimal() and int(generation) >= 8
-    # offsets are counted in 32 bits; JAX has announced that it will drop this lowering
+    # offsets are counted in 32 bits
     small = math.prod(weight.shape) // 2 < 2**31
-    return capable and small and find_spec("jax.experimental.pallas.triton") is not None
+    # JAX has announced that it will drop this lowering, and says so (DeprecationWarning) whenever it is used
+    there = find_spec("jax.experimental.pallas.triton") is not None
+    return small and there and generation(target(assignment.mesh)) >= 8
 
 
 def tiling(rows: int, groups: int, columns: int, transpose: bool) -> Tiling:
@@ -60,7 +60,7 @@ def tiling(rows: int, groups: int, columns: int, transpose: bool) -> Tiling:
     if transpose:
         return Tiling(64, 128, 64, 4, 3)
     height = next(h for h in (16, 32, 64) if h == 64 or 2 * rows <= h * groups)
-    if groups * columns < _PROGRAMS * 128:
+    if max(groups, rows // height) * columns < _PROGRAMS * 128:
         return Tiling(height, 64, 128, 4, 4, 3)
     return Tiling(height, 128, 128, 4, 3)
 

@@ -33,13 +33,16 @@ def rows_together(run: Callable[..., Array]) -> Callable[..., Array]:
 
     @product.def_vmap
     def several(size: int, in_batched: list[Any], x: Array, weight: Any, first: Array, load: Array):
-        operands = (x, weight, first, load)
-        rows_alone = in_batched[0] and not any(jax.tree.leaves(in_batched[1:]))
-        if not rows_alone:
-            each = jax.tree.map(
-                lambda a, batched: a if batched else jnp.broadcast_to(a, (size, *a.shape)), operands, tuple(in_batched)
-            )
-            return lax.map(lambda one: product(*one), each), True
+        # what is not in the batch is one for all, not copied for each
+        leaves, tree = jax.tree.flatten((x, weight, first, load))
+        batched = jax.tree.leaves(in_batched)
+        if not in_batched[0] or sum(batched) > 1:
+
+            def one(moving: list[Array]) -> Array:
+                each = iter(moving)
+                return product(*tree.unflatten(next(each) if b else a for a, b in zip(leaves, batched, strict=True)))
+
+            return lax.map(one, [a for a, b in zip(leaves, batched, strict=True) if b]), True
         # a row's copies stand together, so that a group's rows still do
         rows = jnp.moveaxis(x, 0, 1).reshape(-1, x.shape[-1])
         y = product(rows, weight, first * size, load * size)
