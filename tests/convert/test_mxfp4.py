@@ -145,7 +145,7 @@ def test_a_packed_weight_that_is_no_number(packed: Path, tmp_path: Path) -> None
 TOKENS = np.random.default_rng(1).integers(1, 90, (2, 11))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_kept_packed_computes_the_same(packed: Path, dtype: str) -> None:
     """Forward passes of many tokens and of one, and relevance; the experts take 4.25 bits a value."""
     full, kept = (moejax.load(packed, dtype=dtype, keep_packed=keep) for keep in (False, True))

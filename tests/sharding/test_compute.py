@@ -37,7 +37,10 @@ def test_logits(family: str, layout: str) -> None:
     close(spread(family, layout)(TOKENS), single(family)(TOKENS))
 
 
-@pytest.mark.parametrize(("family", "layout"), MODELS)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [pytest.param(*m, marks=[] if m[1] == "expert" or m[0] == "olmoe" else pytest.mark.slow) for m in MODELS],
+)
 def test_greedy_generation(family: str, layout: str) -> None:
     prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :5].tolist()]
     new = spread(family, layout).generate_ids(prompts, max_new_tokens=16)
