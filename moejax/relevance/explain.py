@@ -68,7 +68,8 @@ def explain_batch(
             those of ``moejax.relevance.NODES``, with the layer. Read them from ``vectors`` of the result.
         chunk: how many targets to propagate at a time, to bound memory; all by default.
         rematerialise: keep only the stream between layers and compute the rest again on the way back. Less memory for
-            long prompts, a third more time, the same numbers. By default only where ``max_bytes`` asks for it.
+            long prompts, 40 % more time (OLMoE, 4096 tokens), the same numbers. By default only where ``max_bytes``
+            asks for it.
         max_bytes: what the pass may take beside the weights, by an estimate: ``chunk`` and ``rematerialise``, where
             they are not given, are chosen to stay below it.
 
