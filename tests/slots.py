@@ -1,8 +1,18 @@
-"""A grouped product of slots rather than rows: what the tests of the product, and of rules on it, are written in."""
+"""What the tests of the grouped product, and of rules on it, are written in: slots rather than rows, and some loads."""
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from moejax.ops.experts import Assignment, collect, grouped_matmul, spread
+
+LOADS = {"uneven": (11, 0, 37, 5), "one expert": (0, 0, 0, 18), "nobody": (0, 0, 0, 0)}
+"""Slots of each of four experts."""
+
+
+def rows_of(load: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """The first row of each expert, and how many rows there are."""
+    aligned = -(-np.array(load) // 8) * 8
+    return (np.cumsum(aligned) - aligned).astype(np.int32), int(aligned.sum()) + 8
 
 
 def expert_matmul(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from moejax.ops.attention import attention
+from moejax.ops.attention import attention, choice
 from moejax.ops.attention import fused as fused_attention
 from moejax.ops.attention.blocks import spans
 from moejax.ops.attention.choice import block_size
@@ -295,6 +295,15 @@ class TestChoice:
         np.testing.assert_allclose(relevance.sum(-1), (out * received).sum(-1).swapaxes(1, 2), rtol=1e-4, atol=1e-5)
         cut = run(edges.at[0, 1, 2].set(0))
         assert not np.asarray(cut)[0, 2, 1].any()
+
+    def test_without_the_kernel(self, monkeypatch):
+        monkeypatch.setattr(choice, "AVAILABLE", False)
+        monkeypatch.setattr(choice, "fits", lambda *_: True)
+        q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
+        blocks = attention(q, k, v, None, scale=1.0, causal=True, implementation="blocks")
+        np.testing.assert_array_equal(attention(q, k, v, None, scale=1.0, causal=True), blocks)
+        with pytest.raises(ValueError, match="'fused' is not in this version of JAX"):
+            attention(q, k, v, None, scale=1.0, causal=True, implementation="fused")
 
     def test_unknown_and_unfit(self):
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands())

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu
+from slots import LOADS, rows_of
 
 from moejax.ops.experts import assign, hopper
 from moejax.ops.experts.tiles import cut
 from moejax.ops.mxfp4 import MXFP4
 
 E, D, M, N = 4, 128, 192, 3
-LOADS = {"uneven": (11, 0, 37, 5), "one expert": (0, 0, 0, 18), "nobody": (0, 0, 0, 0)}
 
 transposed_only = pytest.mark.skipif(
     not hasattr(mosaic_gpu, "InterpretGPUParams"), reason="the interpreter of jax 0.10 has no transposed operands"
@@ -41,12 +41,6 @@ def small_tiles(monkeypatch):
     """Tiles of 16 rows and 64 columns on two processors, so that few rows fill several tiles."""
     monkeypatch.setattr(hopper, "_ROWS", 16)
     monkeypatch.setattr(hopper, "tiling", lambda *_: hopper.Tiling(64, 2, 2))
-
-
-def rows_of(load: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """The first row of each expert, and how many rows there are."""
-    aligned = -(-np.array(load) // 8) * 8
-    return (np.cumsum(aligned) - aligned).astype(np.int32), int(aligned.sum()) + 8
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -128,7 +122,7 @@ def hopper_gpu(monkeypatch):
 
 @pytest.mark.usefixtures("hopper_gpu")
 def test_a_program_is_the_same_whatever_was_lowered_before():
-    """Else the persistent cache would only find what processes lower in one order."""
+    """Else the persistent cache would only find what processes lower in one order. jax 0.10 never counted."""
 
     def program(rows):
         shapes = [(rows, D), (E, M, D)]

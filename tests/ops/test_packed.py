@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from slots import LOADS, rows_of
 
 from moejax.ops import mxfp4
 from moejax.ops.experts import assign, collect, grouped_matmul, hopper, packed, spread
@@ -17,7 +18,6 @@ from moejax.ops.mxfp4 import MXFP4
 
 E, D, M, N = 4, 96, 80, 3
 """Widths that no tile divides."""
-LOADS = {"uneven": (11, 0, 37, 5), "one expert": (0, 0, 0, 18), "nobody": (0, 0, 0, 0)}
 
 BOTH_WAYS = pytest.mark.parametrize("transpose", [True, False], ids=["times-matrix", "times-transposed"])
 
@@ -33,12 +33,6 @@ def weights(*shape: int, seed: int = 0) -> MXFP4:
     rng = np.random.default_rng(seed)
     blocks, scales = rng.integers(0, 256, (*lead, width // 32, 16)), rng.integers(122, 130, (*lead, width // 32))
     return MXFP4(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
-
-
-def rows_of(load: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """The first row of each expert, and how many rows there are."""
-    aligned = -(-np.array(load) // 8) * 8
-    return (np.cumsum(aligned) - aligned).astype(np.int32), int(aligned.sum()) + 8
 
 
 def normal(*shape: int) -> jax.Array:

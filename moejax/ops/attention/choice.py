@@ -61,8 +61,9 @@ def attention(
         raise ValueError("without a mask attention is causal: give causal=True.")
     size = block or block_size(q.shape[1], k.shape[1] * q.shape[0] * q.shape[2])
     if implementation == "fused":
-        if not causal:
-            raise ValueError("implementation='fused' is for causal attention; leave it out.")
+        if not causal or not AVAILABLE:
+            why = "is not in this version of JAX" if causal else "is for causal attention"
+            raise ValueError(f"implementation='fused' {why}; leave it out.")
         return fused(q, k, v, mask, sinks, scale=scale, window=window, block=size, kernel=CUDNN)
     if mask is None:
         mask = jnp.broadcast_to(in_sight(q.shape[1], window), (q.shape[0], q.shape[1], k.shape[1]))
