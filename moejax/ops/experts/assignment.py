@@ -56,8 +56,7 @@ class Assignment:
     ) -> Self:
         """The rows of ranked slots."""
         slots = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
-        aligned = -(-load // ALIGNED) * ALIGNED
-        first = jnp.cumsum(aligned) - aligned
+        first = sum_before(-(-load // ALIGNED) * ALIGNED)
         if by_expert:
             rows = (ids.size + (ALIGNED - 1) * min(ids.size, len(load))) // ALIGNED * ALIGNED
             place = jnp.where(rank < 0, rows, first[ids] + rank)
@@ -66,8 +65,8 @@ class Assignment:
         else:
             place, slot = slots, slots.ravel()
         # otherwise XLA computes a row's index again for every number that is copied with it
-        arrays = jax.lax.optimization_barrier((ids, rank, load, first, place, slot))
-        return cls(*arrays, by_expert=by_expert, complete=complete, mesh=mesh)
+        place, slot = jax.lax.optimization_barrier((place, slot))
+        return cls(ids, rank, load, first, place, slot, by_expert=by_expert, complete=complete, mesh=mesh)
 
     def limited(self, capacity: int) -> Self:
         """The same with no more than ``capacity`` slots for an expert; later ones go nowhere."""
@@ -110,6 +109,13 @@ def assign(
         by_expert = ids.size > num_experts // 2
     load = until[-1] if len(ids) else jnp.zeros(num_experts, jnp.int32)
     return Assignment.of(inside, rank, load, by_expert=by_expert, complete=not nowhere, mesh=mesh)
+
+
+def sum_before(counts: Int[Array, " N"]) -> Int[Array, " N"]:
+    """The sum of the counts before each."""
+    # on a GPU a masked sum is one kernel with what it sums, a cumulative sum is several
+    index = jnp.arange(len(counts))
+    return jnp.where(index < index[:, None], counts, 0).sum(1, dtype=counts.dtype)
 
 
 def take(x: Array, index: Int[Array, "*s"]) -> Array:

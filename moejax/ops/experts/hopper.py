@@ -21,16 +21,17 @@ from moejax.ops.experts.tiles import cut, rows_together
 from moejax.ops.mxfp4 import MXFP4
 from moejax.ops.target import generation, target
 
-_ROWS, _DEPTH = 128, 64
-"""Rows of a tile, and of the contracted axis what one step multiplies."""
+_DEPTH = 64
+"""Of the contracted axis what one step multiplies."""
 
 _MANY = 128
 """Mean rows of an expert from which on multiplying takes longer than reading the weights; then tiles are wide."""
 
 
 class Tiling(NamedTuple):
-    """Columns of a tile, steps that are copied ahead, multiprocessors."""
+    """Rows and columns of a tile, steps that are copied ahead, multiprocessors."""
 
+    rows: int
     columns: int
     stages: int
     processors: int
@@ -56,7 +57,7 @@ def tiling(rows: int, experts: int, columns: int) -> Tiling:
     """For ``rows`` in all and that many columns of the product, a multiple of 64."""
     wide = (256, 192, 128, 64) if rows >= _MANY * experts else (128, 192, 64)
     width = next(w for w in wide if columns % w == 0)
-    return Tiling(width, {256: 4, 192: 4, 128: 6, 64: 8}[width], target().core_count)
+    return Tiling(128, width, {256: 4, 192: 4, 128: 6, 64: 8}[width], target().core_count)
 
 
 def matmul(
@@ -71,7 +72,12 @@ def matmul(
 
     ``first`` has multiples of 8. With a batch of ``x`` the weights are read once. What other rows hold is left open.
     """
-    run = partial(_kernel, transpose=transpose, interpret=interpret)
+
+    def run(x: Array, weight: Array, first: Array, load: Array) -> Array:
+        t = tiling(len(x), len(weight), weight.shape[2 if transpose else 1])
+        aligned = -(-load // ALIGNED) * ALIGNED
+        return _kernel(x, weight, cut(first, aligned, len(x), t.rows), t, transpose, interpret)
+
     return rows_together(run)(x, weight, first, load)
 
 
@@ -85,22 +91,23 @@ def _nameless(context: Any) -> None:
     context.module.operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get("grouped_matmul")
 
 
-def _kernel(x: Array, weight: Array, first: Array, load: Array, *, transpose: bool, interpret: Any) -> Array:
+# layers of equal shapes share one lowering, which takes a fifth of a second
+@partial(jax.jit, static_argnames=("t", "transpose", "interpret"))
+def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, interpret: Any) -> Array:
     # imported late: it takes a quarter of a second, and only such a GPU needs it
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as gpu
 
     (rows, depth), columns = x.shape, weight.shape[2 if transpose else 1]
-    t = tiling(rows, len(weight), columns)
     steps, across = depth // _DEPTH, columns // t.columns
-    stages, half = min(t.stages, steps), _ROWS // 2
+    stages, half = min(t.stages, steps), t.rows // 2
     stored = 128 if t.columns % 128 == 0 else 64
 
-    def body(x, weight, table, count, y, xs, ws, ys, loaded, used):
+    def body(x, weight, table, y, xs, ws, ys, loaded, used):
         if interpret is None:
             gpu.inline_mgpu()(_nameless)()
         group, processor = lax.axis_index("group"), lax.axis_index("processor")
-        mine = lax.div(count[0] * across - processor + (t.processors - 1), t.processors)
+        mine = lax.div(table[3, 0] * across - processor + (t.processors - 1), t.processors)
 
         def tile_at(i: Array) -> tuple[Array, ...]:
             index = processor + i * t.processors
@@ -113,7 +120,7 @@ def _kernel(x: Array, weight: Array, first: Array, load: Array, *, transpose: bo
 
             @pl.loop(0, mine)
             def _tile(i):
-                expert, start, _, column = tile_at(i)
+                expert, start, held, column = tile_at(i)
 
                 @pl.loop(0, steps)
                 def _step(k):
@@ -121,7 +128,14 @@ def _kernel(x: Array, weight: Array, first: Array, load: Array, *, transpose: bo
                     stage, part = lax.rem(n, stages), pl.ds(k * _DEPTH, _DEPTH)
                     wide = pl.ds(column, t.columns)
                     pl.when(n >= stages)(lambda: gpu.barrier_wait(used.at[stage]))
-                    gpu.copy_gmem_to_smem(x.at[pl.ds(start, _ROWS), part], xs.at[stage], loaded.at[stage])
+
+                    # rows of x come from the L2 cache, whose rate is the limit where there are few
+                    def rows_of_x(count):
+                        part_of = xs.at[stage, pl.ds(0, count)]
+                        gpu.copy_gmem_to_smem(x.at[pl.ds(start, count), part], part_of, loaded.at[stage])
+
+                    pl.when(held > half)(lambda: rows_of_x(t.rows))
+                    pl.when(held <= half)(lambda: rows_of_x(half))
                     block = weight.at[expert, part, wide] if transpose else weight.at[expert, wide, part]
                     gpu.copy_gmem_to_smem(block, ws.at[stage], loaded.at[stage])
 
@@ -187,7 +201,7 @@ def _kernel(x: Array, weight: Array, first: Array, load: Array, *, transpose: bo
         num_threads=3,
         thread_name="group",
         scratch_types=[
-            gpu.SMEM((stages, _ROWS, _DEPTH), x.dtype, transforms=layout),
+            gpu.SMEM((stages, t.rows, _DEPTH), x.dtype, transforms=layout),
             gpu.SMEM((stages, *block), x.dtype, transforms=layout),
             gpu.SMEM((2, half, stored), x.dtype, transforms=layout),
             gpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -195,5 +209,4 @@ def _kernel(x: Array, weight: Array, first: Array, load: Array, *, transpose: bo
         ],
         interpret=interpret,
     )
-    aligned = -(-load // ALIGNED) * ALIGNED
-    return run(x, weight, *cut(first, aligned, rows, _ROWS))
+    return run(x, weight, table)

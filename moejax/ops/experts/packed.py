@@ -94,11 +94,13 @@ def _product(x: Array, weights: tuple, first: Array, load: Array, *, transpose: 
         group = jnp.arange(len(load), dtype=jnp.int32)
         table = jnp.stack([group if expert is None else expert, first, load])
     else:
-        table, _ = cut(first, load, len(x), tile.rows)
+        table = cut(first, load, len(x), tile.rows)
         table = table if expert is None else table.at[0].set(expert[table[0]])
     return _kernel(x if transpose else _rows_by_lane(x), weight, table, tile, transpose, interpret)
 
 
+# layers of equal shapes share one lowering
+@partial(jax.jit, static_argnames=("t", "transpose", "interpret"))
 def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool, interpret: bool) -> Array:
     # imported late: it takes a quarter of a second, and only such a GPU needs it
     from jax.experimental import pallas as pl

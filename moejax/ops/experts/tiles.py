@@ -9,22 +9,23 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int
 
+from moejax.ops.experts.assignment import sum_before
 
-def cut(
-    first: Int[Array, " G"], load: Int[Array, " G"], rows: int, height: int
-) -> tuple[Int[Array, "3 I"], Int[Array, "1"]]:
-    """Group, first row and number of rows of every tile, and how many tiles there are.
+
+def cut(first: Int[Array, " G"], load: Int[Array, " G"], rows: int, height: int) -> Int[Array, "4 I"]:
+    """Group, first row and number of rows of every tile, and how many tiles there are (everywhere the same).
 
     Group ``g`` has rows ``first[g]`` to ``first[g] + load[g]`` of ``rows`` in all; a tile has no more than ``height``.
+    Tiles that are left over have no rows.
     """
-    groups = len(load)
     count = -(-load // height)
-    last = jnp.cumsum(count)
-    index = jnp.arange(rows // height + groups, dtype=jnp.int32)
-    group = jnp.minimum((index[:, None] >= last).sum(1, dtype=jnp.int32), groups - 1)
-    inner = (index - (last - count)[group]) * height
-    table = jnp.stack([group, first[group] + inner, jnp.minimum(load[group] - inner, height)])
-    return table.astype(jnp.int32), last[-1:].astype(jnp.int32)
+    index = jnp.arange(rows // height + len(load), dtype=jnp.int32)[:, None]
+    inner = index - sum_before(count)
+    here = (inner >= 0) & (inner < count)
+    group, start = jnp.arange(len(load), dtype=jnp.int32), inner * height
+    # picked by sums over groups, which on a GPU are one kernel
+    picked = [jnp.where(here, a, 0) for a in (group, first + start, jnp.minimum(load - start, height))]
+    return jnp.stack([*picked, jnp.broadcast_to(count, here.shape)]).sum(2, dtype=jnp.int32)
 
 
 def rows_together(run: Callable[..., Array]) -> Callable[..., Array]:
