@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from jaxtyping import Array, Float
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float
 from moejax.errors import ConfigError
 from moejax.ops.activation import SLOPES, split_branches
 from moejax.rules import Reading
+from moejax.rules.primitives import elementwise
 from moejax.rules.rule import Slope
 
 
@@ -44,7 +46,8 @@ class GLU:
         if (limit := self.limit) is not None:
             gate = reading.book("clamp", lambda g: rule.clamp(g, -math.inf, limit), gate)
             up = reading.book("clamp", lambda u: rule.clamp(u, -limit, limit), up)
-        return reading.book("activation", lambda g, u: rule.gated(self.slope, g, u, self.offset), gate, up)
+        gated = lambda g, u: rule.gated(self.slope, g, u, self.offset)  # noqa: E731
+        return reading.book("activation", partial(elementwise, gated), gate, up)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Activation:
 
     def __call__(self, x: Float[Array, "B *s 1 F"], reading: Reading) -> Float[Array, "B *s F"]:
         """The hidden units of an expert."""
-        return reading.book("activation", lambda x: reading.rule.activation(self.slope, x), x[..., 0, :])
+        activation = partial(reading.rule.activation, self.slope)
+        return reading.book("activation", partial(elementwise, activation), x[..., 0, :])
 
 
 Unit = GLU | Activation

@@ -101,6 +101,28 @@ def _probe_backward(sign, saved, cotangent):
 probe.defvjp(_probe_forward, _probe_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def elementwise(function: Callable[..., Array], *xs: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """``function(*xs)`` of numbers that stand in the same place; cotangents are multiplied by factors made once.
+
+    XLA would make the factors again, exponentials and all, for each of several cotangents.
+    """
+    return function(*xs)
+
+
+def _elementwise_forward(function, *xs):
+    return function(*xs), xs
+
+
+def _elementwise_backward(function, xs, cotangent):
+    y, pull = jax.vjp(function, *xs)
+    factors = jax.lax.optimization_barrier(pull(jnp.ones_like(y)))
+    return tuple(cotangent * factor for factor in factors)
+
+
+elementwise.defvjp(_elementwise_forward, _elementwise_backward)
+
+
 @jax.custom_vjp
 def elementwise_identity(x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """``y``, an elementwise function of ``x``, whose relevance goes to ``x`` unchanged: ``c_x = c_y * y / x``.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.rules.primitives import elementwise_identity, gate, probe, scale_cotangent
+from moejax.rules.primitives import elementwise, elementwise_identity, gate, probe, scale_cotangent
 
 B, T, D, N = 2, 7, 5, 3
 
@@ -116,6 +116,43 @@ class TestProbe:
         scale = jnp.arange(1, N + 1, dtype=jnp.bfloat16)[:, None, None]
         (entry,) = jax.vmap(pull)(scale * x)
         np.testing.assert_array_equal(entry, 4096.0 * np.arange(1, N + 1)[:, None] * np.ones(B))
+
+
+class TestElementwise:
+    @staticmethod
+    def unit(g, u):
+        return g * jax.nn.sigmoid(g) * (u + 1)
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_equals_calculus(self, count):
+        function = self.unit if count == 2 else jnp.tanh
+        xs, c = [normal(T, D, seed=i) for i in range(count)], normal(T, D, seed=3)
+        want, calculus = jax.vjp(function, *xs)
+        y, pull = jax.vjp(lambda *xs: elementwise(function, *xs), *xs)
+        np.testing.assert_array_equal(y, want)
+        for found, expected in zip(pull(c), calculus(c), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+    def test_rules_inside(self):
+        x, c = normal(T, D), normal(T, D, seed=1)
+        (found,) = jax.vjp(lambda x: elementwise(lambda x: scale_cotangent(x, 0.5), x), x)[1](c)
+        np.testing.assert_array_equal(found, 0.5 * c)
+
+    def test_several_cotangents_share_what_they_are_multiplied_by(self):
+        g, u, cs = normal(T, D), normal(T, D, seed=1), normal(N, T, D, seed=2)
+        pull = jax.vmap(jax.vjp(lambda g, u: elementwise(self.unit, g, u), g, u)[1])
+        steps = jax.make_jaxpr(pull)(cs).jaxpr.eqns
+        made_for_each = {str(e.primitive) for e in steps if e.outvars[0].aval.shape == (N, T, D)}
+        assert made_for_each == {"mul"}
+        assert any(str(e.primitive) == "optimization_barrier" for e in steps)
+
+    def test_second_derivatives(self):
+        x = normal(D)
+        found, want = (jax.hessian(lambda x, f=f: f(x, 2 * x).sum(), argnums=0) for f in (self.elementwise, self.unit))
+        np.testing.assert_allclose(found(x), want(x), rtol=1e-4, atol=1e-5)
+
+    def elementwise(self, g, u):
+        return elementwise(self.unit, g, u)
 
 
 class TestElementwiseIdentity:

@@ -145,6 +145,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds_per_step"} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(corpus_folder, tmp_path):
     """Stopped after its first checkpoint, with half a line of a later step in its metrics."""
