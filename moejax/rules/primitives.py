@@ -105,7 +105,8 @@ probe.defvjp(_probe_forward, _probe_backward)
 def elementwise(function: Callable[..., Array], *xs: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """``function(*xs)`` of numbers that stand in the same place; cotangents are multiplied by factors made once.
 
-    XLA would make the factors again, exponentials and all, for each of several cotangents.
+    What flows back through ``function`` must stay in its place too: the factors are what it makes of ones. XLA would
+    make them again, exponentials and all, for each of several cotangents.
     """
     return function(*xs)
 

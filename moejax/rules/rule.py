@@ -58,11 +58,15 @@ class Rule:
     def gated(
         self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"], offset: float = 0.0
     ) -> Float[Array, "*s"]:
-        """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid)."""
+        """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid).
+
+        Numbers that stand in different places have nothing to do with each other here, on the way back neither: what a
+        cotangent is multiplied by is found once, by pulling back ones, and serves all targets.
+        """
         return activate(slope, gate) * (up + offset)
 
     def activation(self, slope: Slope, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Activation ``a(x) = x * slope(x)`` of a unit without a gate."""
+        """Activation ``a(x) = x * slope(x)`` of a unit without a gate; every number by itself, as in :meth:`gated`."""
         return activate(slope, x)
 
     def attention(

@@ -129,7 +129,7 @@ def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, i
                     wide = pl.ds(column, t.columns)
                     pl.when(n >= stages)(lambda: gpu.barrier_wait(used.at[stage]))
 
-                    # rows of x come from the L2 cache, whose rate is the limit where there are few
+                    # few rows are many tiles of weights, each of which reads the same rows anew
                     def rows_of_x(count):
                         part_of = xs.at[stage, pl.ds(0, count)]
                         gpu.copy_gmem_to_smem(x.at[pl.ds(start, count), part], part_of, loaded.at[stage])
