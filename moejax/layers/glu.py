@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from jaxtyping import Array, Float
@@ -10,7 +9,6 @@ from jaxtyping import Array, Float
 from moejax.errors import ConfigError
 from moejax.ops.activation import SLOPES, split_branches
 from moejax.rules import Reading
-from moejax.rules.primitives import elementwise
 from moejax.rules.rule import Slope
 
 
@@ -46,8 +44,7 @@ class GLU:
         if (limit := self.limit) is not None:
             gate = reading.book("clamp", lambda g: rule.clamp(g, -math.inf, limit), gate)
             up = reading.book("clamp", lambda u: rule.clamp(u, -limit, limit), up)
-        gated = lambda g, u: rule.gated(self.slope, g, u, self.offset)  # noqa: E731
-        return reading.book("activation", partial(elementwise, gated), gate, up)
+        return reading.book("activation", lambda g, u: rule.gated(self.slope, g, u, self.offset), gate, up)
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,7 @@ class Activation:
 
     def __call__(self, x: Float[Array, "B *s 1 F"], reading: Reading) -> Float[Array, "B *s F"]:
         """The hidden units of an expert."""
-        activation = partial(reading.rule.activation, self.slope)
-        return reading.book("activation", partial(elementwise, activation), x[..., 0, :])
+        return reading.book("activation", lambda x: reading.rule.activation(self.slope, x), x[..., 0, :])
 
 
 Unit = GLU | Activation

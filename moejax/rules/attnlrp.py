@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from moejax.rules.primitives import elementwise_identity, scale_cotangent, share_by_size, uniform_product
+from moejax.rules.primitives import (
+    elementwise,
+    elementwise_identity,
+    scale_cotangent,
+    share_by_size,
+    uniform_product,
+)
 from moejax.rules.rule import AttentionProduct, Rule, Slope, Total, activate, over_slots
 
 Router = Literal["constant", "uniform", "gradient", "proportional"]
@@ -51,7 +57,7 @@ class AttnLRP(Rule):
 
         The product with the constant ``offset`` is a function of the gate alone, which gets all of its relevance.
         """
-        return uniform_product(self.activation(slope, gate), up, offset)
+        return elementwise(lambda g, u: uniform_product(self.activation(slope, g), u, offset), gate, up)
 
     def activation(self, slope: Slope, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Identity rule on ``a(x) = x * slope(x)``: the slope is a constant."""

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.rules.primitives import elementwise
+
 Weight = Array | Any
 """A matrix, a stack of them, or a packed form of either that the product itself unpacks."""
 
@@ -58,15 +60,11 @@ class Rule:
     def gated(
         self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"], offset: float = 0.0
     ) -> Float[Array, "*s"]:
-        """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid).
-
-        Numbers that stand in different places have nothing to do with each other here, on the way back neither: what a
-        cotangent is multiplied by is found once, by pulling back ones, and serves all targets.
-        """
-        return activate(slope, gate) * (up + offset)
+        """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid)."""
+        return elementwise(lambda g, u: activate(slope, g) * (u + offset), gate, up)
 
     def activation(self, slope: Slope, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Activation ``a(x) = x * slope(x)`` of a unit without a gate; every number by itself, as in :meth:`gated`."""
+        """Activation ``a(x) = x * slope(x)`` of a unit without a gate."""
         return activate(slope, x)
 
     def attention(
