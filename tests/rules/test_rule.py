@@ -23,6 +23,15 @@ LRP = [*RULES.values(), CPLRP(router="uniform")]
 every_rule = pytest.mark.parametrize("rule", LRP, ids=repr)
 
 
+@every_rule
+def test_targets_share_the_factors_of_a_unit(rule):
+    """Nothing but products is computed for each of several cotangents."""
+    gate, up = jnp.linspace(-2, 2, 7), jnp.linspace(1, 3, 7)
+    pull = jax.vmap(jax.vjp(lambda g, u: rule.gated(jax.nn.sigmoid, g, u, 1.0), gate, up)[1])
+    steps = jax.make_jaxpr(pull)(jnp.ones((3, 7))).jaxpr.eqns
+    assert {str(step.primitive) for step in steps if step.outvars[0].aval.shape == (3, 7)} == {"mul"}
+
+
 def make_decoder(dtype: jnp.dtype) -> Decoder:
     config = Config(
         model_type="olmoe",
