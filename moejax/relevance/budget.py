@@ -16,10 +16,10 @@ from moejax.ops.experts.matmul import capacities
 
 
 class Arrangement(NamedTuple):
-    """Of one pass: targets at a time, and whether a layer's activations are computed again on the way back."""
+    """Of one pass: targets at a time, and of how many first layers the activations are computed again."""
 
     chunk: int
-    rematerialise: bool
+    rematerialise: int
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,15 @@ class Footprint:
     """Estimated bytes of an explanation beside the weights.
 
     Attributes:
-        stored: activations of all layers, kept for the backward pass.
-        stream: the residual stream between layers alone, and the activations of one layer.
+        layers: how many there are.
+        layer: activations of a layer, kept for the backward pass.
+        stream: the residual stream that enters a layer.
         target: temporaries of one more target on its way back.
         readout: results of one more target.
     """
 
-    stored: int
+    layers: int
+    layer: int
     stream: int
     target: int
     readout: int
@@ -45,31 +47,38 @@ class Footprint:
         heads, slots = c.num_heads * c.head_dim, c.num_selected + c.num_attention_selected
         # a layer keeps its slots' outputs and the four factors of their gated units, some copies of the stream, q k v
         kept = c.num_selected * (c.model_dim + 4 * c.expert_dim) + 8 * c.model_dim + 6 * heads
-        layer, stream = rows * kept * itemsize, rows * c.model_dim * itemsize
         return cls(
-            stored=c.num_layers * layer,
-            stream=c.num_layers * stream + layer,
+            layers=c.num_layers,
+            layer=rows * kept * itemsize,
+            stream=rows * c.model_dim * itemsize,
             target=itemsize
             * max(_experts(c, rows, itemsize), _attention_experts(c, rows, itemsize), _attention(c, batch, tokens)),
             readout=4 * rows * (c.num_layers + 1) * (1 + slots + c.num_heads + c.num_shared),
         )
 
+    def kept(self, rematerialise: int) -> int:
+        """Of the forward pass, when the backward pass begins or, if that is more, in the last layer that runs again."""
+        whole = self.layers - rematerialise
+        return rematerialise * self.stream + max(whole, rematerialise > 0) * self.layer
+
     def bytes(self, targets: int, arrangement: Arrangement) -> int:
         """Of a pass over that many targets."""
-        kept = self.stream if arrangement.rematerialise else self.stored
-        return kept + min(arrangement.chunk, targets) * self.target + targets * self.readout
+        at_a_time = min(arrangement.chunk, targets) * self.target
+        return self.kept(arrangement.rematerialise) + at_a_time + targets * self.readout
 
-    def arrange(self, targets: int, max_bytes: int, rematerialise: bool | None = None) -> Arrangement:
-        """As many targets at a time as fit; activations are computed again only if otherwise not even one fits.
+    def arrange(self, targets: int, max_bytes: int, rematerialise: int | None = None) -> Arrangement:
+        """As many targets at a time as fit; layers are computed again only if otherwise not even one fits.
 
         Raises:
             MoejaxError: not even one fits.
         """
-        for again in (False, True) if rematerialise is None else (rematerialise,):
+        # without the last layer: some layer has to run again, and that one would have to first
+        choices = range(max(self.layers, 1)) if rematerialise is None else (rematerialise,)
+        for again in choices:
             left = max_bytes - self.bytes(targets, Arrangement(0, again))
             if left >= self.target:
                 return Arrangement(min(targets, left // self.target), again)
-        least = self.bytes(targets, Arrangement(1, rematerialise is not False))
+        least = self.bytes(targets, Arrangement(1, choices[-1]))
         raise MoejaxError(
             f"max_bytes={max_bytes} is too little: one target at a time takes about {least} bytes beside the weights."
         )

@@ -156,7 +156,7 @@ def relevance(
     chunk: int | None = None,
     nodes: tuple[str, ...] = (),
     joint: bool = False,
-    rematerialise: bool = False,
+    rematerialise: int = 0,
 ) -> Readout:
     """Relevance at every gate for all seeds, in one forward pass and one backward pass over a batch of seeds.
 
@@ -166,7 +166,8 @@ def relevance(
         chunk: how many seeds to propagate at a time at most, over one and the same forward pass; all by default.
         nodes: where to read the relevance of every number (:data:`NODES`), as ``"attention.3"``.
         joint: propagate the sum of a sequence's seeds, one cotangent in place of N.
-        rematerialise: keep only the residual stream between layers and compute the rest again on the way back.
+        rematerialise: of how many layers, counted from the first, to keep only the residual stream that enters them and
+            compute the rest again on the way back.
 
     Raises:
         PromptError: there is no such node.

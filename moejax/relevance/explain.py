@@ -29,7 +29,7 @@ def explain(
     gates: Gates | None = None,
     nodes: Sequence[str] = (),
     chunk: int | None = None,
-    rematerialise: bool | None = None,
+    rematerialise: bool | int | None = None,
     max_bytes: int | None = None,
 ) -> Relevance:
     """Which tokens, experts, heads and layers caused an output.
@@ -55,7 +55,7 @@ def explain_batch(
     gates: Gates | None = None,
     nodes: Sequence[str] = (),
     chunk: int | None = None,
-    rematerialise: bool | None = None,
+    rematerialise: bool | int | None = None,
     max_bytes: int | None = None,
 ) -> list[Relevance]:
     """:func:`explain` for several prompts as one padded batch.
@@ -67,9 +67,9 @@ def explain_batch(
         nodes: where to read the relevance of every number, as ``"feed_forward.3"`` or ``"neurons.0"``; the names are
             those of ``moejax.relevance.NODES``, with the layer. Read them from ``vectors`` of the result.
         chunk: how many targets to propagate at a time, to bound memory; all by default.
-        rematerialise: keep only the stream between layers and compute the rest again on the way back. Less memory for
-            long prompts, 40 % more time (OLMoE, 4096 tokens), the same numbers. By default only where ``max_bytes``
-            asks for it.
+        rematerialise: of how many layers, counted from the first, to keep only the stream that enters them and compute
+            the rest again on the way back; ``True`` for all. Less memory for long prompts, up to 40 % more time (OLMoE,
+            4096 tokens), the same numbers. By default of as few as ``max_bytes`` asks for.
         max_bytes: what the pass may take beside the weights, by an estimate: ``chunk`` and ``rematerialise``, where
             they are not given, are chosen to stay below it.
 
@@ -85,6 +85,8 @@ def explain_batch(
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
     knobs = Gates() if gates is None else gates.check(lm.config, tokens)
     seeds = target.seeds([aims for _, aims in resolved], offsets, decoder_dtype(lm))
+    if isinstance(rematerialise, bool):
+        rematerialise = lm.config.num_layers * rematerialise
     if max_bytes is not None:
         count = 1 if target.joint else max(len(aims) for _, aims in resolved)
         found = _footprint(lm, tokens, tuple(nodes)).arrange(count, max_bytes, rematerialise)
@@ -99,7 +101,7 @@ def explain_batch(
         chunk=chunk,
         nodes=tuple(nodes),
         joint=target.joint,
-        rematerialise=bool(rematerialise),
+        rematerialise=rematerialise or 0,
     )
     out = jax.tree.map(np.asarray, out)
     return [

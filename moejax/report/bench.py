@@ -3,7 +3,7 @@
 from typing import Any
 
 _COLUMNS = (
-    ("case", 30),
+    ("case", 35),
     ("T", 6),
     ("ms", 10),
     ("floor ms", 10),

@@ -136,9 +136,10 @@ class TestSameNumbers:
         np.testing.assert_array_equal(out.routes.ids[:, 0, :length], want.expert_ids)
         assert not out.gates.tokens[:, :, 0, length:].any(), "padding has exactly none"
 
-    def test_rematerialised(self):
+    @pytest.mark.parametrize("rematerialise", [True, 1])
+    def test_rematerialised(self, rematerialise):
         lm, options = variant_lm("clip-bias"), {"target": AIM, "nodes": ["edges.1", "neurons.0", f"stream.{LAYERS}"]}
-        assert_same(explain(lm, PROMPT, rematerialise=True, **options), explain(lm, PROMPT, **options))
+        assert_same(explain(lm, PROMPT, rematerialise=rematerialise, **options), explain(lm, PROMPT, **options))
 
 
 # ---- targets ------------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from moejax import LM, Continuation, Gates, explain
+from moejax import LM, TENSOR, Continuation, Gates, explain
 from moejax.lm import _logits
+from moejax.models import Packed
 from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.relevance.result import ExpertRelevance
 from moejax.rules import CPLRP, AttnLRP, Backtrace
@@ -46,6 +48,13 @@ TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 23))
 )
 def test_logits(family: str, layout: str) -> None:
     close(spread(family, layout)(TOKENS), single(family)(TOKENS))
+
+
+def test_packed_vectors_stay_split() -> None:
+    decoder = spread("gpt_oss", "tensor").decoder
+    packed = Packed.of(decoder)
+    stacked = [a for a, rows in zip(packed.arrays, packed.structure.places, strict=True) if len(rows) > 1]
+    assert {a.sharding.spec for a in stacked} == {P(), P(None, TENSOR["hidden"])}
 
 
 @EVERY_MODEL

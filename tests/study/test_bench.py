@@ -92,7 +92,7 @@ def test_too_little_memory_is_a_row(decoder, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
     monkeypatch.setattr("moejax.study.bench.run._row", fail)
-    _, row, _ = bench("a model", decoder, cases=["long"], **QUICK)
+    _, row, *_ = bench("a model", decoder, cases=["long"], **QUICK)
     assert (row.case, row.tokens, row.failed) == ("AttnLRP, 1 target, long", 23, "out of memory")
     assert "out of memory" in row_line(row.to_dict())
 
