@@ -261,7 +261,7 @@ def bench(
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 512,
     long_tokens: Annotated[int, typer.Option(min=1, help="Of the long prompt.")] = 4096,
-    cases: Annotated[str, typer.Option(help="Only cases whose name has one of these words, with commas.")] = "",
+    cases: Annotated[str, typer.Option(help="Only cases of these names, or with these words in them.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Calls to take the median of.")] = 20,
     as_json: AsJson = False,
 ) -> None:

@@ -87,18 +87,31 @@ def test_every_case_of_every_family(name):
         assert row.targets_per_s == pytest.approx(case.targets / row.ms * 1e3)
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["AttnLRP long"], ["AttnLRP long"]),
+        (["long"], [case.name for case in CASES if case.long]),
+        (["decode", "forward"], ["forward", "decode a token"]),
+    ],
+)
+def test_which_cases(decoder, monkeypatch, words, names):
+    monkeypatch.setattr("moejax.study.bench.run._row", lambda case, *_: Row(case.name, 1))
+    assert [row.case for row in list(bench("a model", decoder, cases=words, **QUICK))[1:]] == names
+
+
 def test_too_little_memory_is_a_row(decoder, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
     monkeypatch.setattr("moejax.study.bench.run._row", fail)
     _, row, *_ = bench("a model", decoder, cases=["long"], **QUICK)
-    assert (row.case, row.tokens, row.failed) == ("AttnLRP, 1 target, long", 23, "out of memory")
+    assert (row.case, row.tokens, row.failed) == ("AttnLRP long", 23, "out of memory")
     assert "out of memory" in row_line(row.to_dict())
 
 
 def test_mistakes(decoder):
-    with pytest.raises(MoejaxError, match="no case is called 'backward'; there are forward; gradient"):
+    with pytest.raises(MoejaxError, match="no case is called 'backward'; there are forward, gradient"):
         next(bench("a model", decoder, cases=["backward"]))
     with pytest.raises(MoejaxError, match="a prompt of 5 tokens is too short to explain its last 16"):
         next(bench("a model", decoder, tokens=5))

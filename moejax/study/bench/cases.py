@@ -79,14 +79,15 @@ def decoding(new: int) -> Callable[[Packed, Array], Generation]:
 CASES = (
     Case("forward", forward, 1),
     Case("gradient", gradient, 2, 1),
-    Case("AttnLRP, 1 target", explanation(AttnLRP(), 1), 2, 1),
-    Case("AttnLRP, 16 targets", explanation(AttnLRP(), 16), 2, 16),
-    Case("Backtrace, 1 target", explanation(Backtrace(), 1), 2, 1),
-    Case("AttnLRP, 1 target, long", explanation(AttnLRP(), 1), 2, 1, long=True),
-    Case("AttnLRP, long, half rematerialised", explanation(AttnLRP(), 1, rematerialise=0.5), 2, 1, long=True),
-    Case("AttnLRP, long, rematerialised", explanation(AttnLRP(), 1, rematerialise=1.0), 2, 1, long=True),
-    Case("decode, a token", decoding(1 + DECODED), 0),
-    Case("Plain, 1 target", explanation(Plain(), 1), 2, 1),
-    Case("GIM, 1 target", explanation(GIM(), 1), 2, 1),
+    Case("AttnLRP 1 target", explanation(AttnLRP(), 1), 2, 1),
+    Case("AttnLRP 16 targets", explanation(AttnLRP(), 16), 2, 16),
+    Case("Backtrace 1 target", explanation(Backtrace(), 1), 2, 1),
+    Case("AttnLRP long", explanation(AttnLRP(), 1), 2, 1, long=True),
+    Case("AttnLRP long half rematerialised", explanation(AttnLRP(), 1, rematerialise=0.5), 2, 1, long=True),
+    Case("AttnLRP long rematerialised", explanation(AttnLRP(), 1, rematerialise=1.0), 2, 1, long=True),
+    Case("decode a token", decoding(1 + DECODED), 0),
+    Case("Plain 1 target", explanation(Plain(), 1), 2, 1),
+    Case("GIM 1 target", explanation(GIM(), 1), 2, 1),
 )
-"""In the order in which they run. Relevance is read at tokens, experts, heads and layers, with the ledger."""
+"""In the order in which they run. Relevance is read at tokens, experts, heads and layers, with the ledger. No name has
+a comma, which stands between them on a command line."""

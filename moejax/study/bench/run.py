@@ -87,7 +87,7 @@ def bench(
     """First the heading, then a row for each case, on random tokens.
 
     Args:
-        cases: run those whose name contains one of these words.
+        cases: run those of these names; what is no name stands for all that contain it.
         repeats: calls to take the median of; fewer of slow cases, but three.
 
     Raises:
@@ -111,10 +111,14 @@ def bench(
 
 
 def _chosen(words: Sequence[str]) -> list[Case]:
+    names = [case.name for case in CASES]
+    meant = set()
     for word in words:
-        if not any(word in case.name for case in CASES):
-            raise MoejaxError(f"no case is called {word!r}; there are {'; '.join(case.name for case in CASES)}.")
-    return [case for case in CASES if any(word in case.name for word in words)]
+        found = {word} if word in names else {name for name in names if word in name}
+        if not found:
+            raise MoejaxError(f"no case is called {word!r}; there are {', '.join(names)}.")
+        meant |= found
+    return [case for case in CASES if case.name in meant]
 
 
 def _row(case: Case, decoder: Decoder, packed: Packed, prompt: Array, limits: Ceilings, repeats: int) -> Row:
