@@ -1,4 +1,4 @@
-"""Time transformers on a published shape, as ``scripts/bench.py`` times ours: forward, gradient, greedy decoding; and LXT, if installed.
+"""Time transformers on a published shape: forward, gradient, greedy decoding; and LXT, if installed.
 
     python scripts/bench_peers.py --model olmoe-1b-7b
     python scripts/bench_peers.py --toy                 # small shapes on a CPU, to see that everything runs
