@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from slots import expert_matmul
 
-from moejax.ops.experts import assign, grouped_matmul
+from moejax.ops.experts import assign, grouped_matmul, matmul, spread
 from moejax.ops.experts.matmul import capacities
 
 D, M, N = 9, 5, 3
@@ -142,6 +142,24 @@ def test_default_implementation(tokens):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("by_expert", [True, False])
+def test_no_weight_gradient_where_none_is_asked_for(monkeypatch, by_expert):
+    """It would be removed as dead code, but only after it was traced for every product."""
+    asked = []
+    gradient = matmul._weight_gradient
+    monkeypatch.setattr(matmul, "_weight_gradient", lambda *args: asked.append(1) or gradient(*args))
+    ids = jnp.array([[0, 2], [2, 1], [3, 0]])
+    x, weight, _ = map(jnp.asarray, operands(np.asarray(ids), 4, shared=False))
+    assignment = assign(ids, 4, by_expert=by_expert)
+    rows = spread(x, assignment)
+    # as a layer is: compiled apart, the weights one of its arguments
+    product = jax.jit(lambda x, weight: grouped_matmul(x, weight, assignment).sum())
+    jax.grad(product)(rows, weight)
+    assert not asked
+    jax.grad(product, argnums=1)(rows, weight)
+    assert asked
+
+
 def test_gradient_of_the_gradient():
     """The gradient is the transposed product, and its own gradient the product again, in every branch."""
 

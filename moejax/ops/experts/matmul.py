@@ -186,16 +186,20 @@ def _grouped_matmul(
     return _IMPLEMENTATIONS[name](jnp.asarray(x), weight, assignment, transpose)
 
 
-def _forward(name, transpose, x, weight, assignment):
-    return _grouped_matmul(name, transpose, x, weight, assignment), (x, weight, assignment)
+def _forward(name, transpose, *primals):
+    trained = any(p.perturbed for p in jax.tree.leaves(primals[1]))
+    x, weight, assignment = jax.tree.map(lambda p: p.value, primals)
+    # packed weights cannot be trained
+    kept = x if trained and not isinstance(weight, MXFP4) else None
+    return _grouped_matmul(name, transpose, x, weight, assignment), (kept, weight, assignment)
 
 
 def _backward(name, transpose, saved, cotangent):
     x, weight, assignment = saved
     dx: Array = _grouped_matmul(name, not transpose, cotangent, weight, assignment)
-    if isinstance(weight, MXFP4):  # cannot be trained
+    if x is None:
         return dx, None, None
     return dx, _weight_gradient(transpose, x, jnp.asarray(cotangent), weight, assignment), None
 
 
-_grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
