@@ -261,7 +261,7 @@ def bench(
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 512,
     long_tokens: Annotated[int, typer.Option(min=1, help="Of the long prompt.")] = 4096,
-    cases: Annotated[str, typer.Option(help="Only cases of these names, or with these words in them.")] = "",
+    cases: Annotated[str, typer.Option(help="Only cases of these names or words, with commas.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Calls to take the median of.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -270,7 +270,7 @@ def bench(
     from moejax.study.bench import bench as measure
 
     name, decoder = _decoder(model, random)
-    words = cases.split(",")
+    words = [word.strip() for word in cases.split(",")]
     # a row is printed as soon as it is measured, with --json as a line of its own
     for part in measure(name, decoder, tokens=tokens, long_tokens=long_tokens, cases=words, repeats=repeats):
         found = part if isinstance(part, dict) else part.to_dict()

@@ -1,7 +1,7 @@
 """Time transformers on a published shape: forward, gradient, greedy decoding; and LXT, if installed.
 
     python scripts/bench_peers.py --model olmoe-1b-7b
-    python scripts/bench_peers.py --toy                 # small shapes on a CPU, to see that everything runs
+    python scripts/bench_peers.py --toy                 # small shapes on the CPU, as always without a GPU
 
 Random weights; bfloat16 on a GPU, float32 on a CPU. Medians after warm-up, wall time with the device awaited.
 """
@@ -100,8 +100,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
-    device = "cpu" if args.toy or not torch.cuda.is_available() else "cuda"
-    model = build(SHAPES[args.model] | (TOY if args.toy else {}), device, torch.float32 if args.toy else torch.bfloat16)
+    toy = args.toy or not torch.cuda.is_available()
+    device = "cpu" if toy else "cuda"
+    model = build(SHAPES[args.model] | (TOY if toy else {}), device, torch.float32 if toy else torch.bfloat16)
     tokens = torch.randint(1, model.config.vocab_size, (1, args.tokens), device=device)
     where = "the CPU" if device == "cpu" else torch.cuda.get_device_name()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, on {where}: ms", flush=True)

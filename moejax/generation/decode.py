@@ -78,7 +78,7 @@ def generate_tokens(
 
 def _check_words(sampling: Sampling, weights: Decoder | Packed) -> None:
     worst = max((max(word) for word in sampling.bad_words), default=-1)
-    if worst >= 0 and worst >= (size := unpack(weights).config.vocab_size):
+    if worst >= 0 and worst >= (size := weights.config.vocab_size):
         raise MoejaxError(f"bad_words holds token id {worst}, outside the vocabulary of {size}.")
 
 

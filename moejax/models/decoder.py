@@ -92,14 +92,14 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         cache: Cache | None = None,
         reading: Reading = Reading(),
-        rematerialise: int = 0,
+        rematerialised_layers: int = 0,
         embedded: Float[Array, "B T D"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Hidden:
         """Run all layers. Positions count valid tokens only, so padding may stand on either side.
 
         ``embedded`` enters the first layer in place of the tokens' embeddings.
-        Of the first ``rematerialise`` layers a backward pass finds only the stream between them kept and computes the
+        Of the first ``rematerialised_layers`` a backward pass finds only the stream between them kept and computes the
         rest again: of the first, since by then it is done with what the others keep.
         ``key`` is a training step's randomness; without one nothing is random.
         """
@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
         stored, routing, entering, previous = [], [], [], None
         for i, layer in enumerate(self.layers):
             entering.append(x)
-            run_block = jax.checkpoint(_run_block) if i < rematerialise else _run_block
+            run_block = jax.checkpoint(_run_block) if i < rematerialised_layers else _run_block
             own = context._replace(previous=previous, key=None if key is None else jax.random.fold_in(key, i))
             x, kv, route = run_block(layer, x, own, cache and cache.layers[i], reading.at(i))
             previous = route.ran and route.ran.carried

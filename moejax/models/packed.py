@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moejax.models.config import Config
 from moejax.models.decoder import Decoder
 
 
@@ -46,7 +47,7 @@ class Packed:
 
     @classmethod
     def of(cls, decoder: Decoder) -> "Packed":
-        """Flatten a decoder; such vectors are copied."""
+        """Flatten a decoder of arrays; such vectors are copied."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(decoder)
         alike = defaultdict(list)
         for i, (path, leaf) in enumerate(leaves):
@@ -56,6 +57,12 @@ class Packed:
         places = tuple(map(tuple, alike.values()))
         rows = [[leaves[i][1] for i in group] for group in places]
         return cls([jnp.stack(row) if len(row) > 1 else row[0] for row in rows], _Structure(tree, places))
+
+    @property
+    def config(self) -> Config:
+        """The decoder's."""
+        tree = self.structure.tree
+        return jax.tree.unflatten(tree, [None] * tree.num_leaves).config
 
     def tree_flatten(self) -> tuple[list[Array], _Structure]:
         return self.arrays, self.structure

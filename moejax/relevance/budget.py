@@ -19,7 +19,7 @@ class Arrangement(NamedTuple):
     """Of one pass: targets at a time, and of how many first layers the activations are computed again."""
 
     chunk: int
-    rematerialise: int
+    rematerialised_layers: int
 
 
 @dataclass(frozen=True)
@@ -56,29 +56,34 @@ class Footprint:
             readout=4 * rows * (c.num_layers + 1) * (1 + slots + c.num_heads + c.num_shared),
         )
 
-    def kept(self, rematerialise: int) -> int:
+    def kept(self, rematerialised_layers: int) -> int:
         """Of the forward pass, when the backward pass begins or, if that is more, in the last layer that runs again."""
-        whole = self.layers - rematerialise
-        return rematerialise * self.stream + max(whole, rematerialise > 0) * self.layer
+        whole = self.layers - rematerialised_layers
+        return rematerialised_layers * self.stream + max(whole, rematerialised_layers > 0) * self.layer
 
     def bytes(self, targets: int, arrangement: Arrangement) -> int:
         """Of a pass over that many targets."""
         at_a_time = min(arrangement.chunk, targets) * self.target
-        return self.kept(arrangement.rematerialise) + at_a_time + targets * self.readout
+        return self.kept(arrangement.rematerialised_layers) + at_a_time + targets * self.readout
 
-    def arrange(self, targets: int, max_bytes: int, rematerialise: int | None = None) -> Arrangement:
-        """As many targets at a time as fit; layers are computed again only if otherwise not even one fits.
+    def arrange(self, targets: int, max_bytes: int, rematerialised_layers: int | None = None) -> Arrangement:
+        """What fits and runs the fewest layers: each goes back once for every chunk, and some run again before that.
 
         Raises:
-            MoejaxError: not even one fits.
+            MoejaxError: not even one target at a time fits.
         """
-        # without the last layer: some layer has to run again, and that one would have to first
-        choices = range(max(self.layers, 1)) if rematerialise is None else (rematerialise,)
+        # by default not the last layer: where all others run again, it would be kept again before them
+        every = range(max(self.layers, 1))
+        choices = every if rematerialised_layers is None else (rematerialised_layers,)
+        found = []
         for again in choices:
-            left = max_bytes - self.bytes(targets, Arrangement(0, again))
-            if left >= self.target:
-                return Arrangement(min(targets, left // self.target), again)
-        least = self.bytes(targets, Arrangement(1, choices[-1]))
+            chunk = (max_bytes - self.bytes(targets, Arrangement(0, again))) // self.target
+            if chunk > 0:
+                chunks = -(-targets // chunk)
+                found.append((chunks * (self.layers + again), Arrangement(min(chunk, targets), again)))
+        if found:
+            return min(found, key=lambda costed: costed[0])[1]
+        least = min(self.bytes(targets, Arrangement(1, again)) for again in choices)
         raise MoejaxError(
             f"max_bytes={max_bytes} is too little: one target at a time takes about {least} bytes beside the weights."
         )

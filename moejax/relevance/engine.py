@@ -144,7 +144,7 @@ class Readout(NamedTuple):
     attention_routes: Slots | None
 
 
-@partial(jax.jit, static_argnames=("rule", "chunk", "nodes", "joint", "rematerialise"))
+@partial(jax.jit, static_argnames=("rule", "chunk", "nodes", "joint", "rematerialised_layers"))
 def relevance(
     weights: Decoder | Packed,
     tokens: Int[Array, "B T"],
@@ -156,7 +156,7 @@ def relevance(
     chunk: int | None = None,
     nodes: tuple[str, ...] = (),
     joint: bool = False,
-    rematerialise: int = 0,
+    rematerialised_layers: int = 0,
 ) -> Readout:
     """Relevance at every gate for all seeds, in one forward pass and one backward pass over a batch of seeds.
 
@@ -166,8 +166,8 @@ def relevance(
         chunk: how many seeds to propagate at a time at most, over one and the same forward pass; all by default.
         nodes: where to read the relevance of every number (:data:`NODES`), as ``"attention.3"``.
         joint: propagate the sum of a sequence's seeds, one cotangent in place of N.
-        rematerialise: of how many layers, counted from the first, to keep only the residual stream that enters them and
-            compute the rest again on the way back.
+        rematerialised_layers: of how many, counted from the first, to keep only the residual stream that enters them
+            and compute the rest again on the way back.
 
     Raises:
         PromptError: there is no such node.
@@ -182,7 +182,8 @@ def relevance(
 
     def targets(gates: Gates, probes: dict[str, Array], taps: dict[str, Array]) -> tuple[Array, tuple]:
         reading = Reading(rule, gates.over(knobs), probes, _counted_from_the_end(taps, decoder.config))
-        hidden = decoder.hidden(tokens, valid=valid, reading=reading, rematerialise=rematerialise)
+        again = rematerialised_layers
+        hidden = decoder.hidden(tokens, valid=valid, reading=reading, rematerialised_layers=again)
         target, ids, logits = seeds.read(decoder, hidden, reading)
         return target, (ids, logits, hidden.routing)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt, left_pad
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, node_shape, relevance
@@ -69,13 +70,14 @@ def explain_batch(
         chunk: how many targets to propagate at a time, to bound memory; all by default.
         rematerialise: of how many layers, counted from the first, to keep only the stream that enters them and compute
             the rest again on the way back; ``True`` for all. Less memory for long prompts, up to 40 % more time (OLMoE,
-            4096 tokens), the same numbers. By default of as few as ``max_bytes`` asks for.
+            4096 tokens), the same numbers. By default of none, unless ``max_bytes`` asks for it.
         max_bytes: what the pass may take beside the weights, by an estimate: ``chunk`` and ``rematerialise``, where
-            they are not given, are chosen to stay below it.
+            they are not given, are chosen to stay below it in the least time.
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
-        MoejaxError: an unknown rule, gates of another model, weights in float16, ``max_bytes`` too little for a target.
+        MoejaxError: an unknown rule, gates of another model, weights in float16, ``max_bytes`` too little for a target,
+            fewer than no layers.
     """
     if not prompts:
         return []
@@ -85,12 +87,11 @@ def explain_batch(
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
     knobs = Gates() if gates is None else gates.check(lm.config, tokens)
     seeds = target.seeds([aims for _, aims in resolved], offsets, decoder_dtype(lm))
-    if isinstance(rematerialise, bool):
-        rematerialise = lm.config.num_layers * rematerialise
+    again = _layers(rematerialise, lm.config.num_layers)
     if max_bytes is not None:
         count = 1 if target.joint else max(len(aims) for _, aims in resolved)
-        found = _footprint(lm, tokens, tuple(nodes)).arrange(count, max_bytes, rematerialise)
-        chunk, rematerialise = chunk or found.chunk, found.rematerialise
+        found = _footprint(lm, tokens, tuple(nodes)).arrange(count, max_bytes, again)
+        chunk, again = chunk or found.chunk, found.rematerialised_layers
     out = relevance(
         lm.packed,
         tokens,
@@ -101,7 +102,7 @@ def explain_batch(
         chunk=chunk,
         nodes=tuple(nodes),
         joint=target.joint,
-        rematerialise=rematerialise or 0,
+        rematerialised_layers=again or 0,
     )
     out = jax.tree.map(np.asarray, out)
     return [
@@ -113,6 +114,17 @@ def explain_batch(
 def decoder_dtype(lm: LM) -> jnp.dtype:
     """The dtype that logits of ``lm`` are computed in: float32 or wider."""
     return jnp.promote_types(lm.decoder.embedding.dtype, jnp.float32)
+
+
+def _layers(rematerialise: bool | int | None, layers: int) -> int | None:
+    """How many layers are meant, of so many."""
+    if rematerialise is None:
+        return None
+    if isinstance(rematerialise, bool):
+        return layers if rematerialise else 0
+    if rematerialise < 0:
+        raise MoejaxError(f"rematerialise={rematerialise}: a number of layers, or True for all.")
+    return min(rematerialise, layers)
 
 
 def _footprint(lm: LM, tokens: Array, nodes: tuple[str, ...]) -> Footprint:

@@ -26,6 +26,11 @@ def test_alike_vectors_of_a_layer_come_together() -> None:
     assert len(Packed.of(decoder).arrays) == len(jax.tree.leaves(decoder)) - saved
 
 
+def test_config_without_unpacking() -> None:
+    decoder = loaded("jetmoe").decoder
+    assert Packed.of(decoder).config == decoder.config
+
+
 def test_packing_anew_compiles_nothing_anew() -> None:
     decoder = loaded("gpt_oss").decoder
     one, other = Packed.of(decoder), Packed.of(decoder)

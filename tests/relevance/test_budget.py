@@ -1,5 +1,6 @@
 """A bound on memory is kept, by chunks of targets and by computing activations again, and changes no number."""
 
+from importlib import import_module
 from itertools import pairwise
 
 import jax
@@ -25,11 +26,10 @@ class TestArrange:
         [
             (10_000, Arrangement(16, 0)),
             (1032 + 16 * 50, Arrangement(16, 0)),
-            (1032 + 16 * 50 - 1, Arrangement(15, 0)),
-            (1032 + 50, Arrangement(1, 0)),
-            # a layer computed again saves 230
-            (1032 + 49, Arrangement(5, 1)),
-            (1032 - 230 + 49, Arrangement(5, 2)),
+            # a layer computed again saves 230: 5 layers run in place of 8
+            (1032 + 16 * 50 - 1, Arrangement(16, 1)),
+            # 2 x 6 layers in place of 16 x 4 with none again, of 4 x 5 and 2 x 7 with one and three
+            (1032 + 50, Arrangement(10, 2)),
             # the last one saves nothing: it is the one that runs again
             (1032 - 3 * 230 + 50, Arrangement(1, 3)),
         ],
@@ -40,9 +40,9 @@ class TestArrange:
         assert FOOTPRINT.bytes(16, found) <= max_bytes
 
     def test_what_is_given_holds(self):
-        assert FOOTPRINT.arrange(16, 10_000, rematerialise=3) == Arrangement(16, 3)
+        assert FOOTPRINT.arrange(16, 10_000, rematerialised_layers=3) == Arrangement(16, 3)
         with pytest.raises(MoejaxError, match="max_bytes=1081 is too little: one target at a time takes about 1082"):
-            FOOTPRINT.arrange(16, 1081, rematerialise=0)
+            FOOTPRINT.arrange(16, 1081, rematerialised_layers=0)
 
     def test_too_little(self):
         with pytest.raises(
@@ -74,17 +74,55 @@ def test_bounded_equals_unbounded(chunk, rematerialise):
     assert parts.layers.shape[0] == 5
 
 
+class TestWhatExplainAsksFor:
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """The number of layers that run again, of each pass."""
+        found, module = [], import_module("moejax.relevance.explain")
+        spy = lambda *args, **options: found.append(options["rematerialised_layers"]) or relevance(*args, **options)  # noqa: E731
+        monkeypatch.setattr(module, "relevance", spy)
+        return found
+
+    @pytest.mark.parametrize(("rematerialise", "layers"), [(None, 0), (False, 0), (True, 2), (1, 1), (2, 2), (9, 2)])
+    def test_layers(self, asked, rematerialise, layers):
+        lm = variant_lm("plain")
+        assert lm.config.num_layers == 2
+        explain(lm, PROMPT, rematerialise=rematerialise)
+        assert asked == [layers]
+
+    def test_as_the_bound_asks(self, asked):
+        lm = variant_lm("plain")
+        found = Footprint.of(lm.config, 1, len(PROMPT), 4)
+        explain(lm, PROMPT, max_bytes=found.kept(0) + found.target + found.readout)
+        explain(lm, PROMPT, max_bytes=found.kept(0) + found.target + found.readout - 1)
+        assert asked == [0, 1]
+
+    def test_less_than_none(self):
+        with pytest.raises(MoejaxError, match="rematerialise=-1: a number of layers"):
+            explain(variant_lm("plain"), PROMPT, rematerialise=-1)
+
+
+def test_the_first_layers_run_again():
+    """Once the way back reaches them, what the others keep is not needed any more."""
+    lm = variant_lm("plain", layers=3)
+    run = lambda x: lm.decoder.hidden(jnp.asarray([PROMPT]), rematerialised_layers=1, embedded=x).stream  # noqa: E731
+    equations = jax.make_jaxpr(run)(jnp.ones((1, len(PROMPT), lm.config.model_dim))).eqns
+    # a checkpoint has a policy, a layer that is not in one is a call by name
+    layers = ["policy" in e.params for e in equations if "policy" in e.params or e.params.get("name") == "__call__"]
+    assert layers == [True, False, False]
+
+
 def test_a_bound_too_small_says_what_is_needed():
     with pytest.raises(MoejaxError, match="max_bytes=1000 is too little"):
         explain(variant_lm("plain"), PROMPT, max_bytes=1000)
 
 
-def kept(rematerialise: int, layers: int, tokens: int) -> int:
+def kept(again: int, layers: int, tokens: int) -> int:
     """Bytes that a forward pass hands to the backward pass, weights included."""
     config, ids = make_config(layers=layers, sizes=(64, 48, 6, 2, 4, 2, 16)), jnp.zeros((1, tokens), int)
 
     def saved(decoder, gates):
-        run = lambda g: decoder.hidden(ids, reading=Reading(AttnLRP(), g), rematerialise=rematerialise).stream  # noqa: E731
+        run = lambda g: decoder.hidden(ids, reading=Reading(AttnLRP(), g), rematerialised_layers=again).stream  # noqa: E731
         return jax.vjp(run, gates)[1]
 
     shapes = jax.eval_shape(saved, Decoder.abstract(config), Gates.readout(config, ids))

@@ -53,15 +53,15 @@ def gradient(weights: Decoder | Packed, tokens: Int[Array, "B T"]) -> Float[Arra
     return jax.grad(largest)(ones)[0]
 
 
-def explanation(rule: Rule, targets: int, *, rematerialise: float = 0.0) -> Callable[[Packed, Array], Readout]:
-    """Relevance at all gates for the ``targets`` last positions; that share of the layers is computed again."""
+def explanation(rule: Rule, targets: int, *, again: float = 0.0) -> Callable[[Packed, Array], Readout]:
+    """Relevance at all gates for the ``targets`` last positions; a share of the layers is computed ``again``."""
 
     def run(weights: Packed, tokens: Array) -> Readout:
         length = tokens.shape[1]
         positions = jnp.arange(length - targets, length, dtype=jnp.int32)[None]
         seeds = LogitSeeds.of(positions, jnp.full((1, targets, 1), -1, jnp.int32), jnp.ones((1, targets, 1)))
-        again = round(rematerialise * unpack(weights).config.num_layers)
-        return relevance(weights, tokens, None, seeds, Gates(), rule=rule, rematerialise=again)
+        layers = round(again * weights.config.num_layers)
+        return relevance(weights, tokens, None, seeds, Gates(), rule=rule, rematerialised_layers=layers)
 
     return run
 
@@ -83,8 +83,8 @@ CASES = (
     Case("AttnLRP 16 targets", explanation(AttnLRP(), 16), 2, 16),
     Case("Backtrace 1 target", explanation(Backtrace(), 1), 2, 1),
     Case("AttnLRP long", explanation(AttnLRP(), 1), 2, 1, long=True),
-    Case("AttnLRP long half rematerialised", explanation(AttnLRP(), 1, rematerialise=0.5), 2, 1, long=True),
-    Case("AttnLRP long rematerialised", explanation(AttnLRP(), 1, rematerialise=1.0), 2, 1, long=True),
+    Case("AttnLRP long half rematerialised", explanation(AttnLRP(), 1, again=0.5), 2, 1, long=True),
+    Case("AttnLRP long rematerialised", explanation(AttnLRP(), 1, again=1.0), 2, 1, long=True),
     Case("decode a token", decoding(1 + DECODED), 0),
     Case("Plain 1 target", explanation(Plain(), 1), 2, 1),
     Case("GIM 1 target", explanation(GIM(), 1), 2, 1),
