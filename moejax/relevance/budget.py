@@ -72,7 +72,7 @@ class Footprint:
         Raises:
             MoejaxError: not even one target at a time fits.
         """
-        # by default not the last layer: where all others run again, it would be kept again before them
+        # not the last layer by default: the way back begins with it, when its activations have just been computed
         every = range(max(self.layers, 1))
         choices = every if rematerialised_layers is None else (rematerialised_layers,)
         found = []
