@@ -105,16 +105,16 @@ class Decoder(nnx.Module):
         """
         context, cache = self._context(tokens.shape, valid, cache)
         x = self.embedding[tokens] if embedded is None else embedded
+        *readings, last = reading.by_layer(len(self.layers))
         stored, routing, entering, previous = [], [], [], None
         for i, layer in enumerate(self.layers):
             entering.append(x)
             run_block = jax.checkpoint(_run_block) if i < rematerialised_layers else _run_block
             own = context._replace(previous=previous, key=None if key is None else jax.random.fold_in(key, i))
-            x, kv, route = run_block(layer, x, own, cache and cache.layers[i], reading.at(i))
+            x, kv, route = run_block(layer, x, own, cache and cache.layers[i], readings[i])
             previous = route.ran and route.ran.carried
             stored.append(kv)
             routing.append(route)
-        last = reading.at(-1)
         x = last.tap("stream", last.gate("tokens", x))
         return Hidden(x, cache and cache._replace(layers=stored), entering, routing)
 

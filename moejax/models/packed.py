@@ -79,6 +79,7 @@ def unpack(weights: Decoder | Packed) -> Decoder:
     tree, places = weights.structure.tree, weights.structure.places
     leaves: list[Any] = [None] * tree.num_leaves
     for group, array in zip(places, weights.arrays, strict=True):
-        for row, i in enumerate(group):
-            leaves[i] = array if len(group) == 1 else jax.lax.index_in_dim(array, row, keepdims=False)
+        rows = (array,) if len(group) == 1 else jnp.unstack(array)
+        for i, leaf in zip(group, rows, strict=True):
+            leaves[i] = leaf
     return jax.tree.unflatten(tree, leaves)

@@ -39,6 +39,13 @@ class Reading:
         taps = {names[k][0]: tap for k, tap in self.taps.items() if names[k][2] == str(layer)}
         return replace(self, gates=self.gates.at(layer), probes=probes, taps=taps)
 
+    def by_layer(self, layers: int) -> list[Self]:
+        """:meth:`at` of each layer, and of what follows the last one."""
+        # each array is cut once, into a tuple that is indexed as it was: cut after cut takes JAX a fifth of its tracing
+        probes = {k: jnp.unstack(p) for k, p in self.probes.items()}
+        cut = replace(self, gates=self.gates.unstacked(), probes=probes)
+        return [cut.at(i) for i in (*range(layers), -1)]
+
     def rearranged(
         self, by_row: Callable[[Float[Array, "B T K *s"]], Float[Array, "P *s"]], slots: tuple[int, int, int]
     ) -> "Reading":
