@@ -1,6 +1,6 @@
 """Every published shape with random weights, one after the other, and its peers where these can run.
 
-    python scripts/bench.py                                 # all, some 12 minutes on a GPU with 80 GB
+    python scripts/bench.py                                 # all, a quarter of an hour on a GPU with 80 GB
     python scripts/bench.py olmoe-1b-7b                     # one: 24 GB
     python scripts/bench.py --repeats 1                     # without a GPU: small shapes, to see that everything runs
 

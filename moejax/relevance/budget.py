@@ -66,26 +66,31 @@ class Footprint:
         at_a_time = min(arrangement.chunk, targets) * self.target
         return self.kept(arrangement.rematerialised_layers) + at_a_time + targets * self.readout
 
-    def arrange(self, targets: int, max_bytes: int, rematerialised_layers: int | None = None) -> Arrangement:
+    def arrange(
+        self, targets: int, max_bytes: int, chunk: int | None = None, rematerialised_layers: int | None = None
+    ) -> Arrangement:
         """What fits and runs the fewest layers: each goes back once for every chunk, and some run again before that.
 
+        What is given holds.
+
         Raises:
-            MoejaxError: not even one target at a time fits.
+            MoejaxError: nothing fits, not even with one target at a time.
         """
         # not the last layer by default: the way back begins with it, when its activations have just been computed
         every = range(max(self.layers, 1))
         choices = every if rematerialised_layers is None else (rematerialised_layers,)
         found = []
         for again in choices:
-            chunk = (max_bytes - self.bytes(targets, Arrangement(0, again))) // self.target
-            if chunk > 0:
-                chunks = -(-targets // chunk)
-                found.append((chunks * (self.layers + again), Arrangement(min(chunk, targets), again)))
+            room = (max_bytes - self.bytes(targets, Arrangement(0, again))) // self.target
+            size = min(chunk or max(room, 1), targets)
+            if size <= room:
+                found.append((-(-targets // size) * (self.layers + again), Arrangement(size, again)))
         if found:
             return min(found, key=lambda costed: costed[0])[1]
-        least = min(self.bytes(targets, Arrangement(1, again)) for again in choices)
+        least = min(self.bytes(targets, Arrangement(chunk or 1, again)) for again in choices)
         raise MoejaxError(
-            f"max_bytes={max_bytes} is too little: one target at a time takes about {least} bytes beside the weights."
+            f"max_bytes={max_bytes} is too little: with chunk={chunk or 1} a pass takes about {least} bytes beside the "
+            "weights."
         )
 
 

@@ -90,8 +90,8 @@ def explain_batch(
     again = _layers(rematerialise, lm.config.num_layers)
     if max_bytes is not None:
         count = 1 if target.joint else max(len(aims) for _, aims in resolved)
-        found = _footprint(lm, tokens, tuple(nodes)).arrange(count, max_bytes, again)
-        chunk, again = chunk or found.chunk, found.rematerialised_layers
+        found = _footprint(lm, tokens, tuple(nodes)).arrange(count, max_bytes, chunk, again)
+        chunk, again = found
     out = relevance(
         lm.packed,
         tokens,

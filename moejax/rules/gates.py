@@ -115,11 +115,6 @@ class Gates:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: g[layer if len(g) > 1 else 0] for k, g in parts.items() if g is not None})
 
-    def unstacked(self) -> Self:
-        """The same with a tuple of what each layer has in place of every array, for :meth:`at`."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: jnp.unstack(g) for k, g in parts.items() if g is not None})
-
     def over(self, knobs: "Gates | None") -> Self:
         """These gates times ``knobs``, field by field: readouts and interventions in one pass."""
         if knobs is None:

@@ -42,8 +42,8 @@ class Reading:
     def by_layer(self, layers: int) -> list[Self]:
         """:meth:`at` of each layer, and of what follows the last one."""
         # each array is cut once, into a tuple that is indexed as it was: cut after cut takes JAX a fifth of its tracing
-        probes = {k: jnp.unstack(p) for k, p in self.probes.items()}
-        cut = replace(self, gates=self.gates.unstacked(), probes=probes)
+        gates, probes = jax.tree.map(jnp.unstack, (self.gates, self.probes))
+        cut = replace(self, gates=gates, probes=probes)
         return [cut.at(i) for i in (*range(layers), -1)]
 
     def rearranged(

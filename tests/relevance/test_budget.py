@@ -41,13 +41,16 @@ class TestArrange:
 
     def test_what_is_given_holds(self):
         assert FOOTPRINT.arrange(16, 10_000, rematerialised_layers=3) == Arrangement(16, 3)
-        with pytest.raises(MoejaxError, match="max_bytes=1081 is too little: one target at a time takes about 1082"):
+        # three layers again would let all go at a time
+        assert FOOTPRINT.arrange(16, 1032 + 2 * 50, chunk=2) == Arrangement(2, 0)
+        assert FOOTPRINT.arrange(16, 1032 + 2 * 50, chunk=3) == Arrangement(3, 1)
+        with pytest.raises(MoejaxError, match="max_bytes=391 is too little: with chunk=2 a pass takes about 442"):
+            FOOTPRINT.arrange(16, 391, chunk=2)
+        with pytest.raises(MoejaxError, match="max_bytes=1081 is too little: with chunk=1 a pass takes about 1082"):
             FOOTPRINT.arrange(16, 1081, rematerialised_layers=0)
 
     def test_too_little(self):
-        with pytest.raises(
-            MoejaxError, match="max_bytes=391 is too little: one target at a time takes about 392 bytes"
-        ):
+        with pytest.raises(MoejaxError, match="max_bytes=391 is too little: with chunk=1 a pass takes about 392 bytes"):
             FOOTPRINT.arrange(16, 391)
 
 
