@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.ops.experts.assignment import ALIGNED, Assignment
 from moejax.ops.experts.exchange import whole
-from moejax.ops.experts.tiles import cut, rows_together
+from moejax.ops.experts.tiles import cut, nameless, rows_together
 from moejax.ops.mxfp4 import MXFP4
 from moejax.ops.target import generation, target
 
@@ -81,16 +81,6 @@ def matmul(
     return rows_together(run)(x, weight, first, load)
 
 
-def _nameless(context: Any) -> None:
-    """Take away the number of kernels that the process lowered before, which is part of a kernel's name for dumps.
-
-    With it the persistent cache would only find what processes compile in the same order.
-    """
-    from jaxlib.mlir import ir
-
-    context.module.operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get("grouped_matmul")
-
-
 # layers of equal shapes share one lowering, which takes a fifth of a second
 @partial(jax.jit, static_argnames=("t", "transpose", "interpret"))
 def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, interpret: Any) -> Array:
@@ -105,7 +95,7 @@ def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, i
 
     def body(x, weight, table, y, xs, ws, ys, loaded, used):
         if interpret is None:
-            gpu.inline_mgpu()(_nameless)()
+            gpu.inline_mgpu()(nameless)()
         group, processor = lax.axis_index("group"), lax.axis_index("processor")
         mine = lax.div(table[3, 0] * across - processor + (t.processors - 1), t.processors)
 

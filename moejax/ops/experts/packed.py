@@ -16,14 +16,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
-from moejax.ops.experts import hopper
+from moejax.ops.experts import hopper, hopper_packed
 from moejax.ops.experts.assignment import Assignment
 from moejax.ops.experts.exchange import whole
 from moejax.ops.experts.tiles import cut, rows_together
 from moejax.ops.mxfp4 import BLOCK, MXFP4, unpacked_in_turn
 from moejax.ops.target import generation, target
 
-_MANY = 512
+_MANY = 2048
 """Mean rows of an expert from which on unpacking once takes less time than unpacking in every tile."""
 
 _PROGRAMS = 400
@@ -89,6 +89,8 @@ def _product(x: Array, weights: tuple, first: Array, load: Array, *, transpose: 
     if expert is None and len(x) >= _MANY * len(load) and hopper.suits(x.dtype.itemsize, *weight.shape[1:]):
         x, full = unpacked_in_turn(x, weight)
         return hopper.matmul(x, full, first, load, transpose)
+    if expert is None and not interpret and hopper_packed.suits(len(x), weight):
+        return hopper_packed.matmul(x, weight, first, load, transpose)
     tile = tiling(len(x), len(load), weight.shape[2 if transpose else 1], transpose)
     if len(x) <= tile.rows:  # and so has no group more
         group = jnp.arange(len(load), dtype=jnp.int32)

@@ -1,0 +1,244 @@
+"""The grouped product with matrices in MXFP4 as one kernel for NVIDIA's Hopper GPUs, written in Pallas.
+
+As in :mod:`moejax.ops.experts.hopper`, tiles of rows are cut expert by expert, and every multiprocessor takes tile
+after tile: one warpgroup copies packed weights and rows to shared memory, some steps ahead, and two unpack weights in
+registers and multiply them from there (:mod:`moejax.ops.experts.lanes`). Their product is the transposed one: weights
+are the matrix of 64 rows that the matrix unit takes from registers, and rows the one that it reads from shared memory.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, BFloat16, Float, Int
+
+from moejax.ops.experts.assignment import ALIGNED
+from moejax.ops.experts.tiles import cut, nameless, rows_together
+from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.target import generation, target
+
+
+class Tiling(NamedTuple):
+    """Rows that a tile may have, steps of rows and pairs of steps of weights that are copied ahead, multiprocessors.
+
+    Registers do not suffice for more rows than 96.
+    """
+
+    rows: tuple[int, ...]
+    stages: int
+    pairs: int
+    processors: int
+
+
+def suits(rows: int, weight: MXFP4) -> bool:
+    """Whether there is such a GPU, and the kernel takes so many rows and these matrices, both ways."""
+    _, m, d = weight.shape
+    # no smaller than what is copied at a time
+    fit = rows >= 96 and min(m, d) >= 256 and m % 64 == 0
+    return fit and generation(target()) == 9
+
+
+def matmul(
+    x: BFloat16[Array, "P A"],
+    weight: MXFP4,
+    first: Int[Array, " E"],
+    load: Int[Array, " E"],
+    transpose: bool,
+) -> BFloat16[Array, "P B"]:
+    """Rows ``first[e]`` to ``first[e] + load[e]`` times the transposed matrix of expert ``e``, or times the matrix.
+
+    ``weight`` has shape ``[E, M, D]``, ``first`` multiples of 8. With a batch of ``x`` the weights are read once. What
+    other rows hold is left open. Weights below 2^-100 lose bits or count as zero, and those beyond scale 2^33 as
+    infinite or NaN.
+    """
+    return rows_together(partial(_product, transpose=transpose))(x, weight, first, load)
+
+
+def _product(x: Array, weight: MXFP4, first: Array, load: Array, *, transpose: bool) -> Array:
+    t = Tiling((64, 80, 96), 4, 3, target().core_count)
+    table = cut(first, load, len(x), t.rows[-1])
+    return _kernel(x if transpose else by_place(x), weight, table, t, transpose)
+
+
+def by_place(x: Float[Array, "P D"]) -> Float[Array, "P D128"]:
+    """Rows whose entries stand, block by block of 128, as threads contract them; zeros fill up the last block.
+
+    A thread at place q of a quad reads block q of four that share a scale, 32 weights in four words, of which entries
+    n and n + 4 of a word are a pair. Of 16 entries that the matrix unit contracts, a thread holds pairs 2q and 2q + 8.
+    As a copy by index, which XLA makes part of what computes the rows.
+    """
+    width = -(-x.shape[1] // 128) * 128
+    # place, word, one of a pair, which of four pairs (two axes) -> word, which pair, place, one of it
+    block = np.arange(128).reshape(4, 4, 2, 2, 2).transpose(1, 3, 4, 0, 2).ravel()
+    index = (np.arange(0, width, 128)[:, None] + block).ravel()
+    inside = index < x.shape[1]
+    found = x.at[:, np.where(inside, index, 0).astype(np.uint32)].get(mode="promise_in_bounds")
+    return found if inside.all() else jnp.where(inside, found, 0)
+
+
+# layers of equal shapes share one lowering
+@partial(jax.jit, static_argnames=("t", "transpose"))
+def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -> Array:
+    # imported late: it takes a quarter of a second, and only such a GPU needs it
+    from jax.experimental import pallas as pl
+    from jax.experimental.mosaic import gpu as mosaic
+    from jax.experimental.pallas import mosaic_gpu as gpu
+
+    from moejax.ops.experts import lanes
+
+    _, m, d = weight.shape
+    depth, width = (m, d) if transpose else (d, m)
+    steps, across = -(-depth // lanes.DEPTH), -(-width // lanes.COLUMNS)
+    pairs = -(-steps // 2)
+    scales_of, store = lanes.of_thread(m, d, transpose), lanes.store(width)
+    values = [lanes.values(half, transpose) for half in range(2)]
+
+    def when(condition: Array) -> Callable[[Callable[[], Any]], Any]:
+        # `pl.when` makes a number of it, for which JAX asks the assembler's version, and that takes 5 ms
+        return lambda run: lax.switch(jnp.where(condition, 1, 0), [lambda: None, run])
+
+    def body(x, blocks, scales, table, y, xs, ws, x_loaded, x_used, w_loaded, w_used):
+        gpu.inline_mgpu()(nameless)()
+        group, processor = lax.axis_index("group"), lax.axis_index("processor")
+        mine = lax.div(table[3, 0] * across - processor + (t.processors - 1), t.processors)
+
+        def tile_at(i: Array) -> tuple[Array, ...]:
+            # after the last one, that one again
+            index = processor + jnp.minimum(i, mine - 1) * t.processors
+            n = lax.div(index, across)
+            column = lax.rem(index, across) * lanes.COLUMNS
+            return table[0, n], pl.multiple_of(table[1, n], ALIGNED), table[2, n], column
+
+        def height(held: Array) -> Array:
+            return sum((jnp.where(held > rows, 1, 0) for rows in t.rows[:-1]), jnp.int32(0))
+
+        def copy_weights(i: Array, pair: Array, expert: Array, column: Array) -> None:
+            n = i * pairs + pair
+            stage = lax.rem(n, t.pairs)
+            when(n >= t.pairs)(lambda: gpu.barrier_wait(w_used.at[stage]))
+            along, wide = (pl.ds(pair * 256, 256), pl.ds(lax.div(column, 2), 128))
+            along, wide = (along, wide) if transpose else (pl.ds(column, 256), pl.ds(pair * 128, 128))
+            gpu.copy_gmem_to_smem(blocks.at[expert, along, wide], ws.at[stage], w_loaded.at[stage])
+
+        def copy_rows(i: Array, step: Array, start: Array, held: Array) -> None:
+            n = i * steps + step
+            stage = lax.rem(n, t.stages)
+            when(n >= t.stages)(lambda: gpu.barrier_wait(x_used.at[stage]))
+            part = pl.ds(pl.multiple_of(step * lanes.DEPTH, lanes.DEPTH), lanes.DEPTH)
+            for k, rows in enumerate(t.rows):
+
+                @when(height(held) == k)
+                def _(rows=rows):
+                    block = x.at[pl.ds(start, rows), part]
+                    gpu.copy_gmem_to_smem(block, xs.at[stage, pl.ds(0, rows)], x_loaded.at[stage])
+
+        @when((group == 2) & (mine > 0))
+        def _copy():
+            gpu.set_max_registers(40, action="decrease")
+            expert, _, _, column = tile_at(jnp.int32(0))
+            copy_weights(jnp.int32(0), jnp.int32(0), expert, column)
+
+            @pl.loop(0, mine)
+            def _tile(i):
+                expert, start, held, column = tile_at(i)
+                next_expert, _, _, next_column = tile_at(i + 1)
+
+                @pl.loop(0, pairs)
+                def _pair(k):
+                    last = k == pairs - 1
+                    # weights come from far, rows from the cache: they are asked for first
+
+                    @when((i < mine - 1) | jnp.logical_not(last))
+                    def _():
+                        of = jnp.where(last, next_expert, expert), jnp.where(last, next_column, column)
+                        copy_weights(jnp.where(last, i + 1, i), jnp.where(last, 0, k + 1), *of)
+
+                    copy_rows(i, 2 * k, start, held)
+                    when(2 * k + 1 < steps)(lambda: copy_rows(i, 2 * k + 1, start, held))
+
+            # leave no barrier behind that somebody still arrives at
+            for total, used in ((mine * steps, x_used), (mine * pairs, w_used)):
+                stages = used.shape[0]
+
+                @pl.loop(jnp.maximum(total - stages, 0), total)
+                def _rest(n, used=used, stages=stages):
+                    gpu.barrier_wait(used.at[lax.rem(n, stages)])
+
+        @when((group < 2) & (mine > 0))
+        def _multiply():
+            gpu.set_max_registers(232, action="increase")
+
+            def tile(i: Array, carry: tuple) -> tuple:
+                (expert, start, held, column), scale = carry
+                # asked for now: they are far
+                following = tile_at(i + 1)
+
+                def product(rows: int, scale: Array, *sums: Any) -> tuple:
+                    def step(k: Array, carry: tuple) -> tuple:
+                        scale, before = carry
+                        n, odd, last = i * steps + k, lax.rem(k, 2), k == steps - 1
+                        stage, pair = lax.rem(n, t.stages), lax.rem(i * pairs + lax.div(k, 2), t.pairs)
+                        next_scale = scales_of(scales, expert, column, k + 1, group)
+                        when(odd == 0)(lambda: gpu.barrier_wait(w_loaded.at[pair]))
+                        packed = ws.at[pair] if transpose else lanes.words(ws.at[pair], group, odd)
+                        gpu.barrier_wait(x_loaded.at[stage])
+                        for half in range(2):
+                            # unpacked while the matrix unit multiplies the half before
+                            weights = values[half](packed, scale, group, odd)
+                            block = xs.at[stage, pl.ds(0, rows), pl.ds(64 * half, 64)].transpose((1, 0))
+                            for total, part in zip(sums, weights, strict=True):
+                                gpu.wgmma(total, part, block)
+                            gpu.wgmma_wait(2)
+                            lanes.keep(*before, held)
+                            before = weights
+                            if half == 0:
+                                when(k > 0)(lambda: gpu.barrier_arrive(x_used.at[lax.rem(n - 1, t.stages)]))
+                        when((odd == 1) | last)(lambda: gpu.barrier_arrive(w_used.at[pair]))
+                        return next_scale, before
+
+                    lax.fori_loop(0, steps, step, (scale, lanes.zeros()))
+                    next_scale = scales_of(scales, following[0], following[3], jnp.int32(0), group)
+                    found = [total[...] for total in sums]
+                    gpu.barrier_arrive(x_used.at[lax.rem(i * steps + steps - 1, t.stages)])
+                    return found, next_scale
+
+                def tile_of(rows: int, scale: Array) -> Array:
+                    sums = [gpu.WGMMAAccumulatorRef((64, rows), jnp.float32)] * 2
+                    found, next_scale = pl.run_scoped(partial(product, rows, scale), *sums)
+                    store(y, *found, start, held, column, group)
+                    return next_scale
+
+                return following, lax.switch(height(held), [partial(tile_of, rows) for rows in t.rows], scale)
+
+            expert, *rest = tile_at(jnp.int32(0))
+            scale = scales_of(scales, expert, rest[-1], jnp.int32(0), group)
+            lax.fori_loop(0, mine, tile, ((expert, *rest), scale))
+
+    # what a profile shows
+    body.__name__ = f"packed_matmul_{len(x)}x{depth}x{width}"
+    swizzled = (gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128))
+    run = gpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((len(x), width), x.dtype),
+        grid=(t.processors,),
+        grid_names=("processor",),
+        num_threads=3,
+        thread_name="group",
+        scratch_types=[
+            gpu.SMEM((t.stages, t.rows[-1], lanes.DEPTH), x.dtype, transforms=swizzled),
+            gpu.SMEM((t.pairs, 256, 128), jnp.uint8, transforms=lanes.SWIZZLE),
+            gpu.Barrier(num_arrivals=1, num_barriers=t.stages),
+            gpu.Barrier(num_arrivals=2, num_barriers=t.stages),
+            gpu.Barrier(num_arrivals=1, num_barriers=t.pairs),
+            gpu.Barrier(num_arrivals=2, num_barriers=t.pairs),
+        ],
+        # threads are told apart in `lanes`; what they read and others write is guarded by barriers here
+        compiler_params=gpu.CompilerParams(
+            lowering_semantics=mosaic.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
+    return run(x, weight.blocks.reshape(len(weight.blocks), m, d // 2), weight.scales, table)

@@ -1,0 +1,140 @@
+"""The kernel for packed matrices on Hopper GPUs: what it is given, when it is taken, and, on one, against numpy.
+
+Its threads run assembler, which Pallas's interpreter has not; elsewhere it is lowered and not run.
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from slots import LOADS, rows_of
+
+from moejax.ops import mxfp4
+from moejax.ops.experts import hopper, hopper_packed, packed
+from moejax.ops.mxfp4 import MXFP4
+
+E, D, M = 4, 352, 320
+"""Widths that neither tiles nor blocks of 128 divide."""
+
+BOTH_WAYS = pytest.mark.parametrize("transpose", [True, False], ids=["times-matrix", "times-transposed"])
+HOPPER_ONLY = pytest.mark.skipif(
+    not (jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"), reason="runs on a Hopper GPU"
+)
+
+
+def weights(*shape: int) -> MXFP4:
+    *lead, width = shape
+    rng = np.random.default_rng(0)
+    blocks, scales = rng.integers(0, 256, (*lead, width // 32, 16)), rng.integers(110, 130, (*lead, width // 32))
+    return MXFP4(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
+
+
+def wide(x: jax.Array | MXFP4) -> np.ndarray:
+    return np.asarray(x.unpack(jnp.float32) if isinstance(x, MXFP4) else x, np.float64)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.bfloat16)
+
+
+def test_rows_stand_as_threads_contract_them():
+    """What a thread holds of a row of packed weights, by the order of its nibbles, meets the same entries of ``x``."""
+    x, packed_row = normal(3, D), weights(1, D)
+    placed = wide(hopper_packed.by_place(x))
+    assert placed.shape == (3, 384)
+    entries = np.pad(wide(packed_row)[0], (0, 32)).reshape(-1, 4, 4, 8)  # block of 128, place, word, nibble
+    held = np.zeros((3, 8, 16))
+    for step in range(8):
+        for place in range(4):
+            for pair in range(2):
+                word, n = step // 2, 2 * (step % 2) + pair
+                at = 2 * place + 8 * pair
+                held[:, step, at : at + 2] = entries[:, place, word, [n, n + 4]]
+    np.testing.assert_allclose(placed @ held.ravel(), wide(x) @ wide(packed_row)[0], rtol=1e-12)
+
+
+@pytest.fixture
+def hopper_gpu(monkeypatch):
+    """As if there were one."""
+    device = SimpleNamespace(compute_capability="9.0", core_count=132, platform="gpu")
+    for module in (hopper, hopper_packed, packed):
+        monkeypatch.setattr(module, "target", lambda *_: device)
+    return device
+
+
+def lowered(products: int, transpose: bool) -> str:
+    """Products of one shape one after another, lowered for a GPU."""
+
+    def run(x, weight, first, load):
+        return [packed.matmul(x + n, weight, None, first, load, transpose) for n in range(products)]
+
+    shapes = (128, M if transpose else D), (E,), (E,)
+    x, *ends = (jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, (jnp.bfloat16, jnp.int32, jnp.int32), strict=True))
+    weight = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (E, M, D)))
+    return jax.jit(run).trace(x, weight, *ends).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.usefixtures("hopper_gpu")
+@BOTH_WAYS
+def test_lowered_once_for_equal_shapes(transpose):
+    assert lowered(3, transpose).count("mosaic_gpu_v2") == 1
+
+
+class TestChoice:
+    def suits(self, rows=128, m=M):
+        return hopper_packed.suits(rows, jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (E, m, D))))
+
+    @pytest.mark.usefixtures("hopper_gpu")
+    def test_suited(self):
+        assert self.suits()
+        assert not self.suits(rows=88)
+        assert not self.suits(m=192)
+        assert not self.suits(m=336)
+
+    def test_other_gpus(self, hopper_gpu):
+        hopper_gpu.compute_capability = "8.0"
+        assert not self.suits()
+
+
+@HOPPER_ONLY
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    "load", [*LOADS.values(), (97, 0, 250, 64), (81, 80, 1, 96)], ids=[*LOADS, "several-tiles", "heights"]
+)
+def test_against_numpy(load, transpose):
+    first, rows = rows_of(load)
+    x, weight = normal(max(rows, 96), M if transpose else D), weights(E, M, D)
+    y = wide(hopper_packed.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), transpose))
+    for matrix, start, count in zip(wide(weight), first, load, strict=True):
+        part = slice(start, start + count)
+        want = wide(x)[part] @ (matrix if transpose else matrix.T)
+        np.testing.assert_allclose(y[part], want, rtol=0.004, atol=1e-3 * np.abs(want).max(initial=1))
+
+
+@HOPPER_ONLY
+@BOTH_WAYS
+def test_every_code_and_scale(transpose):
+    """A product with the identity, so that results are the values: to the bit, between 2^-100 and scale 2^33."""
+    scales = np.arange(28, 161)
+    scales = np.pad(scales, (0, 256 + 128 - len(scales)), mode="edge")[:, None]
+    codes = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16), (len(scales), 16, 16))
+    weight = MXFP4(jnp.asarray(codes)[None], jnp.asarray(np.broadcast_to(scales, (len(scales), 16)), jnp.uint8)[None])
+    eye = jnp.eye(len(scales) if transpose else 512, dtype=jnp.bfloat16)
+    y = hopper_packed.matmul(eye, weight, jnp.zeros(1, jnp.int32), jnp.full(1, len(eye)), transpose)
+    want = np.asarray(mxfp4._of_bits(weight.blocks, weight.scales), np.float32).reshape(len(scales), 512)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), want if transpose else want.T)
+
+
+@HOPPER_ONLY
+@BOTH_WAYS
+def test_again_and_again(transpose):
+    """Nothing depends on which warp is first: weights in registers, say, that the matrix unit still reads."""
+    load = jnp.asarray(np.random.default_rng(2).multinomial(640, np.full(8, 1 / 8)), jnp.int32)
+    aligned = -(-load // 8) * 8
+    weight, x = weights(8, 5760, 2880), normal(704, 5760 if transpose else 2880)
+    product = jax.jit(hopper_packed.matmul, static_argnums=4)
+    every = [np.asarray(product(x, weight, jnp.cumsum(aligned) - aligned, load, transpose)) for _ in range(100)]
+    used = np.concatenate([np.arange(s, s + n) for s, n in zip(np.cumsum(aligned) - aligned, load, strict=True)])
+    assert all(np.array_equal(every[0][used], y[used]) for y in every)
