@@ -176,7 +176,9 @@ def relevance(
     decoder = unpack(weights)
     refuse_half(decoder)
     dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
-    probes = {name: jnp.zeros((decoder.config.num_layers + 1, len(tokens)), dtype) for name in sorted(rule.leaks)}
+    # summed once for all in the end: a sum over tokens is two more kernels wherever it stands
+    entries = (decoder.config.num_layers + 1, *tokens.shape)
+    probes = {name: jnp.zeros(entries, dtype) for name in sorted(rule.leaks)}
     readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
     taps = {node: jnp.ones(node_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
 
@@ -194,6 +196,7 @@ def relevance(
     gates, leaks, vectors = _in_chunks(jax.vmap(pull), seeded, chunk or count)
     feed_forward = _stack([r.feed_forward for r in routing])
     attention = _stack([r.attention for r in routing])
+    leaks = {name: leak.sum(-1) for name, leak in leaks.items()}
     return Readout(gates, leaks, vectors, target, ids, logits, feed_forward, attention)
 
 

@@ -82,8 +82,8 @@ gate.defvjp(_gate_forward, _gate_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def probe(x: Float[Array, "B *s"], entry: Float[Array, " B"], sign: float) -> Float[Array, "B *s"]:
-    """``x`` itself; ``sign * sum(x * c)`` of every batch row is added to the cotangent of ``entry``."""
+def probe(x: Float[Array, "*s"], entry: Float[Array, "*r"], sign: float) -> Float[Array, "*s"]:
+    """``x`` itself; ``sign * sum(x * c)`` over the axes that ``entry`` has not is added to its cotangent."""
     return x
 
 
@@ -94,7 +94,7 @@ def _probe_forward(x, entry, sign):
 def _probe_backward(sign, saved, cotangent):
     x, entry = saved
     wide = accumulation_dtype(x)
-    relevance = (x.astype(wide) * cotangent.astype(wide)).sum(tuple(range(1, x.ndim)))
+    relevance = (x.astype(wide) * cotangent.astype(wide)).sum(tuple(range(entry.ndim, x.ndim)))
     return cotangent, (sign * relevance).astype(entry.dtype)
 
 

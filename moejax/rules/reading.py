@@ -21,20 +21,21 @@ class Reading:
     Attributes:
         rule: what differs from calculus on the way back (static).
         gates: multiplicative gates, of all layers, or of one layer after :meth:`at`.
-        probes: zeros, one entry per ledger name, layer and batch row; the cotangent of an entry is what the operation
-            it names fails to conserve, ``R(outputs) - R(inputs)``.
+        probes: zeros under ledger names, for each layer and token; the sum of their cotangents is what operations of
+            that name fail to conserve, ``R(outputs) - R(inputs)``. What follows the last layer has other tokens, and
+            books at the first.
         taps: ones of a node's whole shape under its name (``"attention.3"``: that of layer 3; without the layer after
             :meth:`at`); the cotangent of a tap is the relevance of every number at the node.
     """
 
     rule: Rule = field(default=Plain(), metadata={"static": True})
     gates: Gates = Gates()
-    probes: dict[str, Float[Array, "L+1 B"]] = field(default_factory=dict)
+    probes: dict[str, Float[Array, "L+1 B T"]] = field(default_factory=dict)
     taps: dict[str, Float[Array, "..."]] = field(default_factory=dict)
 
     def at(self, layer: int) -> Self:
         """The reading of one layer; -1 is what follows the last."""
-        probes = {k: p[layer] for k, p in self.probes.items()}
+        probes = {k: p[layer] if layer >= 0 else p[layer][:, 0] for k, p in self.probes.items()}
         names = {k: k.rpartition(".") for k in self.taps}
         taps = {names[k][0]: tap for k, tap in self.taps.items() if names[k][2] == str(layer)}
         return replace(self, gates=self.gates.at(layer), probes=probes, taps=taps)
@@ -54,7 +55,7 @@ class Reading:
         Args:
             by_row: makes rows of what there is for each slot.
         """
-        probes = {k: by_row(jnp.broadcast_to(p[:, None, None], slots)) for k, p in self.probes.items()}
+        probes = {k: by_row(jnp.broadcast_to(p[..., None], slots)) for k, p in self.probes.items()}
         return Reading(self.rule, probes=probes, taps={k: by_row(self.taps[k]) for k in self.taps if k == "neurons"})
 
     def tap(self, name: str, x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -65,7 +65,7 @@ def everything(experts: Experts, x, weights, ids, rule: Rule, limit: int | None)
     assignment = assign(ids.reshape(-1, K), E)
     assignment = assignment if limit is None else assignment.limited(limit)
     gates = Gates(slots=jnp.ones((B, T, K)))
-    probes = {name: jnp.zeros(B) for name in ("activation", "bias", "router")}
+    probes = {name: jnp.zeros((B, T)) for name in ("activation", "bias", "router")}
     taps = {"neurons": jnp.ones((B, T, K, F))}
 
     def run(experts, x, weights, gates, probes, taps):

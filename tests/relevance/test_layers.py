@@ -40,7 +40,7 @@ def _read_moe(moe, rule, x, gates, probes, cotangent):
 
 def read_moe(moe: MoE, rule: Rule, x: jax.Array, cotangent: jax.Array, **fields: jax.Array):
     """Output and routing; cotangents of ``x``, of the gates and of the probes."""
-    probes = {name: jnp.zeros(len(x)) for name in sorted(rule.leaks)}
+    probes = {name: jnp.zeros(x.shape[:2]) for name in sorted(rule.leaks)}
     return _read_moe(moe, rule, x, Gates(**fields), probes, cotangent)
 
 
@@ -66,7 +66,7 @@ class TestMoE:
         assert gates.slots.shape == (B, T, K)
         np.testing.assert_allclose(gates.slots.sum(-1), (y * c).sum(-1), rtol=1e-12, atol=1e-12)
         # and the layer's books close for each row
-        left = (y * c).sum((1, 2)) - (x * of_x).sum((1, 2)) - sum(leaks.values())
+        left = (y * c).sum((1, 2)) - (x * of_x).sum((1, 2)) - sum(leak.sum(1) for leak in leaks.values())
         np.testing.assert_allclose(left, np.zeros(B), atol=1e-11)
         if rule.leaks == {"softmax", "bias"}:
             assert not any(np.asarray(leak).any() for leak in leaks.values()), "a constant router leaks nothing"
@@ -114,11 +114,11 @@ def test_heads_partition_attention(rule, variant):
         y, pull = jax.vjp(forward, x, heads, probes)
         return y, *pull(cotangent)
 
-    probes = {name: jnp.zeros(B) for name in sorted(rule.leaks)}
+    probes = {name: jnp.zeros((B, T)) for name in sorted(rule.leaks)}
     y, of_x, heads, leaks = run(layer, x, jnp.ones((B, T, H)), probes)
     bias = 0.0 if layer.output.bias is None else layer.output.bias
     np.testing.assert_allclose(heads.sum(-1), ((y - bias) * cotangent).sum(-1), rtol=1e-11, atol=1e-11)
-    left = (y * cotangent).sum((1, 2)) - (x * of_x).sum((1, 2)) - sum(leaks.values())
+    left = (y * cotangent).sum((1, 2)) - (x * of_x).sum((1, 2)) - sum(leak.sum(1) for leak in leaks.values())
     np.testing.assert_allclose(left, np.zeros(B), atol=1e-11)
     if isinstance(rule, CPLRP) and variant == "plain":
         np.testing.assert_allclose((y * cotangent).sum(), (x * of_x).sum(), rtol=1e-11)
@@ -126,7 +126,7 @@ def test_heads_partition_attention(rule, variant):
 
 def test_reading_of_one_layer_takes_its_row():
     gates = Gates(tokens=normal(4, B, T), experts=normal(3, B, T, E), heads=normal(1, B, T, H))
-    reading = Reading(AttnLRP(), gates, {"bias": normal(4, B)})
+    reading = Reading(AttnLRP(), gates, {"bias": normal(4, B, T)})
     at = reading.at(2)
     np.testing.assert_array_equal(at.gates.tokens, gates.tokens[2])
     np.testing.assert_array_equal(at.gates.experts, gates.experts[2])

@@ -75,7 +75,7 @@ class TestValuesToTheBit:
     def test_probes_change_no_bit(self, dtype):
         decoder = make_decoder(dtype)
         rule = AttnLRP(router="uniform")
-        probes = {name: jnp.zeros((L + 1, 2)) for name in sorted(rule.leaks)}
+        probes = {name: jnp.zeros((L + 1, *TOKENS.shape)) for name in sorted(rule.leaks)}
         read = logits(decoder, TOKENS, Reading(rule, probes=probes))
         np.testing.assert_array_equal(read, logits(decoder, TOKENS, Reading()))
 
