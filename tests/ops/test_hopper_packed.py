@@ -12,7 +12,7 @@ import pytest
 from slots import LOADS, rows_of
 
 from moejax.ops import mxfp4
-from moejax.ops.experts import hopper, hopper_packed, packed
+from moejax.ops.experts import assign, hopper, hopper_packed, packed
 from moejax.ops.mxfp4 import MXFP4
 
 E, D, M = 4, 352, 320
@@ -84,7 +84,7 @@ def test_lowered_once_for_equal_shapes(transpose):
 
 class TestChoice:
     def suits(self, rows=128, m=M):
-        return hopper_packed.suits(rows, jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (E, m, D))))
+        return hopper_packed.suits(rows, m, D)
 
     @pytest.mark.usefixtures("hopper_gpu")
     def test_suited(self):
@@ -92,6 +92,15 @@ class TestChoice:
         assert not self.suits(rows=88)
         assert not self.suits(m=192)
         assert not self.suits(m=336)
+
+    @pytest.mark.usefixtures("hopper_gpu")
+    def test_taken_without_the_other_kernel(self, monkeypatch):
+        """JAX will drop what lowers that one."""
+        monkeypatch.setattr(packed, "find_spec", lambda _: None)
+        weight = MXFP4.random(jax.random.key(0), (E, 2, M // 2, D))
+        for by_expert in (True, False):
+            slots = assign(jnp.zeros((96, 1), jnp.int32), E, by_expert=by_expert)
+            assert packed.fits(normal(len(slots.slot), D), weight, slots) == by_expert
 
     def test_other_gpus(self, hopper_gpu):
         hopper_gpu.compute_capability = "8.0"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Int
 
 from moejax.ops.experts.assignment import ALIGNED
@@ -34,12 +35,11 @@ class Tiling(NamedTuple):
     processors: int
 
 
-def suits(rows: int, weight: MXFP4) -> bool:
-    """Whether there is such a GPU, and the kernel takes so many rows and these matrices, both ways."""
-    _, m, d = weight.shape
+def suits(rows: int, m: int, d: int, mesh: Mesh | None = None) -> bool:
+    """Whether there is such a GPU, and the kernel takes so many rows and matrices ``[m, d]``, both ways."""
     # no smaller than what is copied at a time
     fit = rows >= 96 and min(m, d) >= 256 and m % 64 == 0
-    return fit and generation(target()) == 9
+    return fit and generation(target(mesh)) == 9
 
 
 def matmul(
@@ -200,9 +200,10 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
                         when((odd == 1) | last)(lambda: gpu.barrier_arrive(w_used.at[pair]))
                         return next_scale, before
 
-                    lax.fori_loop(0, steps, step, (scale, lanes.zeros()))
+                    _, before = lax.fori_loop(0, steps, step, (scale, lanes.zeros()))
                     next_scale = scales_of(scales, following[0], following[3], jnp.int32(0), group)
                     found = [total[...] for total in sums]
+                    lanes.keep(*before, held)
                     gpu.barrier_arrive(x_used.at[lax.rem(i * steps + steps - 1, t.stages)])
                     return found, next_scale
 

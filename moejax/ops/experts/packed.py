@@ -1,8 +1,8 @@
-"""The grouped product with matrices in MXFP4 as one kernel for NVIDIA GPUs, written in Pallas (lowered by Triton).
+"""The grouped product with matrices in MXFP4, unpacked in registers: a quarter of the bytes that bfloat16 ones take.
 
-Packed weights go from memory to registers, are unpacked there, and multiplied from there: a quarter of the bytes that
-the same product of bfloat16 matrices reads. Rows are cut into tiles group by group, as in
-:mod:`moejax.ops.experts.hopper`; every program multiplies one of them with some columns.
+Many rows go to :mod:`moejax.ops.experts.hopper_packed` where it suits. Others go to a kernel for NVIDIA GPUs that is
+written here, in Pallas (lowered by Triton): rows are cut into tiles group by group, and every program multiplies one of
+them with some columns.
 """
 
 import math
@@ -45,9 +45,15 @@ class Tiling(NamedTuple):
 
 
 def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignment: Assignment) -> bool:
-    """Whether there is such a GPU (compute capability 8 or later), and the kernel takes these operands, both ways."""
+    """Whether there is a GPU for one of the kernels (compute capability 8 or later) that takes these operands.
+
+    Both ways: the product with the transposed matrices too.
+    """
     if not isinstance(weight, MXFP4) or x.dtype != jnp.bfloat16 or not whole(assignment.mesh):
         return False
+    sizes = len(x), math.prod(weight.shape[1:-1]), weight.shape[-1]
+    if assignment.by_expert and hopper_packed.suits(*sizes, assignment.mesh):
+        return True
     # offsets are counted in 32 bits
     small = math.prod(weight.shape) // 2 < 2**31
     # JAX has announced that it will drop this lowering, and says so (DeprecationWarning) whenever it is used
@@ -89,7 +95,7 @@ def _product(x: Array, weights: tuple, first: Array, load: Array, *, transpose: 
     if expert is None and len(x) >= _MANY * len(load) and hopper.suits(x.dtype.itemsize, *weight.shape[1:]):
         x, full = unpacked_in_turn(x, weight)
         return hopper.matmul(x, full, first, load, transpose)
-    if expert is None and not interpret and hopper_packed.suits(len(x), weight):
+    if expert is None and not interpret and hopper_packed.suits(len(x), *weight.shape[1:]):
         return hopper_packed.matmul(x, weight, first, load, transpose)
     tile = tiling(len(x), len(load), weight.shape[2 if transpose else 1], transpose)
     if len(x) <= tile.rows:  # and so has no group more
