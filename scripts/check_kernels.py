@@ -32,7 +32,7 @@ Kernels = dict[str, tuple[ModuleType, str]]
 
 
 def kernels(model: str) -> Kernels:
-    experts = (packed, "packed_matmul") if model.endswith("-packed") else (hopper, "grouped_matmul")
+    experts = (packed, "packed_matmul_hopper") if model.endswith("-packed") else (hopper, "grouped_matmul")
     return {"experts": experts, "attention": (choice, "fmha")}
 
 

@@ -137,6 +137,11 @@ def test_layers_of_equal_shapes_share_one_kernel():
     assert program(3, 256).count("mosaic_gpu_v2") == 1
 
 
+@pytest.mark.usefixtures("hopper_gpu", "x64")
+def test_lowered_with_64_bits():
+    assert "mosaic_gpu_v2" in program(1, 256)
+
+
 def program(layers, rows):
     """Square products one after another, lowered for a GPU."""
     shapes = [(rows, D), (layers, E, D, D)]

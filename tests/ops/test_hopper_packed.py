@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from slots import LOADS, rows_of
 
 from moejax.ops import mxfp4
-from moejax.ops.experts import assign, hopper, hopper_packed, packed
+from moejax.ops.experts import assign, hopper, hopper_packed, lanes, packed
 from moejax.ops.mxfp4 import MXFP4
 
 E, D, M = 4, 352, 320
@@ -55,6 +56,27 @@ def test_rows_stand_as_threads_contract_them():
     np.testing.assert_allclose(placed @ held.ravel(), wide(x) @ wide(packed_row)[0], rtol=1e-12)
 
 
+def test_pairs_of_codes():
+    """What the assembler makes of a word, in numpy: every code in every place, before the product with the scale."""
+    words = np.array([code << 4 * place for code in range(16) for place in range(8)], np.uint32)
+    codes = words[:, None] >> 4 * np.arange(8, dtype=np.uint32) & 15
+    registers = {"$4": words}
+    values = []
+    for step in filter(None, lanes._FOUR_PAIRS.split(";")):
+        name, to, first, second = step.replace(",", "").split()
+        operands = [registers.get(o, o) for o in (first, second)]
+        if name == "mul.rn.bf16x2":
+            # bfloat16 is the upper half of float32; numbers in the order that entries 4 places apart have
+            halves = [operands[0] << 16, operands[0] & np.uint32(0xFFFF0000)]
+            values.append(np.stack([h.view(np.float32).astype(np.float64) * 2.0**126 for h in halves], -1))
+            continue
+        compute = {"shr.b32": np.right_shift, "and.b32": np.bitwise_and, "mul.lo.u32": np.multiply}[name]
+        registers[to] = compute(operands[0], np.uint32(int(operands[1], 0)))
+    e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    want = np.where(codes < 8, e2m1[codes % 8], -e2m1[codes % 8])
+    np.testing.assert_array_equal(np.stack(values, -2), np.stack([want[:, :4], want[:, 4:]], -1))
+
+
 @pytest.fixture
 def hopper_gpu(monkeypatch):
     """As if there were one."""
@@ -64,15 +86,16 @@ def hopper_gpu(monkeypatch):
     return device
 
 
-def lowered(products: int, transpose: bool) -> str:
+def lowered(products: int, transpose: bool, rows: int = 128, m: int = M, d: int = D, batch: tuple = ()) -> str:
     """Products of one shape one after another, lowered for a GPU."""
 
     def run(x, weight, first, load):
-        return [packed.matmul(x + n, weight, None, first, load, transpose) for n in range(products)]
+        product = lambda x: packed.matmul(x, weight, None, first, load, transpose)  # noqa: E731
+        return [(jax.vmap(product) if batch else product)(x + n) for n in range(products)]
 
-    shapes = (128, M if transpose else D), (E,), (E,)
+    shapes = (*batch, rows, m if transpose else d), (E,), (E,)
     x, *ends = (jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, (jnp.bfloat16, jnp.int32, jnp.int32), strict=True))
-    weight = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (E, M, D)))
+    weight = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (E, m, d)))
     return jax.jit(run).trace(x, weight, *ends).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -82,16 +105,35 @@ def test_lowered_once_for_equal_shapes(transpose):
     assert lowered(3, transpose).count("mosaic_gpu_v2") == 1
 
 
+@pytest.mark.usefixtures("hopper_gpu")
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    "shape",
+    [{"rows": 96, "m": 256, "d": 256}, {"d": 288}, {"batch": (3,)}],
+    ids=["smallest", "odd-block", "cotangents"],
+)
+def test_lowered(transpose, shape):
+    assert lowered(1, transpose, **shape).count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.usefixtures("hopper_gpu", "x64")
+@BOTH_WAYS
+def test_lowered_with_64_bits(transpose):
+    assert lowered(1, transpose).count("mosaic_gpu_v2") == 1
+
+
 class TestChoice:
-    def suits(self, rows=128, m=M):
-        return hopper_packed.suits(rows, m, D)
+    def suits(self, rows=128, m=M, d=D, mesh=None):
+        return hopper_packed.suits(rows, m, d, mesh)
 
     @pytest.mark.usefixtures("hopper_gpu")
     def test_suited(self):
         assert self.suits()
         assert not self.suits(rows=88)
+        assert not self.suits(rows=100)
         assert not self.suits(m=192)
         assert not self.suits(m=336)
+        assert not self.suits(d=224)
 
     @pytest.mark.usefixtures("hopper_gpu")
     def test_taken_without_the_other_kernel(self, monkeypatch):
@@ -106,15 +148,36 @@ class TestChoice:
         hopper_gpu.compute_capability = "8.0"
         assert not self.suits()
 
+    @pytest.mark.parametrize("many", [16, 64], ids=["many-rows", "fewer"])
+    def test_by_the_mesh(self, monkeypatch, hopper_gpu, many):
+        """The devices that a program is for are not the default one; very many rows are unpacked once."""
+        calls = []
+        for module in (hopper, hopper_packed, packed):
+            monkeypatch.setattr(module, "target", lambda mesh=None: jax.devices()[0] if mesh is None else hopper_gpu)
+        monkeypatch.setattr(packed, "_MANY", many)
+        monkeypatch.setattr(hopper, "matmul", lambda x, *_, mesh: calls.append(("hopper", mesh)) or x)
+        monkeypatch.setattr(hopper_packed, "matmul", lambda x, *rest: calls.append(("packed", rest[-1])) or x)
+        mesh, load = Mesh(np.array(jax.devices()[:1]), ("expert",)), jnp.full(E, 32)
+        packed.matmul(normal(E * 32, 384), weights(E, M, 384), None, load, load, False, mesh=mesh)
+        assert calls == [("hopper" if many == 16 else "packed", mesh)]
+
+
+@pytest.fixture
+def two_processors(monkeypatch):
+    """So that each takes many tiles, and every stage is used anew."""
+    monkeypatch.setattr(hopper_packed, "target", lambda *_: SimpleNamespace(core_count=2))
+
 
 @HOPPER_ONLY
+@pytest.mark.usefixtures("two_processors")
 @BOTH_WAYS
+@pytest.mark.parametrize(("m", "d"), [(M, D), (1024, 1024), (1088, 1056)], ids=["few-steps", "even", "odd"])
 @pytest.mark.parametrize(
     "load", [*LOADS.values(), (97, 0, 250, 64), (81, 80, 1, 96)], ids=[*LOADS, "several-tiles", "heights"]
 )
-def test_against_numpy(load, transpose):
+def test_against_numpy(load, m, d, transpose):
     first, rows = rows_of(load)
-    x, weight = normal(max(rows, 96), M if transpose else D), weights(E, M, D)
+    x, weight = normal(max(rows, 96), m if transpose else d), weights(E, m, d)
     y = wide(hopper_packed.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), transpose))
     for matrix, start, count in zip(wide(weight), first, load, strict=True):
         part = slice(start, start + count)
@@ -145,5 +208,10 @@ def test_again_and_again(transpose):
     weight, x = weights(8, 5760, 2880), normal(704, 5760 if transpose else 2880)
     product = jax.jit(hopper_packed.matmul, static_argnums=4)
     every = [np.asarray(product(x, weight, jnp.cumsum(aligned) - aligned, load, transpose)) for _ in range(100)]
-    used = np.concatenate([np.arange(s, s + n) for s, n in zip(np.cumsum(aligned) - aligned, load, strict=True)])
+    first = np.asarray(jnp.cumsum(aligned) - aligned)
+    used = np.concatenate([np.arange(s, s + n) for s, n in zip(first, load, strict=True)])
     assert all(np.array_equal(every[0][used], y[used]) for y in every)
+    for e, (start, count) in enumerate(zip(first, load, strict=True)):
+        part, matrix = slice(start, start + int(count)), wide(weight[e])
+        want = wide(x)[part] @ (matrix if transpose else matrix.T)
+        np.testing.assert_allclose(wide(every[0])[part], want, rtol=0.004, atol=1e-3 * np.abs(want).max())

@@ -131,7 +131,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(packed, "target", lambda *_: device)
     monkeypatch.setattr(hopper, "target", lambda *_: device)
     kernel = packed.matmul
-    monkeypatch.setattr(packed, "matmul", lambda *operands: kernel(*operands, interpret=True))
+    monkeypatch.setattr(packed, "matmul", lambda *operands, **options: kernel(*operands, **options, interpret=True))
     return device
 
 
@@ -194,7 +194,7 @@ class TestChoice:
     def test_many_rows_are_multiplied_by_unpacked_matrices(self, monkeypatch):
         calls = []
         monkeypatch.setattr(packed, "_MANY", 16)
-        monkeypatch.setattr(hopper, "matmul", lambda x, weight, *_: calls.append(weight) or x)
+        monkeypatch.setattr(hopper, "matmul", lambda x, weight, *_, **__: calls.append(weight) or x)
         load = jnp.full(E, 16)
         packed.matmul(normal(E * 16, 128), weights(E, 64, 128), None, load, load, False)
         assert [(call.shape, call.dtype) for call in calls] == [((E, 64, 128), jnp.bfloat16)]

@@ -53,11 +53,11 @@ def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignm
     return assignment.by_expert and alike and suits(x.dtype.itemsize, *widths, mesh=assignment.mesh)
 
 
-def tiling(rows: int, experts: int, columns: int) -> Tiling:
+def tiling(rows: int, experts: int, columns: int, mesh: Mesh | None = None) -> Tiling:
     """For ``rows`` in all and that many columns of the product, a multiple of 64."""
     wide = (256, 192, 128, 64) if rows >= _MANY * experts else (128, 192, 64)
     width = next(w for w in wide if columns % w == 0)
-    return Tiling(128, width, {256: 4, 192: 4, 128: 6, 64: 8}[width], target().core_count)
+    return Tiling(128, width, {256: 4, 192: 4, 128: 6, 64: 8}[width], target(mesh).core_count)
 
 
 def matmul(
@@ -67,6 +67,7 @@ def matmul(
     load: Int[Array, " E"],
     transpose: bool,
     interpret: Any = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "P B"]:
     """Rows ``first[e]`` to ``first[e] + load[e]`` times the transposed matrix of expert ``e``, or times the matrix.
 
@@ -74,7 +75,7 @@ def matmul(
     """
 
     def run(x: Array, weight: Array, first: Array, load: Array) -> Array:
-        t = tiling(len(x), len(weight), weight.shape[2 if transpose else 1])
+        t = tiling(len(x), len(weight), weight.shape[2 if transpose else 1], mesh)
         aligned = -(-load // ALIGNED) * ALIGNED
         return _kernel(x, weight, cut(first, aligned, len(x), t.rows), t, transpose, interpret)
 
@@ -199,4 +200,6 @@ def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, i
         ],
         interpret=interpret,
     )
-    return run(x, weight, table)
+    # with 64-bit numbers, constants in the kernel would be of another type than the table's numbers
+    with jax.enable_x64(False):
+        return run(x, weight, table)

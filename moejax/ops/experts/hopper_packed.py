@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Int
 
 from moejax.ops.experts.assignment import ALIGNED
-from moejax.ops.experts.tiles import cut, nameless, rows_together
+from moejax.ops.experts.tiles import cut, nameless
 from moejax.ops.mxfp4 import MXFP4
 from moejax.ops.target import generation, target
 
@@ -30,15 +30,18 @@ class Tiling(NamedTuple):
     """
 
     rows: tuple[int, ...]
-    stages: int
-    pairs: int
+    x_stages: int
+    w_stages: int
     processors: int
+
+
+_ROWS = (64, 80, 96)
 
 
 def suits(rows: int, m: int, d: int, mesh: Mesh | None = None) -> bool:
     """Whether there is such a GPU, and the kernel takes so many rows and matrices ``[m, d]``, both ways."""
     # no smaller than what is copied at a time
-    fit = rows >= 96 and min(m, d) >= 256 and m % 64 == 0
+    fit = rows >= _ROWS[-1] and rows % ALIGNED == 0 and min(m, d) >= 256 and m % 64 == 0
     return fit and generation(target(mesh)) == 9
 
 
@@ -48,18 +51,15 @@ def matmul(
     first: Int[Array, " E"],
     load: Int[Array, " E"],
     transpose: bool,
+    mesh: Mesh | None = None,
 ) -> BFloat16[Array, "P B"]:
     """Rows ``first[e]`` to ``first[e] + load[e]`` times the transposed matrix of expert ``e``, or times the matrix.
 
-    ``weight`` has shape ``[E, M, D]``, ``first`` multiples of 8. With a batch of ``x`` the weights are read once. What
-    other rows hold is left open. Weights below 2^-100 lose bits or count as zero, and those beyond scale 2^33 as
-    infinite or NaN.
+    ``weight`` has shape ``[E, M, D]``, ``first`` multiples of 8. What other rows hold is left open. Weights below
+    2^-100 and products below 2^-94 lose bits or count as zero; of a block whose scale is beyond 2^33, zeros become NaN
+    and others infinite. Batches are for :func:`moejax.ops.experts.packed.matmul`.
     """
-    return rows_together(partial(_product, transpose=transpose))(x, weight, first, load)
-
-
-def _product(x: Array, weight: MXFP4, first: Array, load: Array, *, transpose: bool) -> Array:
-    t = Tiling((64, 80, 96), 4, 3, target().core_count)
+    t = Tiling(_ROWS, 4, 3, target(mesh).core_count)
     table = cut(first, load, len(x), t.rows[-1])
     return _kernel(x if transpose else by_place(x), weight, table, t, transpose)
 
@@ -67,8 +67,8 @@ def _product(x: Array, weight: MXFP4, first: Array, load: Array, *, transpose: b
 def by_place(x: Float[Array, "P D"]) -> Float[Array, "P D128"]:
     """Rows whose entries stand, block by block of 128, as threads contract them; zeros fill up the last block.
 
-    A thread at place q of a quad reads block q of four that share a scale, 32 weights in four words, of which entries
-    n and n + 4 of a word are a pair. Of 16 entries that the matrix unit contracts, a thread holds pairs 2q and 2q + 8.
+    Of four blocks of 32 weights, a scale each, a thread at place q of its quad reads block q: four words, of which
+    entries n and n + 4 are a pair. Of 16 entries that the matrix unit contracts, it holds pairs 2q and 2q + 8.
     As a copy by index, which XLA makes part of what computes the rows.
     """
     width = -(-x.shape[1] // 128) * 128
@@ -94,7 +94,7 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
     depth, width = (m, d) if transpose else (d, m)
     steps, across = -(-depth // lanes.DEPTH), -(-width // lanes.COLUMNS)
     pairs = -(-steps // 2)
-    scales_of, store = lanes.of_thread(m, d, transpose), lanes.store(width)
+    scales_of, store = lanes.scales(m, d, transpose), lanes.store(width)
     values = [lanes.values(half, transpose) for half in range(2)]
 
     def when(condition: Array) -> Callable[[Callable[[], Any]], Any]:
@@ -113,25 +113,25 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
             column = lax.rem(index, across) * lanes.COLUMNS
             return table[0, n], pl.multiple_of(table[1, n], ALIGNED), table[2, n], column
 
-        def height(held: Array) -> Array:
+        def size_of(held: Array) -> Array:
             return sum((jnp.where(held > rows, 1, 0) for rows in t.rows[:-1]), jnp.int32(0))
 
         def copy_weights(i: Array, pair: Array, expert: Array, column: Array) -> None:
             n = i * pairs + pair
-            stage = lax.rem(n, t.pairs)
-            when(n >= t.pairs)(lambda: gpu.barrier_wait(w_used.at[stage]))
+            stage = lax.rem(n, t.w_stages)
+            when(n >= t.w_stages)(lambda: gpu.barrier_wait(w_used.at[stage]))
             along, wide = (pl.ds(pair * 256, 256), pl.ds(lax.div(column, 2), 128))
             along, wide = (along, wide) if transpose else (pl.ds(column, 256), pl.ds(pair * 128, 128))
             gpu.copy_gmem_to_smem(blocks.at[expert, along, wide], ws.at[stage], w_loaded.at[stage])
 
         def copy_rows(i: Array, step: Array, start: Array, held: Array) -> None:
             n = i * steps + step
-            stage = lax.rem(n, t.stages)
-            when(n >= t.stages)(lambda: gpu.barrier_wait(x_used.at[stage]))
+            stage = lax.rem(n, t.x_stages)
+            when(n >= t.x_stages)(lambda: gpu.barrier_wait(x_used.at[stage]))
             part = pl.ds(pl.multiple_of(step * lanes.DEPTH, lanes.DEPTH), lanes.DEPTH)
             for k, rows in enumerate(t.rows):
 
-                @when(height(held) == k)
+                @when(size_of(held) == k)
                 def _(rows=rows):
                     block = x.at[pl.ds(start, rows), part]
                     gpu.copy_gmem_to_smem(block, xs.at[stage, pl.ds(0, rows)], x_loaded.at[stage])
@@ -150,7 +150,7 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
                 @pl.loop(0, pairs)
                 def _pair(k):
                     last = k == pairs - 1
-                    # weights come from far, rows from the cache: they are asked for first
+                    # weights come from far: they are asked for before rows, which come from the cache
 
                     @when((i < mine - 1) | jnp.logical_not(last))
                     def _():
@@ -181,10 +181,10 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
                     def step(k: Array, carry: tuple) -> tuple:
                         scale, before = carry
                         n, odd, last = i * steps + k, lax.rem(k, 2), k == steps - 1
-                        stage, pair = lax.rem(n, t.stages), lax.rem(i * pairs + lax.div(k, 2), t.pairs)
+                        stage, w_stage = lax.rem(n, t.x_stages), lax.rem(i * pairs + lax.div(k, 2), t.w_stages)
                         next_scale = scales_of(scales, expert, column, k + 1, group)
-                        when(odd == 0)(lambda: gpu.barrier_wait(w_loaded.at[pair]))
-                        packed = ws.at[pair] if transpose else lanes.words(ws.at[pair], group, odd)
+                        when(odd == 0)(lambda: gpu.barrier_wait(w_loaded.at[w_stage]))
+                        packed = ws.at[w_stage] if transpose else lanes.words(ws.at[w_stage], group, odd)
                         gpu.barrier_wait(x_loaded.at[stage])
                         for half in range(2):
                             # unpacked while the matrix unit multiplies the half before
@@ -196,15 +196,15 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
                             lanes.keep(*before, held)
                             before = weights
                             if half == 0:
-                                when(k > 0)(lambda: gpu.barrier_arrive(x_used.at[lax.rem(n - 1, t.stages)]))
-                        when((odd == 1) | last)(lambda: gpu.barrier_arrive(w_used.at[pair]))
+                                when(k > 0)(lambda: gpu.barrier_arrive(x_used.at[lax.rem(n - 1, t.x_stages)]))
+                        when((odd == 1) | last)(lambda: gpu.barrier_arrive(w_used.at[w_stage]))
                         return next_scale, before
 
                     _, before = lax.fori_loop(0, steps, step, (scale, lanes.zeros()))
                     next_scale = scales_of(scales, following[0], following[3], jnp.int32(0), group)
                     found = [total[...] for total in sums]
                     lanes.keep(*before, held)
-                    gpu.barrier_arrive(x_used.at[lax.rem(i * steps + steps - 1, t.stages)])
+                    gpu.barrier_arrive(x_used.at[lax.rem(i * steps + steps - 1, t.x_stages)])
                     return found, next_scale
 
                 def tile_of(rows: int, scale: Array) -> Array:
@@ -213,14 +213,14 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
                     store(y, *found, start, held, column, group)
                     return next_scale
 
-                return following, lax.switch(height(held), [partial(tile_of, rows) for rows in t.rows], scale)
+                return following, lax.switch(size_of(held), [partial(tile_of, rows) for rows in t.rows], scale)
 
             expert, *rest = tile_at(jnp.int32(0))
             scale = scales_of(scales, expert, rest[-1], jnp.int32(0), group)
             lax.fori_loop(0, mine, tile, ((expert, *rest), scale))
 
     # what a profile shows
-    body.__name__ = f"packed_matmul_{len(x)}x{depth}x{width}"
+    body.__name__ = f"packed_matmul_hopper_{len(x)}x{depth}x{width}"
     swizzled = (gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128))
     run = gpu.kernel(
         body,
@@ -230,16 +230,18 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
         num_threads=3,
         thread_name="group",
         scratch_types=[
-            gpu.SMEM((t.stages, t.rows[-1], lanes.DEPTH), x.dtype, transforms=swizzled),
-            gpu.SMEM((t.pairs, 256, 128), jnp.uint8, transforms=lanes.SWIZZLE),
-            gpu.Barrier(num_arrivals=1, num_barriers=t.stages),
-            gpu.Barrier(num_arrivals=2, num_barriers=t.stages),
-            gpu.Barrier(num_arrivals=1, num_barriers=t.pairs),
-            gpu.Barrier(num_arrivals=2, num_barriers=t.pairs),
+            gpu.SMEM((t.x_stages, t.rows[-1], lanes.DEPTH), x.dtype, transforms=swizzled),
+            gpu.SMEM((t.w_stages, 256, 128), jnp.uint8, transforms=lanes.SWIZZLE),
+            gpu.Barrier(num_arrivals=1, num_barriers=t.x_stages),
+            gpu.Barrier(num_arrivals=2, num_barriers=t.x_stages),
+            gpu.Barrier(num_arrivals=1, num_barriers=t.w_stages),
+            gpu.Barrier(num_arrivals=2, num_barriers=t.w_stages),
         ],
         # threads are told apart in `lanes`; what they read and others write is guarded by barriers here
         compiler_params=gpu.CompilerParams(
             lowering_semantics=mosaic.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    return run(x, weight.blocks.reshape(len(weight.blocks), m, d // 2), weight.scales, table)
+    # with 64-bit numbers, constants in the kernel would be of another type than the table's numbers
+    with jax.enable_x64(False):
+        return run(x, weight.blocks.reshape(len(weight.blocks), m, d // 2), weight.scales, table)

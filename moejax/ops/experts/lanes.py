@@ -2,10 +2,10 @@
 
 Pallas has no words for them, so they are written in MLIR and PTX. Of a tile's 256 columns either of two warpgroups
 multiplies 128, as the rows of two matrices of 64. A thread is warp ``w`` (0 to 3) of its warpgroup, and in it quad
-``r`` (0 to 7) and place ``q`` (0 to 3): its columns are ``32 w + 4 r + i`` for ``i`` from 0 to 3, of which the matrix
-unit takes the first two as rows ``r`` and ``r + 8`` of one matrix, the others as those of the second (PTX ISA,
-"Asynchronous Warpgroup Level Matrix Instructions", register fragments of A and D). Of 16 contracted entries a thread
-holds pairs ``2 q`` and ``2 q + 8`` of each.
+``r`` (0 to 7) and place ``q`` (0 to 3): of its warpgroup's columns it has ``32 w + 4 r + i`` for ``i`` from 0 to 3. The
+matrix unit takes the first two as rows ``16 w + r`` and ``16 w + r + 8`` of one matrix, the others as those of the
+second (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions", register fragments of A and D). Of 16 contracted
+entries a thread holds pairs ``2 q`` and ``2 q + 8`` of each.
 """
 
 import math
@@ -43,7 +43,7 @@ _HALF = (64, 64)
 SWIZZLE = (gpu.SwizzleTransform(128),)
 """Of packed weights in shared memory, 128 bytes a row: chunk ``c`` of 16 bytes stands at ``c ^ row % 8``."""
 
-_FOUR_PAIRS = "".join(
+_FOUR_PAIRS = "shr.b32 w, $4, 8;" + "".join(
     f"and.b32 v, {word}, {0x000F000F << low}; mul.lo.u32 v, v, {(1 << 6 | 1 << 12) >> low}; and.b32 v, v, 0x81C081C0;"
     f"mul.rn.bf16x2 ${n}, v, $5;"
     for n, (word, low) in enumerate([("$4", 0), ("$4", 4), ("w", 0), ("w", 4)])
@@ -56,11 +56,12 @@ def _inline(**types: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return gpu.inline_mgpu(**types)
 
 
-def of_thread(m: int, d: int, transpose: bool) -> Callable[..., Any]:
-    """``(scales, expert, column, step, group)``: the four scales that a thread needs for a step, from global memory.
+def scales(m: int, d: int, transpose: bool) -> Callable[..., Any]:
+    """``(scales, expert, column, step, group)``: the four scales that a thread loads for a step, from global memory.
 
-    Contracting ``d``, it needs one for each of its columns. Contracting ``m``, its columns share a block, and it loads
-    those of rows 2q, 2q + 1, 2q + 8 and 2q + 9 of the 16 that the quad's number counts; others ask for them.
+    Contracting ``d``, it needs one for each of its columns. Contracting ``m``, one serves all of its columns, but every
+    row has its own: it loads those of rows ``16 r + 2 q``, one, eight and nine further, and :func:`values` has threads
+    ask each other.
     """
     pitch, layout = d // BLOCK, _SCALES.to_mgpu()
 
@@ -175,7 +176,9 @@ def keep(_, first, second, rows):
     """``(*values, rows)``: have registers with weights stay what they are until here.
 
     The matrix unit reads them while the program goes on, and the compiler, to which they are free once the product is
-    started, would reuse them. So they are stored, if a tile has fewer than no rows.
+    started, would reuse them. So here is a store of them that never happens, since no tile has less than no rows. Each
+    stores four together in the order of one instruction's operand: what the instruction reads is a copy that JAX makes
+    of these values (``wgmma_fence``), and the assembler gives both the same registers.
     """
     kept = [llvm.bitcast(_integer(32), v) for v in (*first.registers.flat, *second.registers.flat)]
     fours = (", ".join(f"${4 * n + k}" for k in range(4)) for n in range(len(kept) // 4))
@@ -217,7 +220,7 @@ def _four_pairs(word: Any, power: Any) -> list:
     is the number times 2^-126, for the subnormal one too, which the multiplication respects.
     """
     four = llvm.StructType.get_literal([_integer(32)] * 4)
-    code = f"{{ .reg .b32 v, w; shr.b32 w, $4, 8; {_FOUR_PAIRS} }}"
+    code = f"{{ .reg .b32 v, w; {_FOUR_PAIRS} }}"
     found: Any = llvm.inline_asm(four, [word, power], code, "=&r,=&r,=&r,=&r,r,r", asm_dialect=0)
     return [llvm.extractvalue(_integer(32), found, [n]) for n in range(4)]
 

@@ -84,21 +84,21 @@ def _hopper(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: 
     x, weight = unpacked_in_turn(x, weight)
     width, flat = weight.shape[1:-1], weight.reshape(len(weight), -1, weight.shape[-1])
     rows = x.reshape(len(x), -1)
-    y = hopper.matmul(rows, flat, assignment.first, assignment.load, transpose)
+    y = hopper.matmul(rows, flat, assignment.first, assignment.load, transpose, mesh=assignment.mesh)
     return y if transpose else y.reshape(len(x), *width)
 
 
 def _packed(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: bool) -> Array:
     assert isinstance(weight, MXFP4)
-    width, flat = weight.shape[1:-1], weight.flat()
+    width, flat, mesh = weight.shape[1:-1], weight.flat(), assignment.mesh
     rows = x.reshape(len(x), -1)
     if assignment.by_expert:
-        y = packed.matmul(rows, flat, None, assignment.first, assignment.load, transpose)
+        y = packed.matmul(rows, flat, None, assignment.first, assignment.load, transpose, mesh=mesh)
     else:
         # every slot is a group, empty if it goes nowhere
         held = jnp.ones(len(x), bool) if assignment.complete else assignment.rank.ravel() >= 0
         place = jnp.arange(len(x), dtype=jnp.int32)
-        y = packed.matmul(rows, flat, assignment.ids.ravel(), place, held.astype(jnp.int32), transpose)
+        y = packed.matmul(rows, flat, assignment.ids.ravel(), place, held.astype(jnp.int32), transpose, mesh=mesh)
     return y if transpose else y.reshape(len(x), *width)
 
 

@@ -1,8 +1,8 @@
 """The grouped product with matrices in MXFP4, unpacked in registers: a quarter of the bytes that bfloat16 ones take.
 
-Many rows go to :mod:`moejax.ops.experts.hopper_packed` where it suits. Others go to a kernel for NVIDIA GPUs that is
-written here, in Pallas (lowered by Triton): rows are cut into tiles group by group, and every program multiplies one of
-them with some columns.
+Rows by expert, a hundred or more, go to :mod:`moejax.ops.experts.hopper_packed` where it suits. Others go to a kernel
+for NVIDIA GPUs that is written here, in Pallas (lowered by Triton): rows are cut into tiles group by group, and every
+program multiplies one of them with some columns.
 """
 
 import math
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
 from moejax.ops.experts import hopper, hopper_packed
@@ -79,25 +80,30 @@ def matmul(
     load: Int[Array, " G"],
     transpose: bool,
     interpret: bool = False,
+    mesh: Mesh | None = None,
 ) -> BFloat16[Array, "P B"]:
     """Rows ``first[g]`` to ``first[g] + load[g]`` times the transposed matrix of ``expert[g]``, or times the matrix.
 
     ``weight`` has shape ``[E, M, D]``. Without ``expert``, group ``g`` is that of expert ``g``, and ``first`` has
-    multiples of 8; if there are many rows then, matrices are unpacked once for :mod:`moejax.ops.experts.hopper`. With a
-    batch of ``x`` the weights are read once. What other rows hold is left open.
+    multiples of 8, and on Hopper GPUs another kernel multiplies, with very many rows that of
+    :mod:`moejax.ops.experts.hopper` after matrices are unpacked once. With a batch of ``x`` the weights are read once.
+    What other rows hold is left open.
     """
-    run = partial(_product, transpose=transpose, interpret=interpret)
+    run = partial(_product, transpose=transpose, interpret=interpret, mesh=mesh)
     return rows_together(run)(x, (weight, expert), first, load)
 
 
-def _product(x: Array, weights: tuple, first: Array, load: Array, *, transpose: bool, interpret: bool) -> Array:
+def _product(
+    x: Array, weights: tuple, first: Array, load: Array, *, transpose: bool, interpret: bool, mesh: Mesh | None
+) -> Array:
     weight, expert = weights
-    if expert is None and len(x) >= _MANY * len(load) and hopper.suits(x.dtype.itemsize, *weight.shape[1:]):
+    _, m, d = weight.shape
+    if expert is None and len(x) >= _MANY * len(load) and hopper.suits(x.dtype.itemsize, m, d, mesh=mesh):
         x, full = unpacked_in_turn(x, weight)
-        return hopper.matmul(x, full, first, load, transpose)
-    if expert is None and not interpret and hopper_packed.suits(len(x), *weight.shape[1:]):
-        return hopper_packed.matmul(x, weight, first, load, transpose)
-    tile = tiling(len(x), len(load), weight.shape[2 if transpose else 1], transpose)
+        return hopper.matmul(x, full, first, load, transpose, mesh=mesh)
+    if expert is None and not interpret and hopper_packed.suits(len(x), m, d, mesh):
+        return hopper_packed.matmul(x, weight, first, load, transpose, mesh)
+    tile = tiling(len(x), len(load), d if transpose else m, transpose)
     if len(x) <= tile.rows:  # and so has no group more
         group = jnp.arange(len(load), dtype=jnp.int32)
         table = jnp.stack([group if expert is None else expert, first, load])
