@@ -120,9 +120,11 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
             n = i * pairs + pair
             stage = lax.rem(n, t.w_stages)
             when(n >= t.w_stages)(lambda: gpu.barrier_wait(w_used.at[stage]))
-            along, wide = (pl.ds(pair * 256, 256), pl.ds(lax.div(column, 2), 128))
-            along, wide = (along, wide) if transpose else (pl.ds(column, 256), pl.ds(pair * 128, 128))
-            gpu.copy_gmem_to_smem(blocks.at[expert, along, wide], ws.at[stage], w_loaded.at[stage])
+            if transpose:
+                block = blocks.at[expert, pl.ds(pair * 256, 256), pl.ds(lax.div(column, 2), 128)]
+            else:
+                block = blocks.at[expert, pl.ds(column, 256), pl.ds(pair * 128, 128)]
+            gpu.copy_gmem_to_smem(block, ws.at[stage], w_loaded.at[stage])
 
         def copy_rows(i: Array, step: Array, start: Array, held: Array) -> None:
             n = i * steps + step
