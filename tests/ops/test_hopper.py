@@ -115,12 +115,6 @@ def test_tiles_cover_every_row_once(loads):
     assert (covered == 1).all()
 
 
-@pytest.fixture
-def hopper_gpu(monkeypatch):
-    """As if there were one."""
-    monkeypatch.setattr(hopper, "target", lambda *_: SimpleNamespace(compute_capability="9.0", core_count=132))
-
-
 @pytest.mark.usefixtures("hopper_gpu")
 def test_a_program_is_the_same_whatever_was_lowered_before():
     """Else the persistent cache would only find what processes lower in one order. jax 0.10 never counted."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from matrices import BOTH_WAYS, close, normal, weights, wide
 from slots import LOADS, rows_of
 
 from moejax.ops import mxfp4
@@ -19,25 +20,9 @@ from moejax.ops.mxfp4 import MXFP4
 E, D, M = 4, 352, 320
 """Widths that neither tiles nor blocks of 128 divide."""
 
-BOTH_WAYS = pytest.mark.parametrize("transpose", [True, False], ids=["times-matrix", "times-transposed"])
 HOPPER_ONLY = pytest.mark.skipif(
     not (jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"), reason="runs on a Hopper GPU"
 )
-
-
-def weights(*shape: int) -> MXFP4:
-    *lead, width = shape
-    rng = np.random.default_rng(0)
-    blocks, scales = rng.integers(0, 256, (*lead, width // 32, 16)), rng.integers(110, 130, (*lead, width // 32))
-    return MXFP4(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
-
-
-def wide(x: jax.Array | MXFP4) -> np.ndarray:
-    return np.asarray(x.unpack(jnp.float32) if isinstance(x, MXFP4) else x, np.float64)
-
-
-def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.bfloat16)
 
 
 def test_rows_stand_as_threads_contract_them():
@@ -77,15 +62,6 @@ def test_pairs_of_codes():
     np.testing.assert_array_equal(np.stack(values, -2), np.stack([want[:, :4], want[:, 4:]], -1))
 
 
-@pytest.fixture
-def hopper_gpu(monkeypatch):
-    """As if there were one."""
-    device = SimpleNamespace(compute_capability="9.0", core_count=132, platform="gpu")
-    for module in (hopper, hopper_packed, packed):
-        monkeypatch.setattr(module, "target", lambda *_: device)
-    return device
-
-
 def lowered(products: int, transpose: bool, rows: int = 128, m: int = M, d: int = D, batch: tuple = ()) -> str:
     """Products of one shape one after another, lowered for a GPU."""
 
@@ -123,8 +99,8 @@ def test_lowered_with_64_bits(transpose):
 
 
 class TestChoice:
-    def suits(self, rows=128, m=M, d=D, mesh=None):
-        return hopper_packed.suits(rows, m, d, mesh)
+    def suits(self, rows=128, m=M, d=D):
+        return hopper_packed.suits(rows, m, d)
 
     @pytest.mark.usefixtures("hopper_gpu")
     def test_suited(self):
@@ -181,8 +157,7 @@ def test_against_numpy(load, m, d, transpose):
     y = wide(hopper_packed.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), transpose))
     for matrix, start, count in zip(wide(weight), first, load, strict=True):
         part = slice(start, start + count)
-        want = wide(x)[part] @ (matrix if transpose else matrix.T)
-        np.testing.assert_allclose(y[part], want, rtol=0.004, atol=1e-3 * np.abs(want).max(initial=1))
+        close(y[part], wide(x)[part] @ (matrix if transpose else matrix.T))
 
 
 @HOPPER_ONLY
@@ -213,5 +188,4 @@ def test_again_and_again(transpose):
     assert all(np.array_equal(every[0][used], y[used]) for y in every)
     for e, (start, count) in enumerate(zip(first, load, strict=True)):
         part, matrix = slice(start, start + int(count)), wide(weight[e])
-        want = wide(x)[part] @ (matrix if transpose else matrix.T)
-        np.testing.assert_allclose(wide(every[0])[part], want, rtol=0.004, atol=1e-3 * np.abs(want).max())
+        close(wide(every[0])[part], wide(x)[part] @ (matrix if transpose else matrix.T))

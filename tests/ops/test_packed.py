@@ -3,13 +3,12 @@
 Only a GPU runs the assembler in it: there, every code and scale is compared.
 """
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from matrices import BOTH_WAYS, close, normal, weights, wide
 from slots import LOADS, rows_of
 
 from moejax.ops import mxfp4
@@ -19,33 +18,11 @@ from moejax.ops.mxfp4 import MXFP4
 E, D, M, N = 4, 96, 80, 3
 """Widths that no tile divides."""
 
-BOTH_WAYS = pytest.mark.parametrize("transpose", [True, False], ids=["times-matrix", "times-transposed"])
-
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 rows and 64 columns, so that few rows fill several tiles."""
     monkeypatch.setattr(packed, "tiling", lambda *_: packed.Tiling(16, 64, 64, 4, 2))
-
-
-def weights(*shape: int, seed: int = 0) -> MXFP4:
-    *lead, width = shape
-    rng = np.random.default_rng(seed)
-    blocks, scales = rng.integers(0, 256, (*lead, width // 32, 16)), rng.integers(122, 130, (*lead, width // 32))
-    return MXFP4(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
-
-
-def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.bfloat16)
-
-
-def wide(x: jax.Array | MXFP4) -> np.ndarray:
-    return np.asarray(x.unpack(jnp.float32) if isinstance(x, MXFP4) else x, np.float64)
-
-
-def close(found: np.ndarray, want: np.ndarray) -> None:
-    """To what the result's own rounding explains."""
-    np.testing.assert_allclose(found, want, rtol=0.004, atol=1e-3 * np.abs(want).max(initial=1))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -125,14 +102,11 @@ def test_experts_in_a_batch():
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, hopper_gpu):
     """As if there were a Hopper GPU, but for the interpreter that runs its kernel for packed matrices."""
-    device = SimpleNamespace(compute_capability="9.0", core_count=132, platform="gpu")
-    monkeypatch.setattr(packed, "target", lambda *_: device)
-    monkeypatch.setattr(hopper, "target", lambda *_: device)
     kernel = packed.matmul
     monkeypatch.setattr(packed, "matmul", lambda *operands, **options: kernel(*operands, **options, interpret=True))
-    return device
+    return hopper_gpu
 
 
 @pytest.mark.usefixtures("gpu", "small_tiles")

@@ -1,4 +1,4 @@
-"""What the kernels of the grouped product share: how rows are cut into tiles, and what ``vmap`` makes of a kernel."""
+"""What kernels of the grouped product share: how rows are cut into tiles, and what names and ``vmap`` make of one."""
 
 from collections.abc import Callable
 from typing import Any
