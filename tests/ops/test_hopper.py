@@ -19,7 +19,7 @@ from moejax.ops.experts import assign, hopper
 from moejax.ops.experts.tiles import cut
 from moejax.ops.mxfp4 import MXFP4
 
-E, D, M, N = 4, 128, 192, 3
+E, D, M, N = 4, 256, 192, 3
 
 transposed_only = pytest.mark.skipif(
     not hasattr(mosaic_gpu, "InterpretGPUParams"), reason="the interpreter of jax 0.10 has no transposed operands"
@@ -36,10 +36,10 @@ def interpreter():
     return params.InterpretGPUParams(out_of_bounds_reads="uninitialized")
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=[64, 128], ids=["one-line", "two-lines"])
+def small_tiles(monkeypatch, request):
     """Tiles of 16 rows and 64 columns on two processors, so that few rows fill several tiles."""
-    monkeypatch.setattr(hopper, "tiling", lambda *_: hopper.Tiling(16, 64, 2, 2))
+    monkeypatch.setattr(hopper, "tiling", lambda *_: hopper.Tiling(16, 64, request.param, 2, 2))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -184,9 +184,10 @@ class TestChoice:
 
     @pytest.mark.parametrize("columns", [64, 192, 1536, 2048, 2880, 5760, 11264])
     @pytest.mark.parametrize("rows", [64, 4096, 65536])
-    def test_tiles_divide_the_columns(self, rows, columns):
-        tile = hopper.tiling(rows, 64, columns)
-        assert columns % tile.columns == 0
+    @pytest.mark.parametrize("depth", [64, 2048, 2880])
+    def test_tiles_divide_the_matrices(self, rows, depth, columns):
+        tile = hopper.tiling(rows, 64, depth, columns)
+        assert columns % tile.columns == depth % tile.depth == 0
         # of shared memory: what is copied ahead, and what waits to be stored
-        ahead = tile.stages * (128 + tile.columns) * 64
+        ahead = tile.stages * (128 + tile.columns) * tile.depth
         assert 2 * (ahead + 128 * min(128, tile.columns)) <= 227 * 1024 - 1024

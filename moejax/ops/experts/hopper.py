@@ -21,18 +21,19 @@ from moejax.ops.experts.tiles import cut, nameless, rows_together
 from moejax.ops.mxfp4 import MXFP4
 from moejax.ops.target import generation, target
 
-_DEPTH = 64
-"""Of the contracted axis what one step multiplies."""
+_UNIT = 64
+"""Widths are multiples of it: so many numbers are 128 bytes, what the copy engine swizzles."""
 
 _MANY = 128
 """Mean rows of an expert from which on multiplying takes longer than reading the weights; then tiles are wide."""
 
 
 class Tiling(NamedTuple):
-    """Rows and columns of a tile, steps that are copied ahead, multiprocessors."""
+    """Rows and columns of a tile, what a step contracts, steps that are copied ahead, multiprocessors."""
 
     rows: int
     columns: int
+    depth: int
     stages: int
     processors: int
 
@@ -42,7 +43,7 @@ def suits(itemsize: int, *widths: int, mesh: Mesh | None = None) -> bool:
 
     What XLA splits over devices by other axes of a mesh it cannot split inside of a kernel.
     """
-    fit = itemsize == 2 and not any(width % _DEPTH for width in widths)
+    fit = itemsize == 2 and not any(width % _UNIT for width in widths)
     return fit and whole(mesh) and generation(target(mesh)) == 9
 
 
@@ -53,11 +54,14 @@ def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignm
     return assignment.by_expert and alike and suits(x.dtype.itemsize, *widths, mesh=assignment.mesh)
 
 
-def tiling(rows: int, experts: int, columns: int, mesh: Mesh | None = None) -> Tiling:
-    """For ``rows`` in all and that many columns of the product, a multiple of 64."""
+def tiling(rows: int, experts: int, depth: int, columns: int, mesh: Mesh | None = None) -> Tiling:
+    """For ``rows`` in all, contracted over ``depth``, and that many columns of the product; multiples of 64."""
     wide = (256, 192, 128, 64) if rows >= _MANY * experts else (128, 192, 64)
     width = next(w for w in wide if columns % w == 0)
-    return Tiling(128, width, {256: 4, 192: 4, 128: 6, 64: 8}[width], target(mesh).core_count)
+    stages = {256: 4, 192: 4, 128: 6, 64: 8}[width]
+    # where reading takes longer than multiplying: 256 bytes of a row at a time come faster than 128 of twice as many
+    double = width <= 128 and depth % (2 * _UNIT) == 0
+    return Tiling(128, width, _UNIT << double, stages >> double, target(mesh).core_count)
 
 
 def matmul(
@@ -75,7 +79,8 @@ def matmul(
     """
 
     def run(x: Array, weight: Array, first: Array, load: Array) -> Array:
-        t = tiling(len(x), len(weight), weight.shape[2 if transpose else 1], mesh)
+        depth, columns = weight.shape[1:] if transpose else weight.shape[:0:-1]
+        t = tiling(len(x), len(weight), depth, columns, mesh)
         aligned = -(-load // ALIGNED) * ALIGNED
         return _kernel(x, weight, cut(first, aligned, len(x), t.rows), t, transpose, interpret)
 
@@ -90,7 +95,7 @@ def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, i
     from jax.experimental.pallas import mosaic_gpu as gpu
 
     (rows, depth), columns = x.shape, weight.shape[2 if transpose else 1]
-    steps, across = depth // _DEPTH, columns // t.columns
+    steps, across = depth // t.depth, columns // t.columns
     stages, half = min(t.stages, steps), t.rows // 2
     stored = 128 if t.columns % 128 == 0 else 64
 
@@ -116,7 +121,7 @@ def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, i
                 @pl.loop(0, steps)
                 def _step(k):
                     n = i * steps + k
-                    stage, part = lax.rem(n, stages), pl.ds(k * _DEPTH, _DEPTH)
+                    stage, part = lax.rem(n, stages), pl.ds(k * t.depth, t.depth)
                     wide = pl.ds(column, t.columns)
                     pl.when(n >= stages)(lambda: gpu.barrier_wait(used.at[stage]))
 
@@ -183,7 +188,7 @@ def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, i
     # what a profile shows
     body.__name__ = f"grouped_matmul_{rows}x{depth}x{columns}"
     layout = (gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128))
-    block = (_DEPTH, t.columns) if transpose else (t.columns, _DEPTH)
+    block = (t.depth, t.columns) if transpose else (t.columns, t.depth)
     run = gpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows, columns), x.dtype),
@@ -192,7 +197,7 @@ def _kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, i
         num_threads=3,
         thread_name="group",
         scratch_types=[
-            gpu.SMEM((stages, t.rows, _DEPTH), x.dtype, transforms=layout),
+            gpu.SMEM((stages, t.rows, t.depth), x.dtype, transforms=layout),
             gpu.SMEM((stages, *block), x.dtype, transforms=layout),
             gpu.SMEM((2, half, stored), x.dtype, transforms=layout),
             gpu.Barrier(num_arrivals=2, num_barriers=stages),
