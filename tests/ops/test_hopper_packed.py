@@ -85,8 +85,8 @@ def test_lowered_once_for_equal_shapes(transpose):
 @BOTH_WAYS
 @pytest.mark.parametrize(
     "shape",
-    [{"rows": 96, "m": 256, "d": 256}, {"d": 288}, {"batch": (3,)}],
-    ids=["smallest", "odd-block", "cotangents"],
+    [{"rows": 96, "m": 256, "d": 256}, {"d": 288}, {"batch": (3,)}, {"batch": (16,), "rows": 2272}],
+    ids=["smallest", "odd-block", "cotangents", "many-tiles"],
 )
 def test_lowered(transpose, shape):
     assert lowered(1, transpose, **shape).count("mosaic_gpu_v2") == 1
@@ -158,6 +158,19 @@ def test_against_numpy(load, m, d, transpose):
     for matrix, start, count in zip(wide(weight), first, load, strict=True):
         part = slice(start, start + count)
         close(y[part], wide(x)[part] @ (matrix if transpose else matrix.T))
+
+
+@HOPPER_ONLY
+@pytest.mark.usefixtures("two_processors")
+@BOTH_WAYS
+def test_table_too_long_to_copy(monkeypatch, transpose):
+    load, m, d = np.full(8, 104), 512, 320
+    first, weight, x = np.arange(8) * 104, weights(8, m, d), normal(832, m if transpose else d)
+    run = lambda: np.asarray(hopper_packed.matmul(x, weight, jnp.asarray(first), jnp.asarray(load), transpose))  # noqa: E731
+    copied = run()
+    jax.clear_caches()
+    monkeypatch.setattr(hopper_packed, "_NEAR", 0)
+    np.testing.assert_array_equal(run(), copied)
 
 
 @HOPPER_ONLY

@@ -1,9 +1,10 @@
 """The grouped product with matrices in MXFP4 as one kernel for NVIDIA's Hopper GPUs, written in Pallas.
 
 As in :mod:`moejax.ops.experts.hopper`, tiles of rows are cut expert by expert, and every multiprocessor takes tile
-after tile: one warpgroup copies packed weights and rows to shared memory, some steps ahead, and two unpack weights in
-registers and multiply them from there (:mod:`moejax.ops.experts.lanes`). Their product is the transposed one: weights
-are the matrix of 64 rows that the matrix unit takes from registers, and rows the one that it reads from shared memory.
+after tile: one warpgroup copies packed weights and rows to shared memory, some steps ahead, with scales as powers of
+two, and two unpack weights in registers and multiply them from there (:mod:`moejax.ops.experts.lanes`). Their product
+is the transposed one: weights are the matrix of 64 rows that the matrix unit takes from registers, and rows the one
+that it reads from shared memory.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from jaxtyping import Array, BFloat16, Float, Int
 
 from moejax.ops.experts.assignment import ALIGNED
 from moejax.ops.experts.tiles import cut, nameless
-from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.mxfp4 import BLOCK, MXFP4
 from moejax.ops.target import generation, target
 
 
@@ -36,6 +37,9 @@ class Tiling(NamedTuple):
 
 
 _ROWS = (64, 80, 96)
+
+_NEAR = 256
+"""Tiles of a table that is copied to shared memory, as many as one copy may have; a longer one is read where it is."""
 
 
 def suits(rows: int, m: int, d: int, mesh: Mesh | None = None) -> bool:
@@ -94,24 +98,29 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
     depth, width = (m, d) if transpose else (d, m)
     steps, across = -(-depth // lanes.DEPTH), -(-width // lanes.COLUMNS)
     pairs = -(-steps // 2)
-    scales_of, store = lanes.scales(m, d, transpose), lanes.store(width)
+    near = table.shape[1] <= _NEAR
+    ask, put, store = lanes.ask(m, d), lanes.put(transpose), lanes.store(width)
     values = [lanes.values(half, transpose) for half in range(2)]
 
     def when(condition: Array) -> Callable[[Callable[[], Any]], Any]:
         # `pl.when` makes a number of it, for which JAX asks the assembler's version, and that takes 5 ms
         return lambda run: lax.switch(jnp.where(condition, 1, 0), [lambda: None, run])
 
-    def body(x, blocks, scales, table, y, xs, ws, x_loaded, x_used, w_loaded, w_used):
+    def body(x, blocks, scales, table, y, near_tiles, xs, ws, powers, tiles_loaded, x_loaded, x_used, w_loaded, w_used):
         gpu.inline_mgpu()(nameless)()
         group, processor = lax.axis_index("group"), lax.axis_index("processor")
-        mine = lax.div(table[3, 0] * across - processor + (t.processors - 1), t.processors)
+        if near:
+            when(group == 2)(lambda: gpu.copy_gmem_to_smem(table, near_tiles, tiles_loaded))
+            gpu.barrier_wait(tiles_loaded)
+        tiles = near_tiles if near else table
+        mine = lax.div(tiles[3, 0] * across - processor + (t.processors - 1), t.processors)
 
         def tile_at(i: Array) -> tuple[Array, ...]:
             # after the last one, that one again
             index = processor + jnp.minimum(i, mine - 1) * t.processors
             n = lax.div(index, across)
             column = lax.rem(index, across) * lanes.COLUMNS
-            return table[0, n], pl.multiple_of(table[1, n], ALIGNED), table[2, n], column
+            return tiles[0, n], pl.multiple_of(tiles[1, n], ALIGNED), tiles[2, n], column
 
         def size_of(held: Array) -> Array:
             return sum((jnp.where(held > rows, 1, 0) for rows in t.rows[:-1]), jnp.int32(0))
@@ -125,6 +134,15 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
             else:
                 block = blocks.at[expert, pl.ds(column, 256), pl.ds(pair * 128, 128)]
             gpu.copy_gmem_to_smem(block, ws.at[stage], w_loaded.at[stage])
+
+        def scales_of(pair: Array, expert: Array, column: Array) -> Array:
+            row, block = (pair * 256, lax.div(column, BLOCK)) if transpose else (column, pair * 8)
+            return ask(scales, expert, row, block)
+
+        def put_scales(i: Array, pair: Array, found: Array) -> None:
+            stage = lax.rem(i * pairs + pair, t.w_stages)
+            put(found, powers.at[stage])
+            gpu.barrier_arrive(w_loaded.at[stage])
 
         def copy_rows(i: Array, step: Array, start: Array, held: Array) -> None:
             n = i * steps + step
@@ -140,9 +158,12 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
 
         @when((group == 2) & (mine > 0))
         def _copy():
+            # no more than the others leave of what three equal warpgroups get: they would wait for it forever
             gpu.set_max_registers(40, action="decrease")
             expert, _, _, column = tile_at(jnp.int32(0))
+            found = scales_of(jnp.int32(0), expert, column)
             copy_weights(jnp.int32(0), jnp.int32(0), expert, column)
+            put_scales(jnp.int32(0), jnp.int32(0), found)
 
             @pl.loop(0, mine)
             def _tile(i):
@@ -152,15 +173,15 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
                 @pl.loop(0, pairs)
                 def _pair(k):
                     last = k == pairs - 1
+                    following = jnp.where(last, i + 1, i), jnp.where(last, 0, k + 1)
+                    of = jnp.where(last, next_expert, expert), jnp.where(last, next_column, column)
+                    more = (i < mine - 1) | jnp.logical_not(last)
                     # weights come from far: they are asked for before rows, which come from the cache
-
-                    @when((i < mine - 1) | jnp.logical_not(last))
-                    def _():
-                        of = jnp.where(last, next_expert, expert), jnp.where(last, next_column, column)
-                        copy_weights(jnp.where(last, i + 1, i), jnp.where(last, 0, k + 1), *of)
-
+                    found = scales_of(following[1], *of)
+                    when(more)(lambda: copy_weights(*following, *of))
                     copy_rows(i, 2 * k, start, held)
                     when(2 * k + 1 < steps)(lambda: copy_rows(i, 2 * k + 1, start, held))
+                    when(more)(lambda: put_scales(*following, found))
 
             # leave no barrier behind that somebody still arrives at
             for total, used in ((mine * steps, x_used), (mine * pairs, w_used)):
@@ -174,23 +195,22 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
         def _multiply():
             gpu.set_max_registers(232, action="increase")
 
-            def tile(i: Array, carry: tuple) -> tuple:
-                (expert, start, held, column), scale = carry
-                # asked for now: they are far
-                following = tile_at(i + 1)
+            @pl.loop(0, mine)
+            def _tile(i):
+                _, start, held, column = tile_at(i)
 
-                def product(rows: int, scale: Array, *sums: Any) -> tuple:
-                    def step(k: Array, carry: tuple) -> tuple:
-                        scale, before = carry
+                def product(rows: int, *sums: Any) -> list[Array]:
+                    def step(k: Array, before: lanes.Values) -> lanes.Values:
                         n, odd, last = i * steps + k, lax.rem(k, 2), k == steps - 1
                         stage, w_stage = lax.rem(n, t.x_stages), lax.rem(i * pairs + lax.div(k, 2), t.w_stages)
-                        next_scale = scales_of(scales, expert, column, k + 1, group)
                         when(odd == 0)(lambda: gpu.barrier_wait(w_loaded.at[w_stage]))
-                        packed = ws.at[w_stage] if transpose else lanes.words(ws.at[w_stage], group, odd)
+                        packed, power = ws.at[w_stage], powers.at[w_stage]
+                        if not transpose:
+                            packed, power = lanes.words(packed, group, odd), lanes.powers_of_columns(power, group, odd)
                         gpu.barrier_wait(x_loaded.at[stage])
                         for half in range(2):
                             # unpacked while the matrix unit multiplies the half before
-                            weights = values[half](packed, scale, group, odd)
+                            weights = values[half](packed, power, group, odd)
                             block = xs.at[stage, pl.ds(0, rows), pl.ds(64 * half, 64)].transpose((1, 0))
                             for total, part in zip(sums, weights, strict=True):
                                 gpu.wgmma(total, part, block)
@@ -200,26 +220,19 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
                             if half == 0:
                                 when(k > 0)(lambda: gpu.barrier_arrive(x_used.at[lax.rem(n - 1, t.x_stages)]))
                         when((odd == 1) | last)(lambda: gpu.barrier_arrive(w_used.at[w_stage]))
-                        return next_scale, before
+                        return before
 
-                    _, before = lax.fori_loop(0, steps, step, (scale, lanes.zeros()))
-                    next_scale = scales_of(scales, following[0], following[3], jnp.int32(0), group)
+                    before = lax.fori_loop(0, steps, step, lanes.zeros())
                     found = [total[...] for total in sums]
                     lanes.keep(*before, held)
                     gpu.barrier_arrive(x_used.at[lax.rem(i * steps + steps - 1, t.x_stages)])
-                    return found, next_scale
+                    return found
 
-                def tile_of(rows: int, scale: Array) -> Array:
+                def tile_of(rows: int) -> None:
                     sums = [gpu.WGMMAAccumulatorRef((64, rows), jnp.float32)] * 2
-                    found, next_scale = pl.run_scoped(partial(product, rows, scale), *sums)
-                    store(y, *found, start, held, column, group)
-                    return next_scale
+                    store(y, *pl.run_scoped(partial(product, rows), *sums), start, held, column, group)
 
-                return following, lax.switch(size_of(held), [partial(tile_of, rows) for rows in t.rows], scale)
-
-            expert, *rest = tile_at(jnp.int32(0))
-            scale = scales_of(scales, expert, rest[-1], jnp.int32(0), group)
-            lax.fori_loop(0, mine, tile, ((expert, *rest), scale))
+                lax.switch(size_of(held), [partial(tile_of, rows) for rows in t.rows])
 
     # what a profile shows
     body.__name__ = f"packed_matmul_hopper_{len(x)}x{depth}x{width}"
@@ -232,11 +245,14 @@ def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool) -
         num_threads=3,
         thread_name="group",
         scratch_types=[
+            gpu.SMEM((4, table.shape[1] if near else 8), table.dtype),
             gpu.SMEM((t.x_stages, t.rows[-1], lanes.DEPTH), x.dtype, transforms=swizzled),
             gpu.SMEM((t.w_stages, 256, 128), jnp.uint8, transforms=lanes.SWIZZLE),
+            gpu.SMEM((t.w_stages, lanes.POWERS[transpose]), jnp.int32),
+            gpu.Barrier(num_arrivals=1),
             gpu.Barrier(num_arrivals=1, num_barriers=t.x_stages),
             gpu.Barrier(num_arrivals=2, num_barriers=t.x_stages),
-            gpu.Barrier(num_arrivals=1, num_barriers=t.w_stages),
+            gpu.Barrier(num_arrivals=2, num_barriers=t.w_stages),
             gpu.Barrier(num_arrivals=2, num_barriers=t.w_stages),
         ],
         # threads are told apart in `lanes`; what they read and others write is guarded by barriers here

@@ -35,10 +35,19 @@ Values = tuple[Any, Any]
 """Of both matrices of a warpgroup, each ``[64, 64]``."""
 
 _ONE = gpu.Layout.WG_SPLAT
-_SCALES = gpu.Layout.WG_STRIDED((4 * 128,), vec_size=1)
+_POWERS = gpu.Layout.WG_STRIDED((4 * 128,), vec_size=1)
 _WORDS = gpu.Layout.WG_STRIDED((16 * 128,), vec_size=1)
 _MATRIX = gpu.Layout.WGMMA
 _HALF = (64, 64)
+
+_PITCH = 256 + 4
+"""From one block's powers to the next one's in shared memory, such that eight blocks stand in different banks."""
+
+_SIZE = {False: 4, True: 2}
+"""Bytes of a power, contracting ``d`` and ``m``."""
+
+POWERS = {transpose: 8 * _PITCH * size // 4 for transpose, size in _SIZE.items()}
+"""Words of a stage's powers."""
 
 SWIZZLE = (gpu.SwizzleTransform(128),)
 """Of packed weights in shared memory, 128 bytes a row: chunk ``c`` of 16 bytes stands at ``c ^ row % 8``."""
@@ -56,38 +65,66 @@ def _inline(**types: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return gpu.inline_mgpu(**types)
 
 
-def scales(m: int, d: int, transpose: bool) -> Callable[..., Any]:
-    """``(scales, expert, column, step, group)``: the four scales that a thread loads for a step, from global memory.
+def ask(m: int, d: int) -> Callable[..., Any]:
+    """``(scales, expert, row, block)``: scales from global memory, of the copying warpgroup.
 
-    Contracting ``d``, it needs one for each of its columns. Contracting ``m``, one serves all of its columns, but every
-    row has its own: it loads those of rows ``16 r + 2 q``, one, eight and nine further, and :func:`values` has threads
-    ask each other.
+    Those of 256 rows from ``row`` on, of eight blocks from ``block`` on, whose weights are copied as one: a thread has
+    one of the blocks, of every fourth of 64 rows.
     """
-    pitch, layout = d // BLOCK, _SCALES.to_mgpu()
+    pitch = d // BLOCK
 
     @_inline(
-        arg_types=(gpu.RefType(), *[_ONE] * 4),
-        return_type=gpu.ShapeDtypeStruct((4 * 128,), jnp.int32, layout=_SCALES),
+        arg_types=(gpu.RefType(), *[_ONE] * 3),
+        return_type=gpu.ShapeDtypeStruct((16 * 128,), jnp.int32, layout=_WORDS),
     )
     def load(_, scales, *where):
-        expert, column, step, group = map(_scalar, where)
-        w, r, q = _place()
+        expert, first, block = map(_scalar, where)
+        row, own = _asked()
         base = _at(utils.memref_ptr(scales), arith.muli(_wide(expert), _i64(m * pitch)))
         found = []
-        for i in range(4):
-            if transpose:
-                row = _sum(_times(step, DEPTH), _times(r, 16), _times(q, 2), _i32(i % 2 + 8 * (i // 2)))
-                block = _sum(arith.divui(column, _i32(BLOCK)), _times(group, 4), w)
-            else:
-                row = _sum(column, _columns(group, w, r), _i32(i))
-                block = _sum(_times(step, DEPTH // BLOCK), q)
+        for n in range(16):
             # what is multiplied beyond the ends is zero
-            row, block = arith.minui(row, _i32(m - 1)), arith.minui(block, _i32(pitch - 1))
-            byte = llvm.load(_integer(8), _at(base, _sum(_times(row, pitch), block)), alignment=1)
-            found.append(arith.extui(_integer(32), byte))
-        return _integers(found, layout)
+            there = arith.minui(_sum(first, row, _i32(4 * n)), _i32(m - 1))
+            there = _at(base, _sum(_times(there, pitch), arith.minui(_sum(block, own), _i32(pitch - 1))))
+            # here and not where it is used, which is when it has come
+            found.append(_ptx("ld.global.u8 $0, [$1];", [llvm.ptrtoint(_integer(64), there)], "l", lasting=True))
+        return _integers(found, _WORDS.to_mgpu())
 
     return load
+
+
+def put(transpose: bool) -> Callable[..., None]:
+    """``(scales, powers)``: what :func:`ask` loaded to shared memory, as exponents of bfloat16, block by block.
+
+    Contracting ``d``, one serves both values of a pair, and stands there twice; contracting ``m``, those of two rows
+    are a pair as they stand.
+    """
+    size = _SIZE[transpose]
+
+    @_inline(arg_types=(_WORDS, gpu.RefType()), return_type=None)
+    def write(_, scales, powers):
+        row, own = _asked()
+        base = _at(utils.memref_ptr(powers), _sum(_times(own, _PITCH * size), _times(row, size)))
+        # the largest is infinity
+        power = f"add.u32 $0, $1, {126 - SHIFT}; min.u32 $0, $0, 255; shl.b32 $0, $0, 7; prmt.b32 $0, $0, 0, 0x1010;"
+        for n, scale in enumerate(scales.registers.flat):
+            two = _ptx(power, [llvm.bitcast(_integer(32), scale)])
+            llvm.store(two if size == 4 else arith.trunci(_integer(16), two), _at(base, _i32(4 * n * size)))
+
+    return write
+
+
+@_inline(
+    arg_types=(gpu.RefType(), _ONE, _ONE),
+    return_type=gpu.ShapeDtypeStruct((4 * 128,), jnp.int32, layout=_POWERS),
+)
+def powers_of_columns(_, powers, group, odd):
+    """``(powers, group, odd)``: of a thread's block of each column, where :func:`words` reads its weights."""
+    w, r, q = _place()
+    block = _times(_sum(q, _times(_scalar(odd), 4)), _PITCH * 4)
+    there = _at(utils.memref_ptr(powers), _sum(block, _times(_columns(_scalar(group), w, r), 4)))
+    four = llvm.load(ir.VectorType.get((4,), _integer(32)), there, alignment=16)
+    return _integers([llvm.extractelement(four, _i32(n)) for n in range(4)], _POWERS.to_mgpu())
 
 
 @_inline(
@@ -109,30 +146,28 @@ def words(_, packed, group, odd):
 
 
 def values(half: int, transpose: bool) -> Callable[..., Values]:
-    """``(packed, scales, group, odd)``: weights of half a step as the matrix unit wants them, times ``2 ** -SHIFT``.
+    """``(packed, powers, group, odd)``: weights of half a step as the matrix unit wants them, times ``2 ** -SHIFT``.
 
-    ``packed`` is what :func:`words` gives or, contracting ``m``, shared memory, read here.
+    The first two are what :func:`words` and :func:`powers_of_columns` give or, contracting ``m``, shared memory, read
+    here.
     """
-    source = gpu.RefType(SWIZZLE) if transpose else _WORDS
+    sources = (gpu.RefType(SWIZZLE), gpu.RefType()) if transpose else (_WORDS, _POWERS)
     matrix = gpu.ShapeDtypeStruct(_HALF, jnp.bfloat16, layout=_MATRIX)
 
-    @_inline(arg_types=(source, _SCALES, _ONE, _ONE), return_type=(matrix, matrix))
-    def unpack(_, packed, scales, group, odd):
-        own = [llvm.bitcast(_integer(32), s) for s in scales.registers.flat]
+    @_inline(arg_types=(*sources, _ONE, _ONE), return_type=(matrix, matrix))
+    def unpack(_, packed, powers, group, odd):
         read = _by_rows if transpose else _by_columns
-        return tuple(map(_fragments, read(half, packed, own, _scalar(group), _scalar(odd))))
+        return tuple(map(_fragments, read(half, packed, powers, _scalar(group), _scalar(odd))))
 
     return unpack
 
 
-def _by_columns(half: int, packed: Any, scales: list, group: Any, odd: Any) -> tuple[dict, dict]:
+def _by_columns(half: int, packed: Any, powers: Any, group: Any, odd: Any) -> tuple[dict, dict]:
     """Each word has eight entries of one column; entries n and n + 4 are a pair."""
     del group, odd
     found = {}, {}
     for i in range(4):
-        # as exponent of both values of a pair; the largest is infinity
-        power = f"add.u32 $0, $1, {126 - SHIFT}; min.u32 $0, $0, 255; shl.b32 $0, $0, 7; prmt.b32 $0, $0, 0, 0x1010;"
-        power = _ptx(power, [scales[i]])
+        power = llvm.bitcast(_integer(32), powers.registers.flat[i])
         for n in range(2):
             word = llvm.bitcast(_integer(32), packed.registers.flat[4 * i + 2 * half + n])
             for pair, value in enumerate(_four_pairs(word, power)):
@@ -140,19 +175,16 @@ def _by_columns(half: int, packed: Any, scales: list, group: Any, odd: Any) -> t
     return found
 
 
-def _by_rows(half: int, packed: Any, scales: list, group: Any, odd: Any) -> tuple[dict, dict]:
+def _by_rows(half: int, packed: Any, powers: Any, group: Any, odd: Any) -> tuple[dict, dict]:
     """Two bytes of a row have an entry of each of a thread's columns; those of two rows are pairs."""
     w, r, q = _place()
     base, chunk = utils.memref_ptr(packed), _sum(_times(group, 4), w)
-    # of rows 2q and 2q + 1, and of the other two: as exponents of the values of a pair; the largest is infinity
-    power = "{ .reg .b32 c; mov.b32 c, 0x00FF00FF; prmt.b32 $0, $1, $2, 0x5410;"
-    power += f"add.u32 $0, $0, {(126 - SHIFT) * 0x10001}; min.u16x2 $0, $0, c; shl.b32 $0, $0, 7; }}"
-    own = [_ptx(power, scales[p : p + 2]) for p in (0, 2)]
+    row = _sum(_times(q, 2), _times(odd, DEPTH))
+    own = _at(utils.memref_ptr(powers), _times(_sum(_times(chunk, _PITCH), row), 2))
     found = {}, {}
     for s in range(4 * half, 4 * half + 4):
         for p in range(2):
-            asked = _sum(q, _i32(4 * s))
-            power = _ptx("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", [own[p], asked], lasting=True)
+            power = llvm.load(_integer(32), _at(own, _i32(2 * (16 * s + 8 * p))), alignment=4)
             two = []
             for o in range(2):
                 low = _sum(_times(q, 2), _i32(o))
@@ -246,6 +278,13 @@ def _place() -> tuple[Any, Any, Any]:
     thread = arith.andi(utils.thread_idx(), _i32(127))
     lane = arith.andi(thread, _i32(31))
     return arith.shrui(thread, _i32(5)), arith.shrui(lane, _i32(2)), arith.andi(lane, _i32(3))
+
+
+def _asked() -> tuple[Any, Any]:
+    """Of scales copied together, a thread's first row and its block."""
+    thread = arith.andi(utils.thread_idx(), _i32(127))
+    warp, lane = arith.shrui(thread, _i32(5)), arith.andi(thread, _i32(31))
+    return _sum(_times(warp, 64), arith.shrui(lane, _i32(3))), arith.andi(lane, _i32(7))
 
 
 def _columns(group: Any, w: Any, r: Any) -> Any:

@@ -16,10 +16,10 @@ def cut(first: Int[Array, " G"], load: Int[Array, " G"], rows: int, height: int)
     """Group, first row and number of rows of every tile, and how many tiles there are (everywhere the same).
 
     Group ``g`` has rows ``first[g]`` to ``first[g] + load[g]`` of ``rows`` in all; a tile has no more than ``height``.
-    Tiles that are left over have no rows.
+    Tiles that are left over have no rows; there are a multiple of 8, whole lines to copy.
     """
     count = -(-load // height)
-    index = jnp.arange(rows // height + len(load), dtype=jnp.int32)[:, None]
+    index = jnp.arange(-(-(rows // height + len(load)) // 8) * 8, dtype=jnp.int32)[:, None]
     inner = index - sum_before(count)
     here = (inner >= 0) & (inner < count)
     group, start = jnp.arange(len(load), dtype=jnp.int32), inner * height
