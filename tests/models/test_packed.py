@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from families.build import CONFIGS, loaded
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.models import Packed, unpack
 
@@ -16,14 +17,32 @@ def test_comes_back_whole(family: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, back, decoder)
 
 
-def test_alike_vectors_of_a_layer_come_together() -> None:
-    decoder = loaded("olmoe").decoder
-    saved = 0
+@pytest.mark.parametrize(("family", "vectors", "biases"), [("olmoe", 4, 0), ("gpt_oss", 8, 2)])
+def test_a_layers_vectors_and_biases_come_together(family: str, vectors: int, biases: int) -> None:
+    decoder = loaded(family).decoder
     for layer in decoder.layers:
-        vectors = [leaf.shape for leaf in jax.tree.leaves(layer) if leaf.ndim == 1]
-        saved += len(vectors) - len(set(vectors))
-    assert saved >= 2 * len(decoder.layers), "the model has too few alike vectors to show it"
+        assert sum(leaf.ndim == 1 for leaf in jax.tree.leaves(layer)) == vectors, "the family has changed"
+    saved = (vectors + biases - 1) * len(decoder.layers)
     assert len(Packed.of(decoder).arrays) == len(jax.tree.leaves(decoder)) - saved
+
+
+def test_layers_have_theirs_at_the_same_places() -> None:
+    """So that what is compiled for one layer serves all."""
+    packed = Packed.of(loaded("gpt_oss").decoder)
+    joined = [[place.shape for place in group] for group in packed.structure.places if len(group) > 1]
+    assert len(joined) == packed.config.num_layers
+    assert all(shapes == joined[0] for shapes in joined)
+
+
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_vectors_elsewhere_stay_there(kind: str) -> None:
+    leaves, tree = jax.tree.flatten(loaded("olmoe").decoder)
+    moved = next(i for i, leaf in enumerate(leaves) if leaf.ndim == 1)
+    there = NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec(), memory_kind=kind)
+    leaves[moved] = jax.device_put(leaves[moved], there)
+    back = jax.tree.leaves(unpack(Packed.of(tree.unflatten(leaves))))
+    assert back[moved].sharding == there
+    jax.tree.map(np.testing.assert_array_equal, back, leaves)
 
 
 def test_config_without_unpacking() -> None:
