@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from jaxtyping import Array, Float
@@ -40,11 +41,12 @@ class GLU:
 
     def __call__(self, x: Float[Array, "B *s 2 F"], reading: Reading) -> Float[Array, "B *s F"]:
         """The hidden units of an expert."""
-        rule, (gate, up) = reading.rule, split_branches(x)
-        if (limit := self.limit) is not None:
-            gate = reading.book("clamp", lambda g: rule.clamp(g, -math.inf, limit), gate)
-            up = reading.book("clamp", lambda u: rule.clamp(u, -limit, limit), up)
-        return reading.book("activation", lambda g, u: rule.gated(self.slope, g, u, self.offset), gate, up)
+        rule, (gate, up), limit = reading.rule, split_branches(x), self.limit
+        if limit is not None and reading.books("clamp"):
+            below, within = (partial(rule.clamp, low=low, high=limit) for low in (-math.inf, -limit))
+            gate, up = reading.book("clamp", below, gate), reading.book("clamp", within, up)
+            limit = None
+        return reading.book("activation", lambda g, u: rule.gated(self.slope, g, u, self.offset, limit), gate, up)
 
 
 @dataclass(frozen=True)

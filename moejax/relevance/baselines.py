@@ -236,9 +236,14 @@ class Direct(AttnLRP):
         return super().leaks | {"activation"}
 
     def gated(
-        self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"], offset: float = 0.0
+        self,
+        slope: Slope,
+        gate: Float[Array, "*s"],
+        up: Float[Array, "*s"],
+        offset: float = 0.0,
+        limit: float | None = None,
     ) -> Float[Array, "*s"]:
-        return super().gated(slope, stop_gradient(gate), stop_gradient(up), offset)
+        return super().gated(slope, stop_gradient(gate), stop_gradient(up), offset, limit)
 
     def attention(
         self,

@@ -51,13 +51,23 @@ class AttnLRP(Rule):
         return x * stop_gradient(inverse_rms)
 
     def gated(
-        self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"], offset: float = 0.0
+        self,
+        slope: Slope,
+        gate: Float[Array, "*s"],
+        up: Float[Array, "*s"],
+        offset: float = 0.0,
+        limit: float | None = None,
     ) -> Float[Array, "*s"]:
         """Identity rule on ``a(g) = g * slope(g)``, uniform rule (Prop. 3.3) on its product with ``up``.
 
         The product with the constant ``offset`` is a function of the gate alone, which gets all of its relevance.
         """
-        return elementwise(lambda g, u: uniform_product(self.activation(slope, g), u, offset), gate, up)
+
+        def unit(gate: Array, up: Array) -> Array:
+            gate, up = self.limited(gate, up, limit)
+            return uniform_product(self.activation(slope, gate), up, offset)
+
+        return elementwise(unit, gate, up)
 
     def activation(self, slope: Slope, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Identity rule on ``a(x) = x * slope(x)``: the slope is a constant."""

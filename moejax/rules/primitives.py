@@ -112,7 +112,8 @@ def elementwise(function: Callable[..., Array], *xs: Float[Array, "*s"]) -> Floa
 
 
 def _elementwise_forward(function, *xs):
-    return function(*xs), xs
+    # where it is used, XLA would rather compute it again from what the factors are made of, which is more to read
+    return jax.lax.optimization_barrier(function(*xs)), xs
 
 
 def _elementwise_backward(function, xs, cotangent):

@@ -92,7 +92,11 @@ class Reading:
         return self._probe(name, x, 1.0)
 
     def _probe(self, name: str, x: Array, sign: float) -> Array:
-        return probe(x, self.probes[name], sign) if name in self.probes else x
+        return probe(x, self.probes[name], sign) if self.books(name) else x
+
+    def books(self, name: str) -> bool:
+        """Whether relevance that operations of that name do not conserve is booked."""
+        return name in self.probes
 
     def book(self, name: str, operation: Callable[..., Array], *inputs: Array) -> Array:
         """``operation(*inputs)``, with the relevance that it does not conserve booked under ``name``."""

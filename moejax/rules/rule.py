@@ -1,5 +1,6 @@
 """What a rule is: one method for every place where relevance propagation differs from calculus."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -58,10 +59,31 @@ class Rule:
         return x * inverse_rms
 
     def gated(
-        self, slope: Slope, gate: Float[Array, "*s"], up: Float[Array, "*s"], offset: float = 0.0
+        self,
+        slope: Slope,
+        gate: Float[Array, "*s"],
+        up: Float[Array, "*s"],
+        offset: float = 0.0,
+        limit: float | None = None,
     ) -> Float[Array, "*s"]:
-        """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid)."""
-        return elementwise(lambda g, u: activate(slope, g) * (u + offset), gate, up)
+        """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid).
+
+        Its branches are :meth:`limited` before. A limit that the ledger books is none here.
+        """
+
+        def unit(gate: Array, up: Array) -> Array:
+            gate, up = self.limited(gate, up, limit)
+            return activate(slope, gate) * (up + offset)
+
+        return elementwise(unit, gate, up)
+
+    def limited(
+        self, gate: Float[Array, "*s"], up: Float[Array, "*s"], limit: float | None
+    ) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
+        """The gate limited from above and the linear branch on both sides, as :meth:`clamp` does (GPT-OSS)."""
+        if limit is None:
+            return gate, up
+        return self.clamp(gate, -math.inf, limit), self.clamp(up, -limit, limit)
 
     def activation(self, slope: Slope, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Activation ``a(x) = x * slope(x)`` of a unit without a gate."""

@@ -156,16 +156,16 @@ class ThawedNorm(AttnLRP):
 class DoubledActivation(AttnLRP):
     """Both factors of the product take all of its relevance."""
 
-    def gated(self, slope, gate, up, offset=0.0):
-        return Rule.gated(self, lambda g: stop_gradient(slope(g)), gate, up, offset)
+    def gated(self, slope, gate, up, offset=0.0, limit=None):
+        return Rule.gated(self, lambda g: stop_gradient(slope(g)), gate, up, offset, limit)
 
 
 @dataclass(frozen=True)
 class PlainActivation(AttnLRP):
     """The slope of the activation takes part: the derivative of SiLU in place of SiLU over its input."""
 
-    def gated(self, slope, gate, up, offset=0.0):
-        return scale_cotangent(Rule.gated(self, slope, gate, up, offset), 0.5)
+    def gated(self, slope, gate, up, offset=0.0, limit=None):
+        return scale_cotangent(Rule.gated(self, slope, gate, up, offset, limit), 0.5)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from moejax import MoejaxError
-from moejax.layers import AttentionConfig, BlockConfig, MoEConfig, RouterConfig
+from moejax.layers import GLU, AttentionConfig, BlockConfig, MoEConfig, RouterConfig
 from moejax.models import Config, Decoder
 from moejax.ops.activation import SLOPES
 from moejax.ops.attention import attention
 from moejax.ops.rope import Rope
+from moejax.relevance.baselines import Direct
 from moejax.rules import CPLRP, GIM, RULES, AttnLRP, Backtrace, Gamma, Gates, Plain, Reading, Rule, by_name
 
 T, D, F, E, K, H, G, C, L, V = 7, 40, 20, 6, 2, 4, 2, 10, 3, 97
@@ -25,11 +26,32 @@ every_rule = pytest.mark.parametrize("rule", LRP, ids=repr)
 
 @every_rule
 def test_targets_share_the_factors_of_a_unit(rule):
-    """Nothing but products is computed for each of several cotangents."""
-    gate, up = jnp.linspace(-2, 2, 7), jnp.linspace(1, 3, 7)
-    pull = jax.vmap(jax.vjp(lambda g, u: rule.gated(jax.nn.sigmoid, g, u, 1.0), gate, up)[1])
-    steps = jax.make_jaxpr(pull)(jnp.ones((3, 7))).jaxpr.eqns
-    assert {str(step.primitive) for step in steps if step.outvars[0].aval.shape == (3, 7)} == {"mul"}
+    """Nothing but products is computed for each of several cotangents, whether branches are limited or not."""
+    branches = jnp.stack([jnp.linspace(-2, 2, 7), jnp.linspace(1, 3, 7)])[None]
+    for unit in (GLU(), GLU(alpha=1.7, limit=1.5, offset=1.0)):
+        pull = jax.vmap(jax.vjp(lambda x, unit=unit: unit(x, Reading(rule)), branches)[1])
+        steps = jax.make_jaxpr(pull)(jnp.ones((3, 1, 7))).jaxpr.eqns
+        each = [str(step.primitive) for step in steps for y in step.outvars if y.aval.shape == (3, 1, 7)]
+        assert each == ["mul", "mul"]
+
+
+@pytest.mark.parametrize(("rule", "products"), [(Direct(), 1), (AttnLRP(), 2)], ids=repr)
+def test_what_a_rule_cuts_is_not_computed(rule, products):
+    matrix, unit = jnp.ones((5, 14)), GLU(limit=1.5)
+    run = lambda x: unit((x @ matrix).reshape(1, 2, 7), Reading(rule)).sum()  # noqa: E731
+    steps = jax.make_jaxpr(jax.grad(run))(jnp.ones(5)).jaxpr.eqns
+    assert sum(step.primitive.name == "dot_general" for step in steps) == products
+
+
+def test_booked_limits_are_limits():
+    """What a rule does not conserve at the limits is computed for itself, and changes nothing."""
+    branches = jnp.stack([jnp.linspace(-2, 2, 7), jnp.linspace(1, 3, 7)])[None]
+    unit, probes = GLU(limit=1.5), {"clamp": jnp.zeros(1)}
+    run = lambda x, probes: unit(x, Reading(probes=probes)).sum()  # noqa: E731
+    alone, booked = (jax.value_and_grad(run, argnums=(0, 1))(branches, p) for p in ({}, probes))
+    assert alone[0] == booked[0]
+    np.testing.assert_array_equal(alone[1][0], booked[1][0])
+    assert booked[1][1]["clamp"] != 0
 
 
 def make_decoder(dtype: jnp.dtype) -> Decoder:
