@@ -1,8 +1,6 @@
 """What stands between the two products of an expert: a gated linear unit, or an activation."""
 
-import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from jaxtyping import Array, Float
@@ -43,8 +41,8 @@ class GLU:
         """The hidden units of an expert."""
         rule, (gate, up), limit = reading.rule, split_branches(x), self.limit
         if limit is not None and reading.books("clamp"):
-            below, within = (partial(rule.clamp, low=low, high=limit) for low in (-math.inf, -limit))
-            gate, up = reading.book("clamp", below, gate), reading.book("clamp", within, up)
+            limited = rule.limited(reading.enter("clamp", gate), reading.enter("clamp", up), limit)
+            gate, up = (reading.leave("clamp", branch) for branch in limited)
             limit = None
         return reading.book("activation", lambda g, u: rule.gated(self.slope, g, u, self.offset, limit), gate, up)
 
