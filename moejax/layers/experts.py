@@ -52,7 +52,8 @@ class Experts(nnx.Module):
         return over_devices(run, self, assignment, x, weights, ids, reading)
 
     def _slots(self, x: Array, assignment: Assignment, reading: Reading) -> Float[Array, "B T K O"]:
-        rows, in_rows = _rows(x, assignment, reading)
+        # packed matrices are multiplied with rows in another order: one copy for XLA
+        rows, in_rows = _rows(x, assignment, reading, copied=not isinstance(self.input, MXFP4))
         branches = _linear(rows, self.input, self.input_bias, assignment, in_rows, self.unit.slope)
         hidden = in_rows.tap("neurons", self.unit(branches, in_rows))
         outputs = _linear(hidden, self.output, self.output_bias, assignment, in_rows)
@@ -115,11 +116,14 @@ def _linear(
     return reading.linear(product, rows, weight, bias, slope)
 
 
-def _rows(x: Float[Array, "B T KorOne D"], assignment: Assignment, reading: Reading) -> tuple[Array, Reading]:
-    """The experts' rows, and the reading whose batch they are."""
+def _rows(
+    x: Float[Array, "B T KorOne D"], assignment: Assignment, reading: Reading, *, copied: bool = True
+) -> tuple[Array, Reading]:
+    """The experts' rows (``copied`` as for :func:`spread`), and the reading whose batch they are."""
     by_row = lambda slots: spread(slots.reshape(-1, *slots.shape[2:]), assignment)  # noqa: E731
     batch, tokens = x.shape[:2]
-    return by_row(x), reading.rearranged(by_row, (batch, tokens, assignment.ids.shape[1]))
+    rows = spread(x.reshape(-1, *x.shape[2:]), assignment, copied=copied)
+    return rows, reading.rearranged(by_row, (batch, tokens, assignment.ids.shape[1]))
 
 
 def _by_token(slots: Float[Array, "N K *M"], x: Float[Array, "B T KorOne D"]) -> Float[Array, "B T K *M"]:

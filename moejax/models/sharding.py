@@ -13,7 +13,7 @@ from moejax.errors import ConfigError
 from moejax.layers import RegisteredConfig
 from moejax.models.config import Config
 from moejax.models.decoder import Decoder
-from moejax.ops.experts.exchange import AXIS
+from moejax.ops.target import AXIS
 
 Axes = tuple[str | None, ...]
 """Logical name of each axis of a leaf; ``None`` is never split."""

@@ -1,7 +1,12 @@
 """What a program that is being traced will run on, as far as that is known."""
 
+from importlib.util import find_spec
+
 import jax
 from jax.sharding import Mesh
+
+AXIS = "expert"
+"""The mesh axis over which experts are split."""
 
 
 def target(mesh: Mesh | None = None) -> jax.Device:
@@ -18,3 +23,13 @@ def generation(device: object) -> int:
     """Of an NVIDIA GPU the first number of its compute capability: 8 for Ampere, 9 for Hopper. 0 for what is none."""
     first, dot, _ = str(getattr(device, "compute_capability", "")).partition(".")
     return int(first) if dot and first.isdecimal() else 0
+
+
+def whole(mesh: Mesh | None) -> bool:
+    """Whether experts alone are split: what XLA splits by other axes of a mesh it cannot split inside of a kernel."""
+    return mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
+
+
+def has_triton() -> bool:
+    """Whether JAX lowers Pallas by Triton; it has announced that it will drop that, and says so whenever it is used."""
+    return find_spec("jax.experimental.pallas.triton") is not None

@@ -11,8 +11,8 @@ from moejax.errors import MoejaxError
 from moejax.models import Config
 from moejax.ops.attention.choice import block_size
 from moejax.ops.experts import hopper
-from moejax.ops.experts.assignment import ALIGNED
 from moejax.ops.experts.matmul import capacities
+from moejax.ops.experts.places import ALIGNED
 
 
 class Arrangement(NamedTuple):

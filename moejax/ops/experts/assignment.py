@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-ALIGNED = 8
-"""An expert's rows begin at a multiple of this, which a tile of a GPU's matrix unit needs."""
+from moejax.ops.experts.places import begin, fits, places, rows_for
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +17,7 @@ class Assignment:
     """Routed slots by expert.
 
     The products of a layer work on *rows*: the routed slots ordered by expert, each expert's from a multiple of
-    :data:`ALIGNED` on, so that there are some rows more than slots. What stands in these reaches no slot.
+    eight on (``places.ALIGNED``), so that there are some rows more than slots. What stands in these reaches no slot.
 
     Attributes:
         ids: the expert of each slot of each token; any for a slot that goes nowhere.
@@ -56,9 +55,9 @@ class Assignment:
     ) -> Self:
         """The rows of ranked slots."""
         slots = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
-        first = sum_before(-(-load // ALIGNED) * ALIGNED)
+        first = begin(sum_before(load), jnp.arange(len(load), dtype=jnp.int32))
         if by_expert:
-            rows = (ids.size + (ALIGNED - 1) * min(ids.size, len(load))) // ALIGNED * ALIGNED
+            rows = rows_for(ids.size, len(load))
             place = jnp.where(rank < 0, rows, first[ids] + rank)
             slot = jnp.zeros(rows, jnp.int32).at[place].set(slots, mode="drop", unique_indices=complete)
             place = jnp.minimum(place, rows - 1)
@@ -100,13 +99,15 @@ def assign(
         by_expert: order rows by expert; by default unless there are no more slots than half the experts, for which it
             is cheaper to copy each slot's matrix.
     """
+    if by_expert is None:
+        by_expert = ids.size > num_experts // 2
+    if by_expert and not nowhere and fits(mesh):
+        return Assignment(ids, *places(ids, num_experts), mesh=mesh)
     chosen = (ids[..., None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32)
     until = jnp.cumsum(chosen, axis=0)
     inside = jnp.minimum(ids, num_experts - 1) if nowhere else ids
     rank = jnp.take_along_axis(until - chosen, inside, axis=1)
     rank = jnp.where(ids < num_experts, rank, -1) if nowhere else rank
-    if by_expert is None:
-        by_expert = ids.size > num_experts // 2
     load = until[-1] if len(ids) else jnp.zeros(num_experts, jnp.int32)
     return Assignment.of(inside, rank, load, by_expert=by_expert, complete=not nowhere, mesh=mesh)
 

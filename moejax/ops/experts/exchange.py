@@ -10,21 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from moejax.ops.experts.assignment import Assignment, assign
-
-AXIS = "expert"
-"""The mesh axis over which experts are split."""
+from moejax.ops.target import AXIS
 
 OverDevices = Callable[[Array], Array]
 """The sum of what the devices found."""
-
-
-def whole(mesh: Mesh | None) -> bool:
-    """Whether experts alone are split: what XLA splits by other axes of a mesh it cannot split inside of a kernel."""
-    return mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
 
 
 def over_devices(run: Callable[..., Array], experts: Any, assignment: Assignment, *shared: Any) -> Array:

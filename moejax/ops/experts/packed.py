@@ -7,7 +7,6 @@ program multiplies one of them with some columns.
 
 import math
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,9 @@ from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
 from moejax.ops.experts import hopper, hopper_packed
 from moejax.ops.experts.assignment import Assignment
-from moejax.ops.experts.exchange import whole
 from moejax.ops.experts.tiles import cut, rows_together
 from moejax.ops.mxfp4 import BLOCK, MXFP4, unpacked_in_turn
-from moejax.ops.target import generation, target
+from moejax.ops.target import generation, has_triton, target, whole
 
 _MANY = 2048
 """Mean rows of an expert from which on unpacking once takes less time than unpacking in every tile."""
@@ -57,9 +55,7 @@ def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignm
         return True
     # offsets are counted in 32 bits
     small = math.prod(weight.shape) // 2 < 2**31
-    # JAX has announced that it will drop this lowering, and says so (DeprecationWarning) whenever it is used
-    there = find_spec("jax.experimental.pallas.triton") is not None
-    return small and there and generation(target(assignment.mesh)) >= 8
+    return small and has_triton() and generation(target(assignment.mesh)) >= 8
 
 
 def tiling(rows: int, groups: int, columns: int, transpose: bool) -> Tiling:

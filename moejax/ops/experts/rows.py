@@ -1,32 +1,46 @@
 """Between routed slots ``[T K]`` and the experts' rows: two copies, each the other's gradient."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.ops.experts.assignment import Assignment, take
+from moejax.ops.experts.copies import copies
+from moejax.ops.experts.places import fits
 
 
-@jax.custom_vjp
-def spread(x: Float[Array, "T KorOne *D"], assignment: Assignment) -> Float[Array, "P *D"]:
-    """A row for each slot; ``x`` has one for each, or one that all slots of a token share (second axis 1)."""
+def spread(x: Float[Array, "T KorOne *D"], assignment: Assignment, *, copied: bool = False) -> Float[Array, "P *D"]:
+    """A row for each slot; ``x`` has one for each, or one that all slots of a token share (second axis 1).
+
+    ``copied`` rows are used as they are: XLA could not make the copy a part of anything, so that a kernel may do it.
+    """
+    rows: Array = _spread(copied, x, assignment)
+    return rows
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(copied: bool, x: Array, assignment: Assignment) -> Array:
     tokens, slots = assignment.ids.shape
     if not assignment.by_expert:
         return jnp.broadcast_to(x, (tokens, slots, *x.shape[2:])).reshape(-1, *x.shape[2:])
+    if copied and x.shape[1] == 1 and fits(assignment.mesh):
+        return copies(x.reshape(tokens, -1), assignment.slot, slots).reshape(-1, *x.shape[2:])
     return take(x.reshape(-1, *x.shape[2:]), assignment.slot // (slots // x.shape[1]))
 
 
-def _spread_forward(x, assignment):
-    return spread(x, assignment), (x.shape[1], assignment)
+def _spread_forward(copied, x, assignment):
+    return _spread(copied, x, assignment), (x.shape[1], assignment)
 
 
-def _spread_backward(saved, cotangent):
+def _spread_backward(_, saved, cotangent):
     width, assignment = saved
     dx = collect(cotangent, assignment)
     return dx.sum(1, keepdims=True) if width == 1 else dx, None
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 @jax.custom_vjp
