@@ -54,14 +54,18 @@ class LeafPlan:
         ``bad``, if given, takes the number of values that are not finite, by the tensors' keys.
         """
         dtype = self.dtype if dtype is None or self.is_packed else dtype
-        flat, start = np.empty(math.prod(self.shape), dtype), 0
+        groups, start = self.layout.groups, 0
+        data = np.empty((groups, math.prod(self.shape) // groups), dtype)
         for key, shape in self.layout.tensors:
-            piece = flat[start : start + math.prod(shape)]
+            end = start + math.prod(shape) // groups
+            piece = data[0, start:end] if groups == 1 else np.empty(math.prod(shape), dtype)
             source.copy_to(key, piece)
             _note(bad, key, piece)
-            start += piece.size
+            if groups > 1:
+                data[:, start:end] = piece.reshape(groups, -1)
+            start = end
         # one tensor that holds the concatenated data is laid out as its parts would be
-        return self.layout.assemble([flat], self.shape)
+        return self.layout.assemble([data], self.shape)
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,18 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike, std: flo
 
 @nnx.dataclass
 class Linear(nnx.Module):
-    """``y = weight x + bias``."""
+    """``y = weight x + bias``; the outputs may have several axes."""
 
-    weight: Float[Array, "M D"] = nnx.data()
-    bias: Float[Array, " M"] | None = nnx.data(default=None)
+    weight: Float[Array, "*M D"] = nnx.data()
+    bias: Float[Array, "*M"] | None = nnx.data(default=None)
 
     @classmethod
-    def init(cls, key: PRNGKeyArray, inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike) -> Self:
+    def init(
+        cls, key: PRNGKeyArray, inputs: int, outputs: int | tuple[int, ...], *, bias: bool, dtype: DTypeLike
+    ) -> Self:
         """Random weights, zero bias."""
-        return cls(normal(key, (outputs, inputs), dtype), jnp.zeros(outputs, dtype) if bias else None)
+        rows = (outputs,) if isinstance(outputs, int) else outputs
+        return cls(normal(key, (*rows, inputs), dtype), jnp.zeros(rows, dtype) if bias else None)
 
-    def __call__(self, x: Float[Array, "B *s D"], reading: Reading) -> Float[Array, "B *s M"]:
+    def __call__(self, x: Float[Array, "B *s D"], reading: Reading) -> Float[Array, "B *c"]:
         return reading.linear(matmul, x, self.weight, self.bias)

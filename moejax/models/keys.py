@@ -1,14 +1,15 @@
 """Key tables: which tensors of a published checkpoint hold which leaf of the decoder.
 
-A leaf is the concatenation of its tensors' data in the order given, seen in a shape of which the leaf is a transpose.
-So one table serves reading and writing. A leaf ``PATH`` that may be published as MXFP4 has two more entries,
-``PATH.blocks`` and ``PATH.scales``, under which a decoder that keeps it packed has its leaves.
+A leaf is the concatenation of its tensors' data in the order given, whole or group of heads by group, seen in a shape
+of which the leaf is a transpose. So one table serves reading and writing. A leaf ``PATH`` that may be published as
+MXFP4 has two more entries, ``PATH.blocks`` and ``PATH.scales``, under which a decoder that keeps it packed has its
+leaves.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,19 +24,21 @@ class Layout:
     Attributes:
         tensors: key and shape of each tensor, in order.
         axes: the leaf's axes in the order in which the concatenated data has them; ``None`` keeps them.
+        groups: into how many equal parts each tensor is cut; the data has the first of each, then the second and so on.
     """
 
     tensors: Sequence[tuple[str, Shape]]
     axes: tuple[int, ...] | None = None
+    groups: int = 1
 
     def in_layer(self, layer: str) -> "Layout":
         """The layout with ``{layer}`` filled in."""
         tensors = [(key.replace("{layer}", layer), shape) for key, shape in self.tensors]
-        return Layout(tensors, self.axes)
+        return replace(self, tensors=tensors)
 
     def assemble(self, parts: list[np.ndarray], shape: Shape) -> np.ndarray:
         """The leaf of ``shape`` from its tensors."""
-        data = _concatenate(parts)
+        data = _concatenate(parts, self.groups)
         if self.axes is None:
             return data.reshape(shape)
         return data.reshape([shape[i] for i in self.axes]).transpose(np.argsort(self.axes))
@@ -44,13 +47,17 @@ class Layout:
         """The part ``index`` of the leaf of ``shape``.
 
         Of one tensor it is a view, so that no more of a mapped file is read. Of one tensor for each entry of the
-        leading axes, only those in the index are read, and of them only the slice. Any other layout is assembled whole.
+        leading axes, only those in the index are read, and of them only the slice; of tensors cut into groups, only the
+        groups in the index. Any other layout is assembled whole.
 
         Args:
             read: gives a tensor by its key.
             shape: of the leaf.
             index: a slice for each axis, none of them empty.
         """
+        if self.groups > 1:
+            parts = [read(key).reshape(self.groups, -1)[index[0]] for key, _ in self.tensors]
+            return _concatenate(parts, len(parts[0])).reshape(-1, *shape[1:])[:, *index[1:]]
         size = tuple(len(range(n)[s]) for n, s in zip(shape, index, strict=True))
         inner = self.tensors[0][1]
         outer = len(shape) - len(inner)
@@ -66,21 +73,14 @@ class Layout:
 
     def split(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
         """The tensors of a leaf: the inverse of :meth:`assemble`."""
-        flat = (leaf if self.axes is None else leaf.transpose(self.axes)).reshape(-1)
-        ends = np.cumsum([math.prod(shape) for _, shape in self.tensors])
-        pieces = np.split(flat, ends[:-1])
+        data = (leaf if self.axes is None else leaf.transpose(self.axes)).reshape(self.groups, -1)
+        ends = np.cumsum([math.prod(shape) // self.groups for _, shape in self.tensors])
+        pieces = np.split(data, ends[:-1], axis=1)
         return {key: piece.reshape(shape) for piece, (key, shape) in zip(pieces, self.tensors, strict=True)}
 
 
-def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
-    if len(parts) == 1:
-        return parts[0]
-    out = np.empty(sum(part.size for part in parts), parts[0].dtype)
-    start = 0
-    for part in parts:
-        out[start : start + part.size] = part.reshape(-1)
-        start += part.size
-    return out
+def _concatenate(parts: list[np.ndarray], groups: int) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(groups, -1) for part in parts], axis=1)
 
 
 Source = Callable[[Shape], Layout]
@@ -111,6 +111,17 @@ def per_expert(*keys: str) -> Source:
 
     def layout(shape: Shape) -> Layout:
         return Layout([(key.replace("{expert}", str(e)), shape[inner:]) for e in range(shape[0]) for key in keys])
+
+    return layout
+
+
+def grouped_heads(query: str, key: str, value: str) -> Source:
+    """Three tensors of heads' rows for a leaf ``[G, R + 2, C, ..]``: each group's queries, then its key and value."""
+
+    def layout(shape: Shape) -> Layout:
+        groups, heads, width, *rest = shape
+        sizes = (query, heads - 2), (key, 1), (value, 1)
+        return Layout([(name, (groups * n * width, *rest)) for name, n in sizes], groups=groups)
 
     return layout
 

@@ -33,7 +33,6 @@ EXPERT_TENSOR: Rules = {**EXPERT, **TENSOR}
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _GATED, _DOWN = (None, "hidden", "model"), ("model", "hidden")
 _PACKED = {"blocks": (None,), "scales": ()}
-_ROWS = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
 
 AXES: Mapping[str, Axes] = {
     "embedding": ("vocab", "model"),
@@ -42,8 +41,8 @@ AXES: Mapping[str, Axes] = {
     "attention_norm.weight": (None,),
     "feed_forward_norm.weight": (None,),
     # attention
-    **{f"attention.{name}.weight": (rows, "model") for name, rows in _ROWS.items()},
-    **{f"attention.{name}.bias": (rows,) for name, rows in _ROWS.items()},
+    "attention.query_key_value.weight": ("kv_heads", None, None, "model"),
+    "attention.query_key_value.bias": ("kv_heads", None, None),
     "attention.output.weight": ("model", "heads"),
     "attention.output.bias": (None,),
     "attention.query_norm.weight": (None,),

@@ -19,7 +19,7 @@ from moejax.checkpoints.plan import leaf_paths
 mesh = jax.make_mesh((4,), ("expert",))
 assert len(jax.devices()) == 4
 whole = dict(leaf_paths(moejax.load(sys.argv[1]).decoder))
-split = {path: NamedSharding(mesh, P("expert") if leaf.ndim > 2 else P()) for path, leaf in whole.items()}
+split = {path: NamedSharding(mesh, P("expert") if path.endswith(("gate_up", "down")) else P()) for path, leaf in whole.items()}
 tree = jax.tree.unflatten(jax.tree.structure(moejax.load(sys.argv[1]).decoder), list(split.values()))
 for shardings in (split, tree, lambda abstract: split):
     for dtype in (None, "float32"):

@@ -147,10 +147,13 @@ def swap_gate_and_up(layer: Any) -> None:
 def interleave_kv_heads(layer: Any) -> None:
     """Makes query head ``h`` read key/value head ``h % G`` instead of ``h // (H // G)``."""
     order = np.arange(8).reshape(2, 4).T.reshape(-1)
-    query, output = layer.attention.query, layer.attention.output
+    joint, output = layer.attention.query_key_value, layer.attention.output
     norm = layer.attention.query_norm
     rows = (order[:, None] * 6 + np.arange(6)).reshape(-1)
-    query.weight, norm.weight, output.weight = query.weight[rows], norm.weight[rows], output.weight[:, rows]
+    queries = joint.weight[:, :-2]
+    moved = queries.reshape(48, -1)[rows].reshape(queries.shape)
+    joint.weight = jnp.concatenate([moved, joint.weight[:, -2:]], axis=1)
+    norm.weight, output.weight = norm.weight[rows], output.weight[:, rows]
 
 
 MISTAKES: dict[str, tuple[dict, Callable[[Decoder], Decoder]]] = {

@@ -29,6 +29,14 @@ def softmax(x: Array) -> Array:
     return e / e.sum(-1, keepdims=True)
 
 
+def projections(attention: Any) -> "list[Affine]":
+    """Queries, keys and values, from the weight ``[G, R + 2, C, D]`` in which those of a group stand together."""
+    weight, bias = attention.query_key_value.weight, attention.query_key_value.bias
+    bias = np.zeros(weight.shape[:-1]) if bias is None else bias
+    parts = slice(None, -2), slice(-2, -1), slice(-1, None)
+    return [Affine(wide(weight[:, p]).reshape(-1, weight.shape[-1]), wide(bias[:, p]).reshape(-1)) for p in parts]
+
+
 class Affine(NamedTuple):
     """``y = W x + b``."""
 
@@ -103,7 +111,7 @@ class Layer:
     def _attend(self, x: Array) -> None:
         layer, c = self.block.attention, self.block.attention.config
         self.attention_in = x
-        q, k, v = (Affine.of(m).forward(x) for m in (layer.query, layer.key, layer.value))
+        q, k, v = (affine.forward(x) for affine in projections(layer))
         if layer.query_norm is not None:
             q, k = rms_norm(q, layer.query_norm), rms_norm(k, layer.key_norm)
         if c.clip is not None:
@@ -219,8 +227,8 @@ class Layer:
         of_q, of_k = rotate_back(self.q, *self.angles, of_q), rotate_back(self.k, *self.angles, of_k)
         out = np.zeros_like(x)
         # clamps and norms: identity, so relevance of what leaves them is that of the projections
-        for linear, part in ((layer.query, of_q), (layer.key, of_k), (layer.value, of_v)):
-            of_x, bias = Affine.of(linear).backward(x, part.reshape(len(x), -1))
+        for affine, part in zip(projections(layer), (of_q, of_k, of_v), strict=True):
+            of_x, bias = affine.backward(x, part.reshape(len(x), -1))
             self.lost["bias"] += bias
             out += of_x
         return out

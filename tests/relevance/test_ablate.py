@@ -125,7 +125,7 @@ class TestCells:
         ones, made = Gates.ones(lm.config, ROW), {}
         for token in (4, None):
             made |= {
-                Cell.expert(1, 2, token): ones.drop_expert(1, 2, token),
+                Cell.expert(1, 4, token): ones.drop_expert(1, 4, token),
                 Cell.head(0, 3, token): ones.drop_head(0, 3, token),
                 Cell.attention(1, token): ones.drop_attention(1, token),
                 Cell.feed_forward(0, token): ones.drop_feed_forward(0, token),

@@ -18,6 +18,7 @@ from moejax import LM, Token, explain
 from moejax.models import family
 from moejax.rules import AttnLRP
 
+from .reference import projections
 from .toy import PROMPT, noisy
 
 Array = np.ndarray
@@ -111,9 +112,10 @@ def attention(x: Array, layer: Any, angles: tuple[Array, Array], rules: Rules) -
         turned, pull_turn = rotate(normed, angles)
         return turned, lambda c: pull_linear(pull_norm(pull_turn(c)).reshape(tokens, -1))
 
-    q, pull_q = project(layer.query, layer.query_norm)
-    k, pull_k = project(layer.key, layer.key_norm)
-    v, pull_v = linear(x, layer.value.weight)
+    query, key, value = projections(layer)
+    q, pull_q = project(query, layer.query_norm)
+    k, pull_k = project(key, layer.key_norm)
+    v, pull_v = linear(x, value.weight)
     heads, pull_heads = attend(q, k, v.reshape(tokens, -1, head_dim), rules)
     y, pull_output = linear(heads.reshape(tokens, -1), layer.output.weight)
 

@@ -33,7 +33,7 @@ from sharding.tiny import (
 SIZES = {
     "expert": {EXPERTS},
     "heads": {HEADS, HEADS * HEAD_DIM},
-    "kv_heads": {KV_HEADS * HEAD_DIM},
+    "kv_heads": {KV_HEADS, KV_HEADS * HEAD_DIM},
     "hidden": {HIDDEN, DENSE, SHARED},
     "vocab": {VOCABULARY},
     "model": {MODEL},
@@ -104,13 +104,12 @@ def test_an_axis_that_does_not_divide_names_leaf_sizes_and_mend() -> None:
     with pytest.raises(ConfigError) as error:
         shardings(model, four("x"), {"kv_heads": "x", "expert": "x", "heads": "x"})
     message = str(error.value)
-    # two heads of width 14 are 28 rows, which four devices could share, but not without cutting heads
-    assert "layers.0.attention.key.bias: its axis 'kv_heads' of 2 cannot be split over the 4 devices" in message
+    assert "attention.query_key_value.bias: its axis 'kv_heads' of 2 cannot be split over the 4 devices" in message
     assert "its axis 'expert' of 6 cannot be split" in message
     assert "leave 'kv_heads' out of the rules to replicate it" in message
     assert "'heads' of 12" not in message
     mended = shardings(model, four("x"), {"kv_heads": None, "heads": "x"})
-    assert mended["layers.0.attention.key.weight"].is_fully_replicated
+    assert mended["layers.0.attention.query_key_value.weight"].is_fully_replicated
 
 
 def test_wrong_rules_are_refused() -> None:

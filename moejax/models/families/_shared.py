@@ -4,7 +4,7 @@ from typing import Any
 
 from moejax.layers import AttentionConfig, RouterConfig
 from moejax.models.hf_config import Fields
-from moejax.models.keys import KeyTable, merged_halves, per_expert, stacked, whole
+from moejax.models.keys import KeyTable, grouped_heads, merged_halves, per_expert, stacked, whole
 
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
@@ -20,9 +20,12 @@ OUTER: KeyTable = {
 """Embedding, head and norms."""
 
 GROUPED_QUERY: KeyTable = {
-    f"layers.{{layer}}.attention.{name}.{part}": [whole(f"{ATTENTION}{key}_proj.{part}")]
-    for name, key in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o"))
+    f"layers.{{layer}}.attention.{name}.{part}": [source]
     for part in ("weight", "bias")
+    for name, source in (
+        ("query_key_value", grouped_heads(*(f"{ATTENTION}{key}_proj.{part}" for key in "qkv"))),
+        ("output", whole(f"{ATTENTION}o_proj.{part}")),
+    )
 } | {
     "layers.{layer}.attention.query_norm.weight": [whole(ATTENTION + "q_norm.weight")],
     "layers.{layer}.attention.key_norm.weight": [whole(ATTENTION + "k_norm.weight")],
