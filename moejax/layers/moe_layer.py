@@ -254,6 +254,7 @@ class MoeLayer(nnx.Module):
             weigh=WEIGHTS[weigh] if isinstance(weigh, str) else weigh,
             choices=self.by_route("choices", gate_logits.shape[:-1]),
             shares=self.by_route("shares", gate_logits.shape[:-1]),
+            mesh=self.mesh,
             **options,
         )
         return routing.weights, routing.ids, routing.scores

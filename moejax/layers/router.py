@@ -60,5 +60,6 @@ class Router(nnx.Module):
             weigh=WEIGHTS[c.weigh],
             choices=reading.by_expert(f"{prefix}choices", x.shape[:-1]),
             shares=reading.by_expert(f"{prefix}shares", x.shape[:-1]),
+            mesh=c.mesh,
         )
         return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts, mesh=c.mesh)

@@ -19,7 +19,8 @@ from moejax.checkpoints.plan import leaf_paths
 mesh = jax.make_mesh((4,), ("expert",))
 assert len(jax.devices()) == 4
 whole = dict(leaf_paths(moejax.load(sys.argv[1]).decoder))
-split = {path: NamedSharding(mesh, P("expert") if path.endswith(("gate_up", "down")) else P()) for path, leaf in whole.items()}
+experts = ("gate_up", "down")
+split = {path: NamedSharding(mesh, P("expert") if path.endswith(experts) else P()) for path in whole}
 tree = jax.tree.unflatten(jax.tree.structure(moejax.load(sys.argv[1]).decoder), list(split.values()))
 for shardings in (split, tree, lambda abstract: split):
     for dtype in (None, "float32"):

@@ -1,0 +1,60 @@
+"""The kernel for the best few scores against ``jax.lax.top_k``; Pallas's interpreter runs it where there is no GPU."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+from moejax.ops import top_k
+from moejax.ops.target import generation, target
+
+INTERPRET = generation(target()) < 8
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 40), st.data())
+def test_the_same_as_sorting(rows, width, data):
+    count, seed = data.draw(st.integers(1, min(width, 9))), data.draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(rows, width)).astype(np.float32)
+    # many are equal, zeros have either sign
+    scores = np.round(scores) if data.draw(st.booleans()) else scores
+    for value in (-np.inf, np.inf, np.nan):
+        scores[rng.random(scores.shape) < data.draw(st.sampled_from([0, 0.1, 0.9]))] = value
+    for found, want in zip(top_k.best(scores, count, interpret=INTERPRET), jax.lax.top_k(scores, count), strict=True):
+        np.testing.assert_array_equal(found, want)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch) -> list:
+    """As if there were one; which calls take the kernel."""
+    taken, best = [], top_k.best
+    monkeypatch.setattr(top_k, "target", lambda *_: SimpleNamespace(compute_capability="9.0"))
+    monkeypatch.setattr(top_k, "best", lambda x, count: taken.append(x.shape) or best(x, count, interpret=INTERPRET))
+    return taken
+
+
+def test_derivatives_are_those_of_the_selected(on_a_gpu):
+    scores, weights = (jnp.asarray(a, jnp.float32) for a in np.random.default_rng(0).normal(size=(2, 2, 3, 7)))
+    own, plain = (lambda x, f=f: f(x, 3)[0] ** 2 * weights[..., :3] for f in (top_k.top_k, jax.lax.top_k))
+    for derivative in (jax.jacrev, jax.jacfwd):
+        np.testing.assert_allclose(derivative(own)(scores), derivative(plain)(scores), rtol=1e-6)
+    np.testing.assert_array_equal(jax.vmap(lambda x: top_k.top_k(x, 3)[1])(scores), jax.lax.top_k(scores, 3)[1])
+    assert on_a_gpu
+
+
+def test_who_takes_the_kernel(on_a_gpu, monkeypatch):
+    scores = jnp.arange(12.0).reshape(2, 6)
+    top_k.top_k(scores, 2)
+    assert on_a_gpu == [(2, 6)]
+    top_k.top_k(scores.astype(jnp.bfloat16), 2)
+    top_k.top_k(jnp.zeros((1, 1024)), 2)
+    top_k.top_k(scores, 2, Mesh(np.array(jax.devices()[:1] * 2).reshape(2), ("tensor",)))
+    monkeypatch.setattr(top_k, "has_triton", lambda: False)
+    top_k.top_k(scores, 2)
+    assert on_a_gpu == [(2, 6)]
