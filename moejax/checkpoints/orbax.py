@@ -28,7 +28,9 @@ from moejax.checkpoints.safetensors import Entry
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models import Decoder, family
 
-FORMAT = 1
+FORMAT = 2
+"""Since queries, keys and values are one leaf."""
+
 WEIGHTS = "weights"
 _CHUNK = 64 << 20
 """Most bytes of a chunk. Copies above 32 MiB glibc gives back at once; of smaller ones every thread keeps some."""
@@ -107,7 +109,9 @@ class OrbaxFolder:
     def __init__(self, folder: Path) -> None:
         config, about = read_config(folder), (read_object(folder, "config.json", ConfigError) or {}).get(MARK)
         if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise ConfigError(f"{folder}: written in a format that this version does not know ({about!r:.80}).")
+            raise ConfigError(
+                f"{folder}: written in a format that this version does not read ({about!r:.80}); convert it again."
+            )
         self.folder, self.hugging_face = folder, config
         kind = family(config.get("model_type"))
         self.abstract = Decoder.abstract(kind.config(config))

@@ -49,7 +49,9 @@ class LeafPlan:
         return self.dtype == np.uint8
 
     def copy(self, source: SafetensorsFolder, dtype: DTypeLike | None, bad: dict[str, int] | None = None) -> np.ndarray:
-        """As :meth:`read`, but nothing of the files stays mapped: memory for the leaf and a few MiB, no more.
+        """As :meth:`read`, but nothing of the files stays mapped.
+
+        Memory for the leaf and a few MiB, and, of tensors that are cut into groups, for one of them.
 
         ``bad``, if given, takes the number of values that are not finite, by the tensors' keys.
         """

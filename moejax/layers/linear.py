@@ -1,4 +1,4 @@
-"""Linear map in the published layout ``[out, in]``, so that loading and exporting move no data."""
+"""Linear map in the published layout ``[out, in]``: loading and exporting transpose nothing."""
 
 from typing import Self
 

@@ -25,7 +25,10 @@ EXPERT: Rules = {"expert": "expert"}
 """Every device holds some experts, whole, and a copy of all else."""
 
 TENSOR: Rules = {"heads": "tensor", "kv_heads": "tensor", "hidden": "tensor", "vocab": "tensor"}
-"""Every device holds some heads, a part of each expert's hidden units and some vocabulary entries."""
+"""Every device holds some heads, a part of each expert's hidden units and some vocabulary entries.
+
+Queries are split with the key/value heads that they read: over no more devices than there are of these.
+"""
 
 EXPERT_TENSOR: Rules = {**EXPERT, **TENSOR}
 """Both, on a mesh of two axes."""

@@ -30,6 +30,15 @@ def whole(mesh: Mesh | None) -> bool:
     return mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
 
 
-def has_triton() -> bool:
-    """Whether JAX lowers Pallas by Triton; it has announced that it will drop that, and says so whenever it is used."""
-    return find_spec("jax.experimental.pallas.triton") is not None
+def takes_triton(mesh: Mesh | None = None) -> bool:
+    """Whether the program may have kernels that JAX lowers by Triton: for NVIDIA GPUs of compute capability 8 or later.
+
+    JAX has announced that it will drop that lowering, and says so whenever it is used.
+    """
+    there = find_spec("jax.experimental.pallas.triton") is not None
+    return there and whole(mesh) and generation(target(mesh)) >= 8
+
+
+def in_shard_map() -> bool:
+    """Whether an axis of a mesh is manual here; a kernel does not say whether its results vary along it."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)

@@ -1,5 +1,6 @@
 """The best few of some scores: a kernel for NVIDIA GPUs in place of sorting all of them (Pallas, lowered by Triton)."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,13 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.target import generation, has_triton, target, whole
+from moejax.ops.target import in_shard_map, takes_triton
 
 _ROWS = 8
 """Of a program."""
 
-_MOST = 512
-"""Scores of a row that a program's threads can hold."""
+_WIDEST, _MOST = 512, 32
+"""Scores of a row that a program's threads can hold, and how many of them it looks for."""
 
 _LEAST = -(2**31)
 
@@ -29,19 +30,21 @@ def top_k(
     Args:
         mesh: devices over which the program runs, if there are several.
     """
-    there = whole(mesh) and generation(target(mesh)) >= 8 and has_triton()
-    if not there or scores.dtype != jnp.float32 or not 0 < count <= scores.shape[-1] <= _MOST:
-        values, ids = lax.top_k(scores, count)
-    else:
-        values, ids = _top_k(scores, count)
+    small = 0 < count <= _MOST and scores.shape[-1] <= _WIDEST
+    if small and scores.size and scores.dtype == jnp.float32 and takes_triton(mesh) and not in_shard_map():
+        return _top_k(scores, count)
+    return _sorted(scores, count)
+
+
+def _sorted(scores: Array, count: int) -> tuple[Array, Array]:
+    values, ids = lax.top_k(scores, count)
     return values, ids
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _top_k(scores: Array, count: int) -> tuple[Array, Array]:
-    values, ids = best(scores.reshape(-1, scores.shape[-1]), count)
-    shape = (*scores.shape[:-1], count)
-    return values.reshape(shape), ids.reshape(shape)
+    # a program for the CPU may be traced where there is a GPU
+    return lax.platform_dependent(scores, cuda=partial(best, count=count), default=partial(_sorted, count=count))
 
 
 @_top_k.defjvp
@@ -54,13 +57,14 @@ def _tangent(count, primals, tangents):
 
 # layers of equal shapes share one lowering
 @partial(jax.jit, static_argnames=("count", "interpret"))
-def best(scores: Float[Array, "N E"], count: int, interpret: bool = False) -> tuple[Array, Array]:
+def best(scores: Float[Array, "*b E"], count: int, interpret: bool = False) -> tuple[Array, Array]:
     """The kernel: takes the best, and then the best of what is left."""
     # imported late: it takes a quarter of a second, and only such a GPU needs it
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as gpu
 
-    rows, width = scores.shape
+    *lead, width = scores.shape
+    rows = math.prod(lead)
     wide, kept = (1 << (n - 1).bit_length() for n in (width, count))
 
     def body(scores, values, ids):
@@ -90,7 +94,8 @@ def best(scores: Float[Array, "N E"], count: int, interpret: bool = False) -> tu
         compiler_params=gpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
     )
-    return run(scores)
+    values, ids = run(scores.reshape(rows, width))
+    return values.reshape(*lead, count), ids.reshape(*lead, count)
 
 
 def _ordered(bits: Int[Array, "*s"]) -> Int[Array, "*s"]:

@@ -133,12 +133,7 @@ class TrainConfig:
         warmup = min(self.warmup, max(1, self.steps // 10))
         schedule = optax.warmup_cosine_decay_schedule(0, peak, warmup, max(self.steps, warmup + 1), peak / 20)
 
-        def decayed(decoder: Any) -> Any:
-            return jax.tree_util.tree_map_with_path(
-                lambda path, p: p.ndim > 1 and "embedding" not in str(path[0]), decoder
-            )
-
-        adam = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=self.weight_decay, mask=decayed)
+        adam = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=self.weight_decay, mask=_decayed)
         return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
     def device_mesh(self) -> Mesh | None:
@@ -159,3 +154,13 @@ class TrainConfig:
         """The decoder with random weights, laid over the mesh."""
         decoder = Decoder.init(config, key)
         return decoder if mesh is None else shard(decoder, mesh)
+
+
+def _decayed(decoder: Any) -> Any:
+    """Which leaves are decayed; a bias is none whatever its axes are."""
+
+    def one(path: tuple, leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return leaf.ndim > 1 and name != "embedding" and not name.endswith("bias")
+
+    return jax.tree_util.tree_map_with_path(one, decoder)

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from moejax.ops.experts import hopper, hopper_packed, packed
+from moejax.ops import target as targets
+from moejax.ops.experts import hopper, hopper_packed
 
 
 @pytest.fixture
@@ -18,6 +19,6 @@ def x64() -> Iterator[None]:
 def hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """As if there were one, for the kernels of experts."""
     device = SimpleNamespace(compute_capability="9.0", core_count=132, platform="gpu")
-    for module in (hopper, hopper_packed, packed):
+    for module in (hopper, hopper_packed, targets):
         monkeypatch.setattr(module, "target", lambda *_: device)
     return device

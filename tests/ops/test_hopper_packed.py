@@ -114,7 +114,7 @@ class TestChoice:
     @pytest.mark.usefixtures("hopper_gpu")
     def test_taken_without_the_other_kernel(self, monkeypatch):
         """JAX will drop what lowers that one."""
-        monkeypatch.setattr(packed, "has_triton", lambda: False)
+        monkeypatch.setattr(packed, "takes_triton", lambda _: False)
         weight = MXFP4.random(jax.random.key(0), (E, 2, M // 2, D))
         for by_expert in (True, False):
             slots = assign(jnp.zeros((96, 1), jnp.int32), E, by_expert=by_expert)
@@ -128,7 +128,7 @@ class TestChoice:
     def test_by_the_mesh(self, monkeypatch, hopper_gpu, many):
         """The devices that a program is for are not the default one; very many rows are unpacked once."""
         calls = []
-        for module in (hopper, hopper_packed, packed):
+        for module in (hopper, hopper_packed):
             monkeypatch.setattr(module, "target", lambda mesh=None: jax.devices()[0] if mesh is None else hopper_gpu)
         monkeypatch.setattr(packed, "_MANY", many)
         monkeypatch.setattr(hopper, "matmul", lambda x, *_, mesh: calls.append(("hopper", mesh)) or x)

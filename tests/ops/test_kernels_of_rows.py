@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from moejax.ops import target as targets
 from moejax.ops.experts import assign, assignment, places, rows, spread
 from moejax.ops.experts.copies import copies
 from moejax.ops.target import generation, target
@@ -29,7 +30,7 @@ def ids_of(tokens: int, slots: int, experts: int, skew: float, seed: int = 0) ->
 def plainly(ids: jax.Array, experts: int) -> assignment.Assignment:
     """Without the kernel."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(assignment, "fits", lambda _: False)
+        patched.setattr(assignment, "takes_triton", lambda _: False)
         return assign(ids, experts, by_expert=True)
 
 
@@ -68,28 +69,46 @@ def test_rows_are_copied(shape, dtype):
     np.testing.assert_array_equal(copies(x, index, 2, interpret=INTERPRET), x[index // 2])
 
 
-def test_who_takes_the_kernels(monkeypatch):
-    """A GPU, for slots that all go somewhere and lie on one device, in rows by expert."""
-    ids, taken = ids_of(6, 2, 4, 0.0), []
-    plain = plainly(ids, 4)
-    with monkeypatch.context() as patched:
-        patched.setattr(places, "target", lambda *_: SimpleNamespace(compute_capability="9.0"))
-        for module, kernel in ((places, "places"), (rows, "copies")):
-            own = getattr(module, kernel)
-            patched.setattr(
-                f"moejax.ops.experts.{'assignment' if kernel == 'places' else 'rows'}.{kernel}",
-                lambda *args, own=own, kernel=kernel: taken.append(kernel) or own(*args, interpret=INTERPRET),
-            )
-        found = assign(ids, 4)
-        jax.tree.map(np.testing.assert_array_equal, found, plain)
-        x = jnp.ones((6, 1, 3))
-        np.testing.assert_array_equal(spread(x, found, copied=True), jnp.ones((len(found.slot), 3)))
-        assert taken == ["places", "copies"]
-        spread(x, found)
-        spread(jnp.ones((6, 2, 3)), found, copied=True)
-        assign(ids, 4, nowhere=True)
-        assign(ids, 4, by_expert=False)
-        assign(ids, 4, mesh=Mesh(np.array(jax.devices()[:1] * 2).reshape(2), ("tensor",)))
-        patched.setattr(places, "has_triton", lambda: False)
-        assign(ids, 4)
-        assert taken == ["places", "copies"]
+@pytest.fixture
+def taken(monkeypatch) -> list[str]:
+    """As if there were a GPU; which kernels were traced for it."""
+    names: list[str] = []
+    gpu = SimpleNamespace(compute_capability="9.0", platform="gpu")
+    monkeypatch.setattr(targets, "target", lambda *_: gpu)
+    for module, name in ((assignment, "places"), (rows, "copies")):
+        own = getattr(module, name)
+        note = lambda *args, own=own, name=name, **options: names.append(name) or own(*args, **options, interpret=True)  # noqa: E731
+        monkeypatch.setattr(module, name, note)
+    return names
+
+
+def test_who_takes_the_kernels(taken, monkeypatch):
+    """Slots that all go somewhere, in rows by expert, on one device and outside of ``shard_map``."""
+    ids = ids_of(6, 2, 4, 0.0)
+    x, found = jnp.ones((6, 1, 3)), plainly(ids, 4)
+    jax.eval_shape(lambda ids: assign(ids, 4), ids)
+    jax.eval_shape(lambda x: spread(x, found, copied=True), x)
+    assert taken == ["places", "copies"]
+    mesh = Mesh(np.array(jax.devices()[:1] * 2), ("tensor",))
+    for options in ({"nowhere": True}, {"by_expert": False}, {"mesh": mesh}):
+        jax.eval_shape(lambda ids, options=options: assign(ids, 4, **options), ids)
+    jax.eval_shape(lambda ids: assign(ids, 4, by_expert=True), ids[:0])
+    jax.eval_shape(lambda x: spread(x, found), x)
+    jax.eval_shape(lambda x: spread(x, found, copied=True), jnp.ones((6, 2, 3)))
+    one = Mesh(np.array(jax.devices()[:1]), ("expert",))
+    spec = PartitionSpec("expert")
+    each = jax.shard_map(lambda ids: assign(ids, 4).slot, mesh=one, in_specs=spec, out_specs=spec)
+    jax.eval_shape(each, ids)
+    monkeypatch.setattr(targets, "find_spec", lambda _: None)
+    jax.eval_shape(lambda ids: assign(ids, 4), ids)
+    assert taken == ["places", "copies"]
+
+
+@pytest.mark.usefixtures("taken")
+def test_a_program_for_the_cpu_is_what_it_was():
+    """Where there is a GPU too: what runs it is known when the program is compiled."""
+    ids = ids_of(6, 2, 4, 0.0)
+    found, x = jax.jit(lambda ids: assign(ids, 4))(ids), jnp.ones((6, 1, 3))
+    jax.tree.map(np.testing.assert_array_equal, found, plainly(ids, 4))
+    text = jax.jit(lambda ids, x: spread(x, assign(ids, 4), copied=True)).lower(ids, x).as_text()
+    assert "while" not in text, "nor has it a loop of Pallas's interpreter"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from moejax.ops import target as targets
 from moejax.ops import top_k
 from moejax.ops.target import generation, target
 
@@ -31,30 +32,40 @@ def test_the_same_as_sorting(rows, width, data):
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch) -> list:
-    """As if there were one; which calls take the kernel."""
-    taken, best = [], top_k.best
-    monkeypatch.setattr(top_k, "target", lambda *_: SimpleNamespace(compute_capability="9.0"))
-    monkeypatch.setattr(top_k, "best", lambda x, count: taken.append(x.shape) or best(x, count, interpret=INTERPRET))
-    return taken
+def taken(monkeypatch) -> list[tuple[int, ...]]:
+    """As if there were a GPU; the shapes for which the kernel was traced."""
+    shapes: list[tuple[int, ...]] = []
+    own = top_k.best
+    monkeypatch.setattr(targets, "target", lambda *_: SimpleNamespace(compute_capability="9.0"))
+    monkeypatch.setattr(top_k, "best", lambda x, count: shapes.append(x.shape) or own(x, count, interpret=INTERPRET))
+    return shapes
 
 
-def test_derivatives_are_those_of_the_selected(on_a_gpu):
+def test_derivatives_are_those_of_the_selected(taken, monkeypatch):
+    kernel = lambda x, *, cuda, default: cuda(x)  # noqa: E731
+    monkeypatch.setattr(top_k.lax, "platform_dependent", kernel)
     scores, weights = (jnp.asarray(a, jnp.float32) for a in np.random.default_rng(0).normal(size=(2, 2, 3, 7)))
     own, plain = (lambda x, f=f: f(x, 3)[0] ** 2 * weights[..., :3] for f in (top_k.top_k, jax.lax.top_k))
     for derivative in (jax.jacrev, jax.jacfwd):
         np.testing.assert_allclose(derivative(own)(scores), derivative(plain)(scores), rtol=1e-6)
     np.testing.assert_array_equal(jax.vmap(lambda x: top_k.top_k(x, 3)[1])(scores), jax.lax.top_k(scores, 3)[1])
-    assert on_a_gpu
+    assert taken
 
 
-def test_who_takes_the_kernel(on_a_gpu, monkeypatch):
+def test_who_takes_the_kernel(taken, monkeypatch):
     scores = jnp.arange(12.0).reshape(2, 6)
-    top_k.top_k(scores, 2)
-    assert on_a_gpu == [(2, 6)]
-    top_k.top_k(scores.astype(jnp.bfloat16), 2)
-    top_k.top_k(jnp.zeros((1, 1024)), 2)
-    top_k.top_k(scores, 2, Mesh(np.array(jax.devices()[:1] * 2).reshape(2), ("tensor",)))
-    monkeypatch.setattr(top_k, "has_triton", lambda: False)
-    top_k.top_k(scores, 2)
-    assert on_a_gpu == [(2, 6)]
+    # on a CPU the program is what it was
+    for found, want in zip(jax.jit(lambda x: top_k.top_k(x, 2))(scores), jax.lax.top_k(scores, 2), strict=True):
+        np.testing.assert_array_equal(found, want)
+    assert taken == [(2, 6)]
+    jax.eval_shape(lambda x: top_k.top_k(x, 2), scores.astype(jnp.bfloat16))
+    for shape, count in (((1, 1024), 2), ((1, 64), 33), ((0, 6), 2)):
+        jax.eval_shape(lambda x, count=count: top_k.top_k(x, count), jnp.zeros(shape))
+    two = Mesh(np.array(jax.devices()[:1] * 2), ("tensor",))
+    jax.eval_shape(lambda x: top_k.top_k(x, 2, two), scores)
+    one = Mesh(np.array(jax.devices()[:1]), ("expert",))
+    spec = PartitionSpec("expert")
+    jax.eval_shape(jax.shard_map(lambda x: top_k.top_k(x, 2), mesh=one, in_specs=spec, out_specs=spec), scores)
+    monkeypatch.setattr(targets, "find_spec", lambda _: None)
+    jax.eval_shape(lambda x: top_k.top_k(x, 2), scores)
+    assert taken == [(2, 6)]

@@ -53,6 +53,12 @@ def decoder() -> Decoder:
     return random_decoder(published("olmoe-1b-7b", toy=True))
 
 
+def test_norms_are_one_and_biases_zero():
+    for path, leaf in leaf_paths(random_decoder(published("gpt-oss-20b", toy=True))):
+        if "norm" in path or path.endswith("bias"):
+            assert (leaf == (0 if path.endswith("bias") else 1)).all(), path
+
+
 def test_rows(decoder):
     heading, row, *others = list(bench("a model", decoder, cases=["forward"], **QUICK))
     assert not others

@@ -11,8 +11,10 @@ import optax
 import pytest
 
 from moejax import MoejaxError
+from moejax.checkpoints.plan import leaf_paths
 from moejax.models import Decoder, family
 from moejax.training import Checkpoints, Corpus, LossWeights, TrainState, language_model_loss, make_train_steps, windows
+from moejax.training.config import TrainConfig
 from moejax.training.step import TrainSteps
 
 
@@ -151,3 +153,21 @@ def test_file_that_is_no_corpus(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", tokens=np.arange(3))
     with pytest.raises(MoejaxError, match="doc_starts, doc_domain"):
         Corpus.read(tmp_path / "train.npz")
+
+
+def test_matrices_alone_are_decayed() -> None:
+    """Not what is added to a sum, whatever its axes: biases of heads and of experts have several."""
+    model = {"vocab_size": 53, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "moe": "smoe"}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+    config = model | heads | {"moe_args": {"expert_bias": True}, "num_experts": 4, "num_experts_per_tok": 2}
+    decoder = jax.tree.map(jnp.ones_like, Decoder.init(family("moejax").config(config), jax.random.key(0)))
+    optimiser = TrainConfig(model=config, data="sample").optimiser()
+    state, nothing = optimiser.init(decoder), jax.tree.map(jnp.zeros_like, decoder)
+    for _ in range(2):  # the first step's rate is zero
+        updates, state = optimiser.update(nothing, state, decoder)
+    for path, update in leaf_paths(updates):
+        kept = path == "embedding" or "bias" in path or "norm" in path
+        assert np.all(np.asarray(update) == 0) == kept, path
+    assert {"layers.0.attention.query_key_value.bias", "layers.0.feed_forward.experts.input_bias"} <= {
+        path for path, _ in leaf_paths(decoder)
+    }

@@ -1,14 +1,17 @@
 """Which rows go to which expert, computed once for the products of a layer."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from moejax.ops.experts.places import begin, fits, places, rows_for
+from moejax.ops.experts.places import begin, places, rows_for
+from moejax.ops.target import in_shard_map, takes_triton
 
 
 @jax.tree_util.register_dataclass
@@ -101,8 +104,19 @@ def assign(
     """
     if by_expert is None:
         by_expert = ids.size > num_experts // 2
-    if by_expert and not nowhere and fits(mesh):
-        return Assignment(ids, *places(ids, num_experts), mesh=mesh)
+    plain = partial(_assign, num_experts=num_experts, nowhere=nowhere, mesh=mesh, by_expert=by_expert)
+    if not by_expert or nowhere or not ids.size or not takes_triton(mesh) or in_shard_map():
+        return plain(ids)
+    kernel = lambda ids: Assignment(ids, *places(ids, num_experts), mesh=mesh)  # noqa: E731
+    # a program for the CPU may be traced where there is a GPU
+    return lax.platform_dependent(ids, cuda=kernel, default=plain)
+
+
+# layers of equal shapes share one tracing
+@partial(jax.jit, static_argnames=("num_experts", "nowhere", "mesh", "by_expert"))
+def _assign(
+    ids: Int[Array, "T K"], *, num_experts: int, nowhere: bool, mesh: Mesh | None, by_expert: bool
+) -> Assignment:
     chosen = (ids[..., None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32)
     until = jnp.cumsum(chosen, axis=0)
     inside = jnp.minimum(ids, num_experts - 1) if nowhere else ids

@@ -20,7 +20,7 @@ from moejax.ops.experts import hopper, hopper_packed
 from moejax.ops.experts.assignment import Assignment
 from moejax.ops.experts.tiles import cut, rows_together
 from moejax.ops.mxfp4 import BLOCK, MXFP4, unpacked_in_turn
-from moejax.ops.target import generation, has_triton, target, whole
+from moejax.ops.target import takes_triton, whole
 
 _MANY = 2048
 """Mean rows of an expert from which on unpacking once takes less time than unpacking in every tile."""
@@ -55,7 +55,7 @@ def fits(x: Float[Array, "P D"], weight: Float[Array, "E *M D"] | MXFP4, assignm
         return True
     # offsets are counted in 32 bits
     small = math.prod(weight.shape) // 2 < 2**31
-    return small and has_triton() and generation(target(assignment.mesh)) >= 8
+    return small and takes_triton(assignment.mesh)
 
 
 def tiling(rows: int, groups: int, columns: int, transpose: bool) -> Tiling:

@@ -10,10 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jaxtyping import Array, Int
-
-from moejax.ops.target import generation, has_triton, target, whole
 
 ALIGNED = 8
 """An expert's rows begin at a multiple of this, which a tile of a GPU's matrix unit needs."""
@@ -33,11 +30,6 @@ def begin(before: Int[Array, "*s"] | int, expert: Int[Array, "*s"] | int) -> Int
 def rows_for(slots: int, experts: int) -> int:
     """How many rows there are, whatever the loads: where an expert after the last would begin."""
     return (slots + (ALIGNED - 1) * min(slots, experts)) // ALIGNED * ALIGNED
-
-
-def fits(mesh: Mesh | None) -> bool:
-    """Whether there is a GPU for the kernel (compute capability 8 or later)."""
-    return whole(mesh) and generation(target(mesh)) >= 8 and has_triton()
 
 
 # layers of equal shapes share one lowering

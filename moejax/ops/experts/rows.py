@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from moejax.ops.experts.assignment import Assignment, take
 from moejax.ops.experts.copies import copies
-from moejax.ops.experts.places import fits
+from moejax.ops.target import in_shard_map, takes_triton
 
 
 def spread(x: Float[Array, "T KorOne *D"], assignment: Assignment, *, copied: bool = False) -> Float[Array, "P *D"]:
@@ -25,9 +25,13 @@ def _spread(copied: bool, x: Array, assignment: Assignment) -> Array:
     tokens, slots = assignment.ids.shape
     if not assignment.by_expert:
         return jnp.broadcast_to(x, (tokens, slots, *x.shape[2:])).reshape(-1, *x.shape[2:])
-    if copied and x.shape[1] == 1 and fits(assignment.mesh):
-        return copies(x.reshape(tokens, -1), assignment.slot, slots).reshape(-1, *x.shape[2:])
-    return take(x.reshape(-1, *x.shape[2:]), assignment.slot // (slots // x.shape[1]))
+    share = slots // x.shape[1]
+    plain = lambda x, slot: take(x, slot // share)  # noqa: E731
+    rows = x.reshape(-1, *x.shape[2:])
+    if not (copied and share > 1 and x.ndim == 3 and x.size and takes_triton(assignment.mesh)) or in_shard_map():
+        return plain(rows, assignment.slot)
+    # a program for the CPU may be traced where there is a GPU
+    return jax.lax.platform_dependent(rows, assignment.slot, cuda=partial(copies, share=share), default=plain)
 
 
 def _spread_forward(copied, x, assignment):

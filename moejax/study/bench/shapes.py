@@ -104,8 +104,9 @@ def random_decoder(config: Config) -> Decoder:
     filled = []
     for i, (path, leaf) in enumerate(leaf_paths(abstract)):
         is_output = path.endswith(("attention.output.weight", ".down"))
-        if leaf.ndim == 1:  # norms of one, biases of none: what all tokens share would make them alike
-            filled.append(jnp.full(leaf.shape, 0 if path.endswith("bias") else 1, leaf.dtype))
+        bias = path.endswith("bias")
+        if bias or leaf.ndim == 1:  # norms of one, biases of none: what all tokens share would make them alike
+            filled.append(jnp.full(leaf.shape, 0 if bias else 1, leaf.dtype))
             continue
         scale = 1.0 if path == "embedding" else 0.02 / (2 * config.num_layers) ** 0.5 if is_output else 0.02
         if leaf.dtype == jnp.uint8:  # packed experts: any codes, a scale of 2^-7
