@@ -20,7 +20,9 @@ def balanced_bias(bias: Float[Array, " E"], load: Float[Array, " E"], rate: floa
     ``load`` counts slots over the whole batch of the step, all devices and all micro-batches. Without any slot
     nothing changes.
     """
-    return bias + rate * jnp.sign(load.mean() - load)
+    mean = load.mean()
+    # of loads that are shares, the mean's rounding is no lack
+    return bias + rate * jnp.where(jnp.abs(mean - load) > 1e-6 * mean, jnp.sign(mean - load), 0)
 
 
 def limit_groups(scores: Float[Array, "*b E"], groups: int, kept: int, best: int = 2) -> Float[Array, "*b E"]:

@@ -31,6 +31,7 @@ def assert_same_trace(ours: list[dict[str, Any]], other: list[dict[str, Any]]) -
                 assert_close(mine[kind][name], value, name)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing() -> None:
     """A window of 5 over 9 tokens: holes in the middle of a row must not count."""
     alone = [run("gpt_oss", [row]) for row in (PROMPT, SHORT)]

@@ -21,9 +21,7 @@ def mixtures(family: str) -> set[str]:
 
 
 # the others compile for as long, and differ in what other tests look at
-@pytest.mark.parametrize(
-    "family", [f if f in ("gpt_oss", "olmoe") else pytest.param(f, marks=pytest.mark.slow) for f in FOUR]
-)
+@pytest.mark.parametrize("family", [f if f == "gpt_oss" else pytest.param(f, marks=pytest.mark.slow) for f in FOUR])
 def test_every_call_in_order(family: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, words = small_torch(family), tokenizer()
     bt = Backtrace(model=model, model_type=family, device="cpu")

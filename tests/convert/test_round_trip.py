@@ -79,7 +79,7 @@ def test_dtype(tmp_path: Path, dtype: str) -> None:
     if dtype != "float16":  # which rounds
         wide = moejax.load(source, dtype="float32").decoder
         assert same_leaves(wide, load_orbax(tmp_path / "orbax", "float32"))
-    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["moejax"] == {"format": 1, "dtype": dtype}
+    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["moejax"] == {"format": 2, "dtype": dtype}
 
 
 def test_stored_leaves_are_read_by_orbax_alone(tmp_path: Path) -> None:
@@ -146,6 +146,6 @@ def test_what_does_not_fit_is_named_together(tmp_path: Path) -> None:
     (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     with pytest.raises(moejax.CheckpointError, match=r"missing part layers\.3; missing part layers\.4"):
         moejax.load(tmp_path / "orbax")
-    (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"moejax": {"format": 2}}))
+    (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"moejax": {"format": 1}}))
     with pytest.raises(moejax.ConfigError, match="format"):
         moejax.load(tmp_path / "orbax")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -83,3 +84,14 @@ def test_expert_choice(scores, capacity, mask):
 def test_selected_marks_the_ids_that_exist(ids):
     want = np.array([[e in row for e in range(E)] for row in ids.tolist()])
     np.testing.assert_array_equal(selected(jnp.asarray(ids), E), want)
+
+
+@pytest.mark.parametrize("experts", [3, 6, 7, 49])
+def test_a_mean_load_is_no_lack(experts):
+    """Shares are rounded, and so is their mean, which an expert at it must not feel."""
+    load = jnp.full(experts, 1 / experts, jnp.float32)
+    assert not balanced_bias(jnp.zeros(experts), load, 0.1).any()
+    some = jnp.arange(experts) - experts // 2
+    moved = balanced_bias(jnp.zeros(experts), (1 + 1e-4 * some) / experts, 0.1)
+    assert (moved[: experts // 2] > 0).all()
+    assert (moved[experts // 2 + 1 :] < 0).all()

@@ -10,6 +10,8 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OFTEN = ("01_explain", "03_experts")
+"""The others take a minute each, for what other tests look at too."""
 SAID = {
     "01_explain": ["largest residual of any ledger"],
     "02_convert_and_load": [
@@ -34,7 +36,9 @@ def kinds(cell: nbformat.NotebookNode) -> set[str]:
 
 # zmq's event loop and jupyter's paths warn about their own future inside the client
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p if p.stem in OFTEN else pytest.param(p, marks=pytest.mark.slow) for p in NOTEBOOKS], ids=lambda p: p.stem
+)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     stored, run = (nbformat.read(path, as_version=4) for _ in range(2))

@@ -36,7 +36,7 @@ def interpreter():
     return params.InterpretGPUParams(out_of_bounds_reads="uninitialized")
 
 
-@pytest.fixture(params=[64, 128], ids=["one-line", "two-lines"])
+@pytest.fixture(params=[pytest.param(64, marks=pytest.mark.slow), 128], ids=["one-line", "two-lines"])
 def small_tiles(monkeypatch, request):
     """Tiles of 16 rows and 64 columns on two processors, so that few rows fill several tiles."""
     monkeypatch.setattr(hopper, "tiling", lambda *_: hopper.Tiling(16, 64, request.param, 2, 2))

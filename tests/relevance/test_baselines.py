@@ -45,6 +45,7 @@ def reference() -> Reference:
 
 
 class TestIntegratedGradients:
+    @pytest.mark.slow
     def test_embeddings_equal_relevance_along_the_path(self):
         """Gradient times input at a scaled embedding is the scale times the path's slope."""
         lm, steps = toy(), 3
@@ -89,6 +90,7 @@ class TestIntegratedGradients:
             assert got.heads.shape == (1, 1, T, H)
             assert got.feed_forward is None
 
+    @pytest.mark.slow
     def test_every_kind_of_expert(self):
         lm = mixture_lm()
         got = integrated_gradients(lm, PROMPT, target=AIM, steps=2, over="gates")

@@ -136,7 +136,7 @@ class TestSameNumbers:
         np.testing.assert_array_equal(out.routes.ids[:, 0, :length], want.expert_ids)
         assert not out.gates.tokens[:, :, 0, length:].any(), "padding has exactly none"
 
-    @pytest.mark.parametrize("rematerialise", [True, 1])
+    @pytest.mark.parametrize("rematerialise", [pytest.param(True, marks=pytest.mark.slow), 1])
     def test_rematerialised(self, rematerialise):
         lm, options = variant_lm("clip-bias"), {"target": AIM, "nodes": ["edges.1", "neurons.0", f"stream.{LAYERS}"]}
         assert_same(explain(lm, PROMPT, rematerialise=rematerialise, **options), explain(lm, PROMPT, **options))
@@ -367,6 +367,7 @@ class TestTrainedModel:
         assert similarity("backtrace", 0)[0] > 0.9
         assert similarity("attnlrp", 0)[0] < 0.8
 
+    @pytest.mark.slow
     def test_bfloat16_agrees(self):
         for (wide, mine), (narrow, theirs) in zip(
             *(read_windows(trained(dtype), "attnlrp") for dtype in ("float32", "bfloat16")), strict=True

@@ -27,10 +27,16 @@ RULES = {
 }
 MODELS = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
 # what is not run often because another run shows nearly the same
-RARE = {model for model in MODELS if model[0] != "olmoe" and model[1] != "expert"}
-EVERY_MODEL = pytest.mark.parametrize(
-    ("family", "layout"), [pytest.param(*m, marks=[pytest.mark.slow] if m in RARE else []) for m in MODELS]
-)
+RARE = {m for m in MODELS if m[0] != "olmoe" and m[1] != "expert"} | {("qwen3_moe", "expert")}
+
+
+def models(*others: tuple[str, str]) -> pytest.MarkDecorator:
+    """Families over layouts, the rare ones slow."""
+    params = [pytest.param(*m, marks=[pytest.mark.slow] if m in RARE else []) for m in (*MODELS, *others)]
+    return pytest.mark.parametrize(("family", "layout"), params)
+
+
+EVERY_MODEL = models()
 
 
 def _often(family: str, layout: str, rule: str) -> bool:
@@ -43,9 +49,7 @@ def _often(family: str, layout: str, rule: str) -> bool:
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 23))
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"), [*MODELS, ("qwen2_moe", "both"), ("mixtral", "both"), ("llama", "tensor"), ("moejax", "both")]
-)
+@models(("qwen2_moe", "both"), ("mixtral", "both"), ("llama", "tensor"), ("moejax", "both"))
 def test_logits(family: str, layout: str) -> None:
     close(spread(family, layout)(TOKENS), single(family)(TOKENS))
 
@@ -148,7 +152,7 @@ def test_no_weights_travel_in_an_explanation(family: str, layout: str) -> None:
     assert max(_messages(program)) < _smallest_part(family, layout)
 
 
-@pytest.mark.parametrize(("family", "layout"), MODELS)
+@EVERY_MODEL
 def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> None:
     tokens = jnp.ones((1, 1), jnp.int32)
     program = _logits.lower(spread(family, layout).packed, tokens, None, Gates()).compile()

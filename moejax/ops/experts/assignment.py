@@ -105,11 +105,11 @@ def assign(
     if by_expert is None:
         by_expert = ids.size > num_experts // 2
     plain = partial(_assign, num_experts=num_experts, nowhere=nowhere, mesh=mesh, by_expert=by_expert)
-    if not by_expert or nowhere or not ids.size or not takes_triton(mesh) or in_shard_map():
-        return plain(ids)
-    kernel = lambda ids: Assignment(ids, *places(ids, num_experts), mesh=mesh)  # noqa: E731
-    # a program for the CPU may be traced where there is a GPU
-    return lax.platform_dependent(ids, cuda=kernel, default=plain)
+    if by_expert and not nowhere and ids.size and takes_triton(mesh) and not in_shard_map():
+        kernel = lambda ids: Assignment(ids, *places(ids, num_experts), mesh=mesh)  # noqa: E731
+        # a program for the CPU may be traced where there is a GPU
+        return lax.platform_dependent(ids, cuda=kernel, default=plain)
+    return plain(ids)
 
 
 # layers of equal shapes share one tracing

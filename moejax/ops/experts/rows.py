@@ -26,12 +26,11 @@ def _spread(copied: bool, x: Array, assignment: Assignment) -> Array:
     if not assignment.by_expert:
         return jnp.broadcast_to(x, (tokens, slots, *x.shape[2:])).reshape(-1, *x.shape[2:])
     share = slots // x.shape[1]
-    plain = lambda x, slot: take(x, slot // share)  # noqa: E731
-    rows = x.reshape(-1, *x.shape[2:])
-    if not (copied and share > 1 and x.ndim == 3 and x.size and takes_triton(assignment.mesh)) or in_shard_map():
-        return plain(rows, assignment.slot)
-    # a program for the CPU may be traced where there is a GPU
-    return jax.lax.platform_dependent(rows, assignment.slot, cuda=partial(copies, share=share), default=plain)
+    rows, plain = x.reshape(-1, *x.shape[2:]), lambda rows, slot: take(rows, slot // share)
+    if copied and share > 1 and rows.ndim == 2 and rows.size and takes_triton(assignment.mesh) and not in_shard_map():
+        # a program for the CPU may be traced where there is a GPU
+        return jax.lax.platform_dependent(rows, assignment.slot, cuda=partial(copies, share=share), default=plain)
+    return plain(rows, assignment.slot)
 
 
 def _spread_forward(copied, x, assignment):
