@@ -159,6 +159,7 @@ def test_mode_multiplier_and_scaler(results: dict[str, Any]) -> None:
     assert_close(signed["ledger"].residual, 0, scale=1000)
 
 
+@pytest.mark.slow
 def test_sampling_and_beams(results: dict[str, Any]) -> None:
     plain = results["generated_ids"]
     drawn = [run(temperature=50.0, seed=seed, return_relevance=False)["generated_ids"] for seed in (0, 0, 1)]

@@ -43,7 +43,7 @@ def test_ledger_closes(family: str, rule: Rule) -> None:
     assert np.abs(ledger.residual / ledger.target).max() <= 1e-5
 
 
-@families_and_rules({MAIN[0]: FAMILIES} | dict.fromkeys(MAIN[1:], DIFFERENT))
+@families_and_rules({MAIN[0]: FAMILIES} | {rule: ["gpt_oss", "jetmoe"] for rule in MAIN[1:]})
 def test_ledger_closes_in_float64(family: str, rule: Rule) -> None:
     with jax.enable_x64(True):
         decoder = jax.tree.map(lambda p: p.astype(jnp.float64), loaded(family).decoder)

@@ -72,7 +72,7 @@ class TestIntegratedGradients:
         np.testing.assert_allclose(fine.tokens.sum() + fine.gap, [(z - z0)[11]], rtol=1e-10)
         assert abs((z - z0)[11]) > 0.1
 
-    @pytest.mark.parametrize("over", ["gates", "heads"])
+    @pytest.mark.parametrize("over", [pytest.param("gates", marks=pytest.mark.slow), "heads"])
     def test_gates_complete(self, over):
         """Experts of a single layer are routed to alike all along the path: no score is of another."""
         lm = toy(layers=1)

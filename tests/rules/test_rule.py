@@ -84,7 +84,9 @@ def logits(decoder: Decoder, tokens: jax.Array, reading: Reading) -> jax.Array:
     return decoder(tokens, reading=reading)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)], ids=["f32", "bf16"]
+)
 class TestValuesToTheBit:
     def test_logits_under_every_rule(self, dtype):
         decoder = make_decoder(dtype)
