@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
@@ -24,6 +25,7 @@ from moejax.layers.glu import GLU, Activation, Unit
 from moejax.layers.linear import wide_matmul
 from moejax.layers.mlp import MLP
 from moejax.ops.experts import assign
+from moejax.ops.top_k import top_k
 from moejax.routing import SCORES, WEIGHTS, Routing, balance_loss, route, z_loss
 from moejax.routing.losses import Count, Scope
 from moejax.routing.statistics import diversity
@@ -254,7 +256,7 @@ class MoeLayer(nnx.Module):
             weigh=WEIGHTS[weigh] if isinstance(weigh, str) else weigh,
             choices=self.by_route("choices", gate_logits.shape[:-1]),
             shares=self.by_route("shares", gate_logits.shape[:-1]),
-            mesh=self.mesh,
+            top_k=partial(top_k, mesh=self.mesh),
             **options,
         )
         return routing.weights, routing.ids, routing.scores

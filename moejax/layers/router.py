@@ -1,6 +1,7 @@
 """The router of a mixture, whatever its experts compute."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 from flax import nnx
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from moejax.errors import ConfigError
 from moejax.layers.linear import Linear, wide_matmul
 from moejax.ops.experts import Assignment, assign
+from moejax.ops.top_k import top_k
 from moejax.routing import SCORES, WEIGHTS, Routing, route
 from moejax.rules import Reading
 
@@ -60,6 +62,6 @@ class Router(nnx.Module):
             weigh=WEIGHTS[c.weigh],
             choices=reading.by_expert(f"{prefix}choices", x.shape[:-1]),
             shares=reading.by_expert(f"{prefix}shares", x.shape[:-1]),
-            mesh=c.mesh,
+            top_k=partial(top_k, mesh=c.mesh),
         )
         return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts, mesh=c.mesh)

@@ -12,7 +12,7 @@ from moejax.models import Config
 from moejax.ops.attention.choice import block_size
 from moejax.ops.experts import hopper
 from moejax.ops.experts.matmul import capacities
-from moejax.ops.experts.places import ALIGNED
+from moejax.ops.experts.places import rows_for
 
 
 class Arrangement(NamedTuple):
@@ -116,7 +116,7 @@ def _attention_experts(config: Config, rows: int, itemsize: int) -> int:
 def _buffer_rows(rows: int, slots: int, experts: int, kernel: bool) -> int:
     """Rows beside those of the slots: buffers of equal size, or what aligns each expert's rows for the kernel."""
     if kernel:
-        return (ALIGNED - 1) * experts
+        return rows_for(rows * slots, experts) - rows * slots
     return experts * capacities(rows, slots, experts)[-1]
 
 

@@ -1,16 +1,18 @@
 """One router algebra: a route is (score, select, weigh)."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.top_k import top_k
 from moejax.routing.scores import Score
 from moejax.routing.selection import Adjust
 from moejax.routing.weights import Weigh
+
+TopK = Callable[[Array, int], Sequence[Array]]
+"""Values and indices of the largest of each row, largest first."""
 
 
 class Routing(NamedTuple):
@@ -38,7 +40,7 @@ def route(
     choices: Float[Array, "*b E"] | None = None,
     shares: Float[Array, "*b E"] | None = None,
     adjust: Adjust | None = None,
-    mesh: Mesh | None = None,
+    top_k: TopK = jax.lax.top_k,
 ) -> Routing:
     """Top-k routing. Ties go to the lower expert id; the selection itself has no gradient, its weights do.
 
@@ -47,14 +49,14 @@ def route(
             The weights are those of the scores all the same.
         choices: an expert at zero is selected only where no other is left; scores stay those of all.
         shares: factors of the selected experts' weights, which are then scaled to their former sum.
-        mesh: devices over which the program runs, if there are several.
+        top_k: finds the best, as ``jax.lax.top_k`` does.
     """
     scores = score(logits)
     if choices is None and adjust is None:
-        selected, ids = top_k(scores, num_selected, mesh)
+        selected, ids = top_k(scores, num_selected)
     else:
         seen = scores if adjust is None else jax.lax.stop_gradient(adjust(scores))
-        ids = top_k(seen if choices is None else jnp.where(choices > 0, seen, -jnp.inf), num_selected, mesh)[1]
+        ids = top_k(seen if choices is None else jnp.where(choices > 0, seen, -jnp.inf), num_selected)[1]
         selected = jnp.take_along_axis(scores, ids, axis=-1)
     weights = weigh(selected)
     if shares is not None:

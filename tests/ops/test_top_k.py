@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
+from moejax import get_moe
+from moejax.layers import RouterConfig
+from moejax.layers.router import Router
 from moejax.ops import target as targets
 from moejax.ops import top_k
 from moejax.ops.target import generation, target
+from moejax.rules import Reading
 
 INTERPRET = generation(target()) < 8
 
@@ -69,3 +73,11 @@ def test_who_takes_the_kernel(taken, monkeypatch):
     monkeypatch.setattr(targets, "find_spec", lambda _: None)
     jax.eval_shape(lambda x: top_k.top_k(x, 2), scores)
     assert taken == [(2, 6)]
+
+
+def test_routers_take_it(taken):
+    router = Router.init(jax.random.key(0), RouterConfig(6, 2), 8, "float32")
+    jax.eval_shape(lambda x: router(x, Reading())[0], jnp.zeros((1, 3, 8)))
+    layer = get_moe("smoe")(8, 8, num_of_experts=5, num_selected=2)
+    jax.eval_shape(lambda x: layer(x)[0], jnp.zeros((1, 3, 8)))
+    assert taken == [(1, 3, 6), (1, 3, 5)]
