@@ -46,6 +46,10 @@ class TestFloor:
         attention = 2 * 2 * (19 * 20 / 2) * D * L
         backward = Case("", nothing, 2, 16)
         assert self.floor(backward, 1e30, 1e9) == pytest.approx((products * 17 + attention * 33) / 1e9 * 1e3)
+        # forward it reads for longer than it multiplies, backward not, and these do not share their time
+        rate = (products + attention) / (total * 2 / 1e9) * 2
+        each = 2 * total / 1e9 + (products + 2 * attention) * 16 / rate
+        assert self.floor(backward, 1e9, rate) == pytest.approx(each * 1e3)
 
 
 @pytest.fixture(scope="module")

@@ -65,11 +65,11 @@ def ceilings() -> Ceilings:
 
 
 def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> float:
-    """The larger of two times: reading the weights, and multiplying the active ones with every token.
+    """Of each pass the larger of two times: reading the weights, and multiplying the active ones with every token.
 
-    A forward pass multiplies every token once, a backward pass once for each target. Attention multiplies each query
-    with the keys that it sees and their pattern with the values, on the way back twice as much. A decoded token reads
-    the experts that it uses and no others.
+    A forward pass multiplies every token once, a backward pass, which begins when that has ended, once for each target.
+    Attention multiplies each query with the keys that it sees and their pattern with the values, on the way back twice
+    as much. A decoded token reads the experts that it uses and no others.
     """
     config = decoder.config
     share = {"feed_forward": config.num_selected / max(1, config.num_experts)}
@@ -87,10 +87,11 @@ def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> flo
         per_token += used * values if path not in ("head", "embedding") else 0
     if case.passes == 0:
         return active / limits.bandwidth * 1e3
-    backward = (case.passes - 1) * case.targets
-    multiplying = 2 * per_token * tokens * (1 + backward) + _attention(config, tokens) * (1 + 2 * backward)
-    multiplying /= limits.rate
-    return max(case.passes * total / limits.bandwidth, multiplying) * 1e3
+    reading = total / limits.bandwidth
+    linear, attention = 2 * per_token * tokens / limits.rate, _attention(config, tokens) / limits.rate
+    forward = max(reading, linear + attention)
+    backward = max(reading, case.targets * (linear + 2 * attention)) if case.passes > 1 else 0.0
+    return (forward + backward) * 1e3
 
 
 def _attention(config: Config, tokens: int) -> float:
