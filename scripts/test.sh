@@ -11,5 +11,6 @@ python3 -m venv "$venv"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/pyright" --pythonpath "$venv/bin/python"
-# tests run on the sources; two workers, since compiling is most of the work
-PYTHONPATH=. "$venv/bin/pytest" -n 2 "$@"
+# tests run on the sources; two workers, since compiling is most of the work, and each whole files, whose tests share
+# what is compiled
+PYTHONPATH=. "$venv/bin/pytest" -n 2 --dist loadfile "$@"

@@ -430,9 +430,10 @@ class MoeLayer(nnx.Module):
             self._notes[name] = value
 
     def after_step(self, load: Float[Array, " S"], info: Info) -> Self:
-        """The layer after an optimiser step in which its experts had ``load`` slots; by default unchanged.
+        """The layer after an optimiser step in which ``load`` is each expert's share of slots; by default unchanged.
 
-        For what is balanced or scheduled outside of the gradient. ``info`` is that of the step's last micro-batch.
+        For what is balanced or scheduled outside of the gradient. ``load``, which sums to one, and ``info`` are means
+        over the step's micro-batches.
         """
         return self
 

@@ -93,6 +93,12 @@ class Config:
         return max((moe.num_shared for moe in self._moe), default=0)
 
     @property
+    def shared_dim(self) -> int:
+        """Hidden units of a layer's shared experts; zero without any."""
+        dims = (getattr(moe, "shared_dim", None) or moe.num_shared * moe.expert_dim for moe in self._moe)
+        return max(dims, default=0)
+
+    @property
     def is_packed(self) -> bool:
         """Whether experts are held as MXFP4."""
         return any(moe.packed for moe in self._moe)

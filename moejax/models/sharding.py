@@ -97,6 +97,9 @@ def shardings(
             are replicated.
         axes: logical axes by path; to place a layer of your own, add its leaves to :data:`AXES`.
 
+    The placements are on the same devices with axes that are left to XLA (``AxisType.Auto``), as is the mesh for
+    ``jax.set_mesh``, if you set one: ``jax.make_mesh(.., axis_types=(AxisType.Auto,))``.
+
     Raises:
         ConfigError: a rule names an axis that does not exist, or splits one that the mesh axis does not divide.
     """
@@ -133,7 +136,7 @@ def shard(decoder: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mappin
 
 def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder:
     """The decoder, its mixtures told over which devices their experts lie."""
-    experts = (s for path, s in placed.items() if (AXES.get(_LAYER.sub("", path, count=1)) or (None,))[0] == "expert")
+    experts = (s for path, s in placed.items() if by_expert(path))
     meshes = [(s.mesh, s.spec[0]) for s in experts if isinstance(s.mesh, Mesh)]
     split = next((mesh for mesh, axis in meshes if axis == AXIS), None)
     mesh = next((_renamed(mesh) for mesh, _ in meshes), None) if split is None else split
@@ -144,6 +147,11 @@ def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder
 def _renamed(mesh: Mesh) -> Mesh:
     """A mesh over whose axis ``expert`` no experts are split, under another name."""
     return Mesh(mesh.devices, [f"no {name}" if name == AXIS else name for name in mesh.axis_names])
+
+
+def by_expert(path: str) -> bool:
+    """Whether the leaf at ``path`` has something for each expert, of which a token uses some."""
+    return AXES.get(_LAYER.sub("", path, count=1), (None,))[:1] == ("expert",)
 
 
 def logical_axes(path: str, axes: Mapping[str, Axes] = AXES) -> Axes:

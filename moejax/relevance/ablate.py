@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
-from moejax.relevance.engine import Aimed, LogitSeeds, Seeds
+from moejax.relevance.engine import Aimed, LogitSeeds, Seeds, checked_chunk
 from moejax.relevance.explain import decoder_dtype
 from moejax.relevance.result import Relevance
 from moejax.relevance.targets import Aim, Argmax, Target
@@ -110,13 +110,14 @@ def ablate(
     Raises:
         PromptError: as in :func:`explain`.
         IndexError: a cell is not in the model or the prompt.
-        MoejaxError: an unknown ``how``, a kind of cell that the layer has not, no expert left to take a place.
+        MoejaxError: an unknown ``how``, a kind of cell that the layer has not, too few experts left to take the places
+            of others, a chunk of none.
     """
     question = Question.of(lm, prompt, target)
     length = question.tokens.shape[1]
     interventions = [[c] if isinstance(c, Cell) else list(c) for c in cells]
     knobs = Gates() if gates is None else gates.check(lm.config, question.tokens)
-    rows = max(1, min(chunk or _TOKENS_AT_A_TIME // length, _rounded(len(interventions))))
+    rows = max(1, min(checked_chunk(chunk) or _TOKENS_AT_A_TIME // length, _rounded(len(interventions))))
     found = []
     switches = _switches(lm.config, length, interventions, how)
     for start in range(0, len(interventions), rows):
@@ -213,6 +214,8 @@ def _switches(
         raise MoejaxError(f"how={how!r} is unknown; choose from {', '.join(HOW)}.")
     places: dict[str, list[list[tuple[int, int, int]]]] = {}
     for row, cells in enumerate(interventions):
+        if how == "replace":
+            _refuse_too_few(config, length, cells)
         for cell in cells:
             name, place = _place(config, length, cell, how)
             places.setdefault(name, [[] for _ in interventions])[row].append(place)
@@ -230,7 +233,7 @@ def _place(config: Config, length: int, cell: Cell, how: str) -> tuple[str, tupl
 
     Raises:
         IndexError: it lies outside the model or the prompt.
-        MoejaxError: the layer has none of its kind, or no expert is left to take the place of one.
+        MoejaxError: the layer has none of its kind.
     """
     if cell.kind not in get_args(Kind):
         raise MoejaxError(f"cells of kind {cell.kind!r} are unknown; choose from {', '.join(get_args(Kind))}.")
@@ -243,7 +246,8 @@ def _place(config: Config, length: int, cell: Cell, how: str) -> tuple[str, tupl
     elif cell.kind == "head":
         name, count = "heads", config.num_heads
     elif cell.kind in ("expert", "attention_expert"):
-        name, count = _experts(config, cell, how)
+        count, _ = _experts(config, cell)
+        name = ("attention_" if cell.kind == "attention_expert" else "") + HOW[how]
     elif cell.kind == "shared" and not getattr(config.blocks[cell.layer].mixture, "num_shared", 0):
         raise MoejaxError(f"layer {cell.layer} has no shared expert.")
     check_index(cell.kind, cell.index, count)
@@ -251,7 +255,31 @@ def _place(config: Config, length: int, cell: Cell, how: str) -> tuple[str, tupl
     return name, (cell.layer % layers, position, cell.index % count)
 
 
-def _experts(config: Config, cell: Cell, how: str) -> tuple[str, int]:
+def _refuse_too_few(config: Config, length: int, cells: Sequence[Cell]) -> None:
+    """Check that at every token as many experts are left as it is routed to.
+
+    Raises:
+        MoejaxError: they are not.
+    """
+    closed: dict[tuple[Kind, int], list[set[int]]] = {}
+    for cell in cells:
+        if cell.kind not in ("expert", "attention_expert"):
+            continue
+        _place(config, length, cell, "replace")  # which checks that there is such a cell
+        count, selected = _experts(config, cell)
+        layer = cell.layer % config.num_layers
+        by_token = closed.setdefault((cell.kind, layer), [set() for _ in range(length)])
+        for token in range(length) if cell.position is None else [cell.position % length]:
+            by_token[token].add(cell.index % count)
+            if count - len(by_token[token]) < selected:
+                raise MoejaxError(
+                    f"token {token} is routed to {selected} of {count} experts of layer {layer}; with "
+                    f"{len(by_token[token])} switched off too few are left to take their places."
+                )
+
+
+def _experts(config: Config, cell: Cell) -> tuple[int, int]:
+    """How many there are, and to how many a token is routed."""
     block, of_attention = config.blocks[cell.layer], cell.kind == "attention_expert"
     router, mixture = getattr(block.attention, "router", None), block.mixture
     if of_attention:
@@ -260,10 +288,7 @@ def _experts(config: Config, cell: Cell, how: str) -> tuple[str, int]:
         sizes = None if mixture is None else (mixture.num_ids, mixture.num_slots)
     if sizes is None:
         raise MoejaxError(f"layer {cell.layer} has no {cell.kind.replace('_', ' ')}s.")
-    experts, selected = sizes
-    if how == "replace" and selected == experts:
-        raise MoejaxError(f"every expert of layer {cell.layer} is selected; none is left to take the place of another.")
-    return ("attention_" if of_attention else "") + HOW[how], experts
+    return sizes
 
 
 def _rounded(count: int) -> int:

@@ -18,7 +18,7 @@ from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
 from moejax.models import Decoder, Hidden, Packed, unpack
 from moejax.relevance.ablate import Question, read_as_first, spread
-from moejax.relevance.engine import LogitSeeds, Readout, Seeds, Slots, refuse_half, relevance
+from moejax.relevance.engine import LogitSeeds, Readout, Seeds, Slots, checked_chunk, refuse_half, relevance
 from moejax.relevance.explain import decoder_dtype, explain
 from moejax.relevance.result import ExpertRelevance
 from moejax.relevance.targets import Argmax, Target
@@ -108,7 +108,7 @@ def integrated_gradients(
 
     Raises:
         PromptError: as in :func:`explain`.
-        MoejaxError: no steps, an unknown ``over``, a baseline that does not fit, weights in float16.
+        MoejaxError: no steps, a chunk of none, an unknown ``over``, a baseline that does not fit, weights in float16.
     """
     refuse_half(lm.decoder)
     question = Question.of(lm, prompt, target)
@@ -116,7 +116,7 @@ def integrated_gradients(
     if steps < 1 or (baseline is not None and over != "embeddings"):
         raise MoejaxError(f"steps={steps} must be positive, and a baseline is for embeddings only.")
     start = _start(lm, question, baseline)
-    rows, points = min(chunk or steps, steps), (np.arange(steps) + 0.5) / steps
+    rows, points = min(checked_chunk(chunk) or steps, steps), (np.arange(steps) + 0.5) / steps
     slopes, ends, ids = dict.fromkeys(knobs, np.zeros(())), np.zeros((2, 0)), np.zeros((0, 0), int)
     for first in range(0, steps, rows):
         here = points[first : first + rows]
@@ -380,7 +380,8 @@ def frequency(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
 
     def share(norms: np.ndarray, mixture: ExpertRelevance) -> np.ndarray:
         by_expert = mixture.by_expert("count")[0] / mixture.ids.shape[1]
-        return np.stack([row[ids] for row, ids in zip(by_expert, mixture.ids, strict=True)])
+        shares = np.stack([row[ids] for row, ids in zip(by_expert, mixture.ids, strict=True)])
+        return np.where(mixture.weights == 0, 0, shares)
 
     return _observed(lm, prompt, target, "frequency", "shares of tokens", share)
 
@@ -404,7 +405,8 @@ def activation_norm(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Sco
     """
 
     def norm(norms: np.ndarray, mixture: ExpertRelevance) -> np.ndarray:
-        return norms / np.where(mixture.weights == 0, 1, mixture.weights)
+        # a layer's weights may have signs, which norms of weighted outputs have lost
+        return norms / np.where(mixture.weights == 0, 1, np.abs(mixture.weights))
 
     return _observed(lm, prompt, target, "activation norm", "norms of outputs", norm)
 

@@ -98,7 +98,9 @@ class RoutingSeeds:
         routes = hidden.routing[self.layer]
         routing = routes.attention if self.attention else routes.feed_forward
         assert routing is not None
-        scores = jnp.take_along_axis(routing.logits, self.positions[..., None], axis=1)
+        # the router's operation, which its logits have entered, ends here for the target
+        logits = reading.at(self.layer % len(hidden.routing)).leave("router", routing.logits)
+        scores = jnp.take_along_axis(logits, self.positions[..., None], axis=1)
         target = (jnp.take_along_axis(scores, self.ids, axis=-1) * self.signs).sum(-1)
         stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
         return Aimed(target, self.ids, stop_gradient(decoder.logits(stream)))
@@ -107,14 +109,18 @@ class RoutingSeeds:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StreamSeeds:
-    """Products of directions with the residual stream that enters a layer; after the last, with what leaves it."""
+    """Products of directions with the residual stream that a layer reads; after the last, with what leaves it."""
 
     positions: Int[Array, "B N"]
     directions: Float[Array, "B N D"]
     layer: int = field(metadata={"static": True})
 
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
-        stream = [*hidden.entering, hidden.stream][self.layer]
+        stream = hidden.stream
+        if self.layer < len(hidden.entering):
+            # as the layer itself reads it; what leaves the last has passed there already
+            own = reading.at(self.layer)
+            stream = own.tap("stream", own.gate("tokens", hidden.entering[self.layer]))
         at = jnp.take_along_axis(stream, self.positions[..., None], axis=1).astype(self.directions.dtype)
         last = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
         ids = jnp.zeros((*self.positions.shape, 0), jnp.int32)
@@ -210,6 +216,17 @@ def _in_chunks(pull: Callable[[Array], Pulled], seeds: Float[Array, "N B M"], ch
     padded = jnp.pad(seeds, [(0, chunks * size - count), (0, 0), (0, 0)])
     parts = jax.lax.map(pull, padded.reshape(chunks, size, *seeds.shape[1:]))
     return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], parts)
+
+
+def checked_chunk(chunk: int | None) -> int | None:
+    """``chunk``.
+
+    Raises:
+        MoejaxError: it is not positive.
+    """
+    if chunk is not None and chunk < 1:
+        raise MoejaxError(f"chunk={chunk} must be positive.")
+    return chunk
 
 
 def refuse_half(decoder: Decoder) -> None:

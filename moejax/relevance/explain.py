@@ -12,7 +12,7 @@ from jaxtyping import Array
 from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt, left_pad
 from moejax.relevance.budget import Footprint
-from moejax.relevance.engine import Readout, Slots, node_shape, relevance
+from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, relevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
 from moejax.relevance.targets import Aim, Argmax, Target
@@ -77,11 +77,11 @@ def explain_batch(
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
         MoejaxError: an unknown rule, gates of another model, weights in float16, ``max_bytes`` too little for a target,
-            fewer than no layers.
+            fewer than no layers, a chunk of none.
     """
     if not prompts:
         return []
-    rule = by_name(rule)
+    rule, chunk = by_name(rule), checked_chunk(chunk)
     resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
     tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]

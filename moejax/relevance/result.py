@@ -40,8 +40,8 @@ class ExpertRelevance:
 
         Args:
             how: ``"sum"`` (signed, as the ledger counts), ``"absolute"`` (sum of absolute values), ``"positive"`` (of
-                positive parts), ``"count"`` (routed tokens), ``"mean"`` (sum over count). They rank experts
-                differently, since frequent experts collect more.
+                positive parts), ``"count"`` (slots whose weight is not zero), ``"mean"`` (sum over count). They rank
+                experts differently, since frequent experts collect more.
 
         Raises:
             MoejaxError: another word.
@@ -50,7 +50,7 @@ class ExpertRelevance:
             "sum": self.slots,
             "absolute": np.abs(self.slots),
             "positive": self.slots.clip(0),
-            "count": np.ones_like(self.slots),
+            "count": np.broadcast_to(self.weights != 0, self.slots.shape).astype(self.slots.dtype),
         }
         if how == "mean":
             return self.by_expert() / self.by_expert("count").clip(1)
@@ -64,7 +64,9 @@ class ExpertRelevance:
 
     def _scatter(self, slots: np.ndarray) -> np.ndarray:
         out = np.zeros((*slots.shape[:3], self.count + 1), slots.dtype)
-        np.put_along_axis(out, np.broadcast_to(self.ids, slots.shape), slots, axis=-1)
+        where = np.indices((*slots.shape[:-1], 1), sparse=True)[:-1]
+        # added, since two slots of a token may have one expert
+        np.add.at(out, (*where, np.broadcast_to(self.ids, slots.shape)), slots)
         # id -1 has written to the last place, which no expert has
         return out[..., :-1]
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -136,7 +137,7 @@ class Contrast(Target):
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
         position, token = _position(self.position, len(prompt)), _token_id(lm, self.token)
-        several = not isinstance(self.other, str | int)
+        several = not isinstance(self.other, str | Integral)
         others = [_token_id(lm, other) for other in (self.other if several else [self.other])]  # type: ignore[union-attr]
         if token in others or not others:
             raise PromptError(f"a contrast needs two tokens; {self.token!r} stands on both sides, or nothing on one.")
@@ -237,7 +238,7 @@ class RouterChoice(Target):
 
 @dataclass(frozen=True, eq=False)
 class Direction(Target):
-    """The residual stream that enters a layer, at one token, along a vector of the model's width.
+    """The residual stream that a layer reads, at one token, along a vector of the model's width.
 
     A probe's weight, a dictionary's feature, or a row of the identity for one of its numbers. ``layer`` may be the
     number of layers: the stream that leaves the last.

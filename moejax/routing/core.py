@@ -56,7 +56,10 @@ def route(
         selected, ids = top_k(scores, num_selected)
     else:
         seen = scores if adjust is None else jax.lax.stop_gradient(adjust(scores))
-        ids = top_k(seen if choices is None else jnp.where(choices > 0, seen, -jnp.inf), num_selected)[1]
+        if choices is not None:
+            # those of groups that are left out come before those that are closed
+            seen = jnp.where(choices > 0, jnp.maximum(seen, jnp.finfo(seen.dtype).min), -jnp.inf)
+        ids = top_k(seen, num_selected)[1]
         selected = jnp.take_along_axis(scores, ids, axis=-1)
     weights = weigh(selected)
     if shares is not None:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,16 @@ class Run:
     @cached_property
     def _corpora(self) -> tuple[Corpus, Corpus]:
         train = self._read(self.config.data)
-        if self.config.heldout is not None:
-            return train, self._read(self.config.heldout)
-        rest, heldout = train.split(self.config.heldout_share)
-        if min(len(rest.tokens), len(heldout.tokens), self.config.heldout_tokens) <= self.config.length:
+        c = self.config
+        if c.heldout_tokens <= c.length:
+            raise ConfigError(f"heldout_tokens={c.heldout_tokens} are too few for length={c.length}.")
+        if c.heldout is not None:
+            return train, self._read(c.heldout)
+        rest, heldout = train.split(c.heldout_share)
+        if min(len(rest.tokens), len(heldout.tokens)) <= c.length:
             raise ConfigError(
-                f"heldout_share={self.config.heldout_share} of {len(train.tokens)} tokens leaves too few on one side, "
-                f"or heldout_tokens={self.config.heldout_tokens} too few, for length={self.config.length}."
+                f"heldout_share={c.heldout_share} of {len(train.tokens)} tokens leaves too few on one side for "
+                f"length={c.length}."
             )
         return rest, heldout
 
@@ -114,22 +117,25 @@ class Run:
         if (restored := checkpoints.restore(state)) is not None:
             state = restored
         self.started_from = int(state.step)
-        steps = make_train_steps(
+        steps = partial(
+            make_train_steps,
             optimiser,
             batch=c.batch,
             length=c.length,
-            count=c.log_every,
             seed=c.seed,
             weights=c.loss_weights(),
             compute_dtype=jnp.dtype(c.compute_dtype),
             accumulate=c.accumulate,
             mesh=mesh,
         )
+        compiled = cache(lambda count: steps(count=count))
         with Log(self.folder, from_step=int(state.step)) as log:
             while int(state.step) < c.steps:
+                # up to a multiple, also where a run with another `log_every` was stopped
+                count = min(c.log_every - int(state.step) % c.log_every, c.steps - int(state.step))
                 start = time.perf_counter()
-                state, metrics = jax.block_until_ready(steps(state, tokens))
-                seconds = (time.perf_counter() - start) / c.log_every
+                state, metrics = jax.block_until_ready(compiled(count)(state, tokens))
+                seconds = (time.perf_counter() - start) / count
                 row = summarise(jax.device_get(metrics), int(state.step)) | {"seconds_per_step": seconds}
                 if int(state.step) % c.save_every == 0 or int(state.step) == c.steps:
                     row["heldout"] = held_out(state.decoder, heldout.tokens[: c.heldout_tokens], c.length)
@@ -171,8 +177,8 @@ def summarise(metrics: dict[str, np.ndarray], step: int) -> Row:
     return row
 
 
-@partial(jax.jit, static_argnames="length")
-def _nats(decoder: Decoder, rows: Int[Array, "N B T1"], length: int) -> Array:
+@jax.jit
+def _nats(decoder: Decoder, rows: Int[Array, "N B T1"]) -> Array:
     def one(batch: Array) -> Array:
         return cross_entropy(decoder, decoder.hidden(batch[:, :-1]).stream, batch[:, 1:])
 
@@ -180,10 +186,17 @@ def _nats(decoder: Decoder, rows: Int[Array, "N B T1"], length: int) -> Array:
 
 
 def held_out(decoder: Decoder, tokens: np.ndarray, length: int, batch: int = 16) -> float:
-    """Mean nats per token over windows of ``length`` side by side, in float32; what does not fill one is left out."""
+    """Mean nats per token over windows of ``length`` side by side, in float32; what does not fill one is left out.
+
+    Raises:
+        MoejaxError: there is none.
+    """
     windows = (len(tokens) - 1) // length
-    batch = min(batch, windows)
-    windows -= windows % batch
+    if not windows:
+        raise MoejaxError(f"{len(tokens)} held-out tokens have no window of length={length} and a token after it.")
     starts = np.arange(windows)[:, None] * length
     rows = np.asarray(tokens)[starts + np.arange(length + 1)].astype(np.int32)
-    return float(_nats(decoder, jnp.asarray(rows.reshape(-1, batch, length + 1)), length))
+    whole = windows - windows % batch
+    parts = [rows[:whole].reshape(-1, batch, length + 1), rows[whole:][None]]
+    nats = [float(_nats(decoder, jnp.asarray(part))) * part[..., 0].size for part in parts if part.size]
+    return sum(nats) / windows

@@ -53,7 +53,7 @@ def make_train_steps(
 
     Args:
         accumulate: micro-batches into which a step's ``batch`` is cut; their gradients are averaged. Balance is then a
-            matter of a micro-batch, but that of :meth:`MoeLayer.after_step`, which sees the loads of the whole batch.
+            matter of a micro-batch, but that of :meth:`MoeLayer.after_step`, which sees the means over all of them.
         mesh: devices; sequences are shared among those of its axis ``data``. The weights lie where the state has them.
 
     Raises:

@@ -1,7 +1,7 @@
 """Interventions by the batch: each equals a forward pass without that part, written out in numpy or in the weights."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from moejax.layers import BlockConfig, MixtureAttentionConfig, MoEConfig, Router
 from moejax.layers.mlp import MLPConfig
 from moejax.models import Config, family
 from moejax.relevance import Cell
+from moejax.relevance.baselines import integrated_gradients
 from moejax.routing import SCORES, WEIGHTS, route
 from moejax.rules import Plain, Reading
 
@@ -215,7 +216,7 @@ class TestTargets:
         got = ablate(lm, PROMPT, cells=[Cell.token(3), Cell.token(3, 1)], target=Direction(np.eye(D)[7], 1, 3))
         entering = [run(lm, **edits).layers[1].x[3, 7] for edits in ({}, {"tokens": {(0, 3)}})]
         np.testing.assert_allclose(got[0], entering[0] - entering[1], **EXACT)
-        assert got[1] == 0, "it is read where it enters, before its gate"
+        np.testing.assert_allclose(got[1], entering[0], **EXACT, err_msg="as the layer reads it, after its gate")
 
 
 @cache
@@ -335,6 +336,15 @@ class TestRoute:
             shared.weights[:, 0] / shared.weights[:, 2], plain.weights[:, 0] / plain.weights[:, 2]
         )
 
+    def test_closed_after_groups_that_are_left_out(self):
+        """Which come first where too few are left in the groups that a token may choose from."""
+        logits = jnp.asarray([[3.0, 2.0, 1.0, 0.5]])
+        adjust = lambda scores: jnp.where(jnp.arange(4) < 2, scores, -jnp.inf)  # noqa: E731
+        found = route(
+            logits, 2, score=SCORES["softmax"], weigh=WEIGHTS["raw"], adjust=adjust, choices=jnp.array([[0.0, 1, 1, 1]])
+        )
+        np.testing.assert_array_equal(found.ids, [[1, 2]])
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -362,8 +372,21 @@ class TestErrors:
 
     def test_nobody_left(self):
         lm = make_lm(layers=1, sizes=(D, F, 3, 3, H, G, C))
-        with pytest.raises(MoejaxError, match="every expert of layer 0 is selected"):
+        with pytest.raises(MoejaxError, match="token 0 is routed to 3 of 3 experts of layer 0; with 1 switched off"):
             ablate(lm, PROMPT, cells=[Cell.expert(0, 0)], how="replace")
+        for one in (None, 4):
+            together = [Cell.expert(0, e, 4 if e else one) for e in range(E - K + 1)]
+            with pytest.raises(MoejaxError, match=f"token 4 .* 3 of 6 experts of layer 0; with {E - K + 1} switched"):
+                ablate(toy(), PROMPT, cells=[together], how="replace")
+            # one fewer, or as many of two layers, may go
+            apart = [*together[1:], Cell.expert(1, 0, 4)]
+            assert ablate(toy(), PROMPT, cells=[apart], how="replace").shape == (1, 1)
+
+    @pytest.mark.parametrize("chunk", [0, -1])
+    def test_chunk(self, chunk):
+        for run in (explain, partial(ablate, cells=[Cell.expert(0, 0)]), integrated_gradients):
+            with pytest.raises(MoejaxError, match=f"chunk={chunk} must be positive"):
+                run(toy(), PROMPT, chunk=chunk)
 
     def test_gates_of_another_model(self):
         lm, ones = toy(), Gates.ones(toy().config, ROW)

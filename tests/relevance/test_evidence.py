@@ -205,11 +205,25 @@ class TestTargets:
             "span": sum(z[4 + i, a] - p[4 + i] @ z[4 + i] for i, a in enumerate(ANSWER)),
             "several": z[AT, 11] - of_rivals @ z[AT, RIVALS],
         }
-        for name, want in wants.items():
-            prompt = PROMPT[:5] if name == "span" else PROMPT
-            books = explain(lm, prompt, target=TARGETS[name][0], rule=Plain()).ledger
-            np.testing.assert_allclose(books.target, [want], rtol=1e-10)
-            np.testing.assert_allclose(books.residual, 0, atol=1e-11)
+        for name, (target, _) in TARGETS.items():
+            books = explain(lm, PROMPT[:5] if name == "span" else PROMPT, target=target, rule=Plain()).ledger
+            np.testing.assert_allclose(books.target, [wants.get(name, books.target[0])], rtol=1e-10)
+            np.testing.assert_allclose(books.residual, 0, atol=1e-11, err_msg=name)
+
+    @pytest.mark.parametrize("layer", range(LAYERS + 1))
+    def test_stream_that_a_layer_reads(self, layer):
+        """All relevance of a direction is of the stream there, at its token."""
+        target = Direction(VECTOR, layer, 3)
+        found = explain(variant_lm("plain", dtype="float64"), PROMPT, target=target, nodes=[f"stream.{layer}"])
+        np.testing.assert_allclose(found.layers[0, layer, 3], found.ledger.target[0], rtol=1e-10)
+        np.testing.assert_allclose(found.vectors[f"stream.{layer}"][0, 3].sum(), found.ledger.target[0], rtol=1e-10)
+        np.testing.assert_allclose(found.ledger.residual, 0, atol=1e-11)
+
+    def test_router_that_keeps_a_share(self):
+        """The operation that the target's logits have entered is left for the target."""
+        lm = variant_lm("plain", dtype="float64")
+        books = explain(lm, PROMPT, target=TARGETS["router"][0], rule="attnlrp-uniform").ledger
+        np.testing.assert_allclose(books.residual, 0, atol=1e-11)
 
     def test_labels(self):
         lm = variant_lm("plain", dtype="float64")
@@ -232,6 +246,14 @@ class TestTargets:
 
 
 class TestExperts:
+    def test_slots_that_share_an_expert_or_select_none(self):
+        slots, weights = np.array([0.5, -0.25, 0.0]), np.array([0.4, -0.1, 0.0])
+        found = ExpertRelevance(slots.reshape(1, 1, 1, 3), np.array([[[2, 2, 0]]]), weights.reshape(1, 1, 3), 3)
+        np.testing.assert_array_equal(found.by_expert(), [[[0, 0, 0.25]]])
+        np.testing.assert_array_equal(found.by_token(), [[[[0, 0, 0.25]]]])
+        np.testing.assert_array_equal(found.by_expert("count"), [[[0, 0, 2]]])
+        np.testing.assert_array_equal(found.by_expert("mean"), [[[0, 0, 0.125]]])
+
     def test_by_expert(self):
         found = read("attnlrp").feed_forward
         want = {how: np.zeros((1, LAYERS, E)) for how in ("sum", "absolute", "positive", "count")}

@@ -9,7 +9,7 @@ import pytest
 from moejax import MoejaxError
 from moejax.checkpoints.plan import leaf_paths
 from moejax.cli import main
-from moejax.models import Decoder
+from moejax.models import Decoder, family
 from moejax.report.bench import heading_lines, row_line
 from moejax.study.bench import CASES, SHAPES, Case, Row, bench, published, random_decoder
 from moejax.study.bench.floor import Ceilings, floor_ms
@@ -50,6 +50,30 @@ class TestFloor:
         rate = (products + attention) / (total * 2 / 1e9) * 2
         each = 2 * total / 1e9 + (products + 2 * attention) * 16 / rate
         assert self.floor(backward, 1e9, rate) == pytest.approx(each * 1e3)
+
+    @pytest.mark.parametrize("kind", ["llama", "qwen2_moe"])
+    def test_experts_alone_are_used_in_part(self, kind):
+        """A dense layer and a shared expert are read and multiplied for every token."""
+        sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+        experts = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 128, "num_experts": 16}
+        experts = experts | {"num_experts_per_tok": 2} if kind == "qwen2_moe" else {}
+        rest = {
+            "model_type": kind,
+            "vocab_size": 503,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+        }
+        decoder = random_decoder(family(kind).config(sizes | experts | rest | {"max_position_embeddings": 64}))
+        read = products = 0.0
+        for path, leaf in leaf_paths(decoder):
+            used = 2 / 16 if path.endswith(("gate_up", "down")) else 1
+            read += used * leaf.nbytes if path != "embedding" else 0
+            products += 2 * used * leaf.size * 19 if path not in ("embedding", "head") else 0
+        attention = 2 * 2 * (19 * 20 / 2) * 64 * 2
+        decode, forward = (Case("", lambda *_: None, passes) for passes in (0, 1))
+        assert floor_ms(decoder, decode, 19, Ceilings(1e9, 1e30)) == pytest.approx(read / 1e9 * 1e3)
+        assert floor_ms(decoder, forward, 19, Ceilings(1e30, 1e9)) == pytest.approx((products + attention) / 1e9 * 1e3)
 
 
 @pytest.fixture(scope="module")

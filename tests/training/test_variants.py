@@ -19,7 +19,7 @@ from moejax.layers import registry
 from moejax.models import Decoder, family
 from moejax.training import Corpus, LossWeights, TrainState, language_model_loss, make_train_steps
 from moejax.training.config import TrainConfig
-from moejax.training.run import Run, summarise
+from moejax.training.run import Run, held_out, summarise
 from moejax.training.step import TrainSteps, after_step
 
 MODEL: dict[str, Any] = {
@@ -172,6 +172,28 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(corpus_folder, tmp
     assert lm.config.num_experts == 10, "six, a zero, a copy and two constant ones"
     # a run that is complete trains no more
     assert list(Run(config, whole)) == []
+    # and goes on to more steps, from one that the new interval does not divide
+    longer = list(Run(replace(config, steps=9, log_every=3, save_every=3), whole))
+    assert [row["step"] for row in longer] == [6, 9]
+    assert all("heldout" in row for row in longer)
+
+
+def test_heldout_too_short(corpus_folder, tmp_path):
+    files = {"heldout": str(corpus_folder / "heldout.npz"), "heldout_tokens": 9, "length": 9}
+    config = TrainConfig(MODEL, str(corpus_folder / "train.npz"), **files)
+    with pytest.raises(ConfigError, match="heldout_tokens=9 are too few for length=9"):
+        next(iter(Run(config, tmp_path / "run")))
+
+
+def test_every_window_is_held_out():
+    model = decoder("smoe")
+    tokens = np.random.default_rng(0).integers(0, 53, 7 * 5 + 3)
+    logits = model(jnp.asarray(tokens[:35].reshape(7, 5)))
+    after = jnp.asarray(tokens[1:36].reshape(7, 5, 1))
+    want = -jnp.take_along_axis(jax.nn.log_softmax(logits), after, axis=-1).mean()
+    np.testing.assert_allclose(held_out(model, tokens, 5, batch=3), want, rtol=1e-5)
+    with pytest.raises(MoejaxError, match="5 held-out tokens have no window of length=5"):
+        held_out(model, tokens[:5], 5)
 
 
 def test_a_folder_holds_one_run_and_a_wrong_one_makes_none(corpus_folder, tmp_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from moejax.checkpoints.plan import leaf_paths
 from moejax.models import Config, Decoder
+from moejax.models.sharding import by_expert
 from moejax.study.bench.cases import Case
 
 _PATIENCE = 10.0
@@ -80,7 +81,7 @@ def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> flo
         if path == "embedding" and decoder.head is not None:
             continue
         part = path.split(".")[2] if path.startswith("layers") else ""
-        used = share.get(part, 1.0) if leaf.ndim > 2 else 1.0
+        used = share.get(part, 1.0) if by_expert(path) else 1.0
         total, active = total + leaf.nbytes, active + used * leaf.nbytes
         values = leaf.size * 2 if path.endswith("blocks") else 0 if path.endswith("scales") else leaf.size
         # the head multiplies one position only
