@@ -84,7 +84,7 @@ def test_own_layer_is_trained_analysed_and_explained(
         ([], {"model": MODEL | {"moe": "smoe", "num_experts": 2, "num_experts_per_tok": 3}}, "num_selected=3 must lie"),
         ([], {"length": 2000}, "tokens are not enough for length=2000"),
         ([], {"length": 200}, "heldout_share=0.1 of"),
-        ([], {"heldout_tokens": 16}, "heldout_tokens=16 too few, for length=16"),
+        ([], {"heldout_tokens": 16}, "heldout_tokens=16 are too few for length=16"),
         ([], {"data": "no/such/file.txt"}, "no such file"),
     ],
 )
