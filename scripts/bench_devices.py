@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax import EXPERT, EXPERT_TENSOR, TENSOR
@@ -58,12 +59,12 @@ def difference(ours: object, theirs: object) -> float:
 
 
 def relevances(rule: Rule, targets: int = 1) -> Callable[[Packed, jax.Array], tuple]:
-    """Relevance at the gates, targets, logits and ids of the experts; the ledger's entries, near zero, are left out."""
+    """Relevance at the gates, targets, logits and ids of all experts; the ledger's entries, near zero, are left out."""
 
     def run(weights: Packed, tokens: jax.Array) -> tuple:
         found = explanation(rule, targets)(weights, tokens)
-        assert found.routes is not None
-        return found.gates, found.target, found.logits, found.routes.ids
+        routes = [r.ids for r in (found.routes, found.attention_routes) if r is not None]
+        return found.gates, found.target, found.logits, jnp.concatenate(routes, axis=-1)
 
     return run
 

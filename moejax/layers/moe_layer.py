@@ -429,6 +429,11 @@ class MoeLayer(nnx.Module):
         if self._notes is not None:
             self._notes[name] = value
 
+    @property
+    def shared_dim(self) -> int:
+        """Hidden units of what every token takes, for estimates of memory."""
+        return 0
+
     def after_step(self, load: Float[Array, " S"], info: Info) -> Self:
         """The layer after an optimiser step in which ``load`` is each expert's share of slots; by default unchanged.
 

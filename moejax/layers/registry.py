@@ -129,6 +129,11 @@ class RegisteredConfig:
         return self.abstract.num_shared
 
     @property
+    def shared_dim(self) -> int:
+        """Hidden units of the shared experts."""
+        return self.abstract.shared_dim
+
+    @property
     def expert_dim(self) -> int:
         """Hidden units of an expert."""
         return self.abstract.experts.output.shape[-1]

@@ -95,8 +95,7 @@ class Config:
     @property
     def shared_dim(self) -> int:
         """Hidden units of a layer's shared experts; zero without any."""
-        dims = (getattr(moe, "shared_dim", None) or moe.num_shared * moe.expert_dim for moe in self._moe)
-        return max(dims, default=0)
+        return max((moe.shared_dim or 0 for moe in self._moe), default=0)
 
     @property
     def is_packed(self) -> bool:

@@ -104,7 +104,8 @@ def ablate(
         how: what happens in place of an expert: ``"zero"`` nothing, ``"renormalise"`` the weights of the token's other
             experts grow so that their sum is kept, ``"replace"`` the next best expert runs with the weights as if the
             router had selected it. All else is zeroed.
-        gates: interventions that hold throughout; they must broadcast over the batch.
+        gates: interventions that hold throughout; they must broadcast over the batch. Experts that their ``choices``
+            exclude are not counted where too few are left.
         chunk: how many interventions to run at a time, to bound memory; by default as many as make 8192 tokens.
 
     Raises:
@@ -214,11 +215,11 @@ def _switches(
         raise MoejaxError(f"how={how!r} is unknown; choose from {', '.join(HOW)}.")
     places: dict[str, list[list[tuple[int, int, int]]]] = {}
     for row, cells in enumerate(interventions):
-        if how == "replace":
-            _refuse_too_few(config, length, cells)
         for cell in cells:
             name, place = _place(config, length, cell, how)
             places.setdefault(name, [[] for _ in interventions])[row].append(place)
+        if how == "replace":
+            _refuse_too_few(config, length, cells)
     out = {}
     for name, by_row in places.items():
         out[name] = np.full((len(by_row), _rounded(max(map(len, by_row))), 3), config.num_layers + 1, np.int32)
@@ -265,7 +266,6 @@ def _refuse_too_few(config: Config, length: int, cells: Sequence[Cell]) -> None:
     for cell in cells:
         if cell.kind not in ("expert", "attention_expert"):
             continue
-        _place(config, length, cell, "replace")  # which checks that there is such a cell
         count, selected = _experts(config, cell)
         layer = cell.layer % config.num_layers
         by_token = closed.setdefault((cell.kind, layer), [set() for _ in range(length)])
@@ -273,7 +273,7 @@ def _refuse_too_few(config: Config, length: int, cells: Sequence[Cell]) -> None:
             by_token[token].add(cell.index % count)
             if count - len(by_token[token]) < selected:
                 raise MoejaxError(
-                    f"token {token} is routed to {selected} of {count} experts of layer {layer}; with "
+                    f"token {token} has {selected} slots for the {count} experts of layer {layer}; with "
                     f"{len(by_token[token])} switched off too few are left to take their places."
                 )
 

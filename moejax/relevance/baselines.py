@@ -213,12 +213,13 @@ def _slopes(
 
 
 def _by_slot(scores: np.ndarray | None, slots: Slots | None, count: int) -> ExpertRelevance | None:
-    """Scores by expert id [N L T E] at the routed slots."""
+    """Scores by expert id [N L T E] at the routed slots, the first of those that share an expert."""
     if scores is None or slots is None:
         return None
     ids = slots.ids[:, 0]
     taken = np.take_along_axis(scores, np.broadcast_to(ids.clip(0), (len(scores), *ids.shape)), axis=-1)
-    return ExpertRelevance(np.where(ids < 0, 0, taken), ids, slots.weights[:, 0], count)
+    again = np.tril(ids[..., :, None] == ids[..., None, :], -1).any(-1)
+    return ExpertRelevance(np.where((ids < 0) | again, 0, taken), ids, slots.weights[:, 0], count)
 
 
 # ---- read by a rule -----------------------------------------------------------------------------------------------
@@ -379,9 +380,9 @@ def frequency(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
     """
 
     def share(norms: np.ndarray, mixture: ExpertRelevance) -> np.ndarray:
-        by_expert = mixture.by_expert("count")[0] / mixture.ids.shape[1]
-        shares = np.stack([row[ids] for row, ids in zip(by_expert, mixture.ids, strict=True)])
-        return np.where(mixture.weights == 0, 0, shares)
+        used = mixture.weights != 0
+        by_expert = (replace(mixture, slots=used[None].astype(float)).by_token()[0] > 0).mean(1)
+        return used * np.stack([row[ids] for row, ids in zip(by_expert, mixture.ids, strict=True)])
 
     return _observed(lm, prompt, target, "frequency", "shares of tokens", share)
 

@@ -46,14 +46,15 @@ class Footprint:
         c, rows = config, batch * tokens
         heads, slots = c.num_heads * c.head_dim, c.num_selected + c.num_attention_selected
         # a layer keeps its slots' outputs and the four factors of gated units, some copies of the stream, q k v
-        everybody = c.dense_dim + c.shared_dim
-        kept = c.num_selected * (c.model_dim + 4 * c.expert_dim) + 4 * everybody + 8 * c.model_dim + 6 * heads
+        mixture = c.num_selected * (c.model_dim + 4 * c.expert_dim) + 4 * c.shared_dim
+        kept = max(mixture, 4 * c.dense_dim) + 8 * c.model_dim + 6 * heads
+        unrouted = max(c.shared_dim, c.dense_dim)
         largest = max(_experts(c, rows, itemsize), _attention_experts(c, rows, itemsize), _attention(c, batch, tokens))
         return cls(
             layers=c.num_layers,
             layer=rows * kept * itemsize,
             stream=rows * c.model_dim * itemsize,
-            target=itemsize * (largest + (rows * (c.model_dim + 2 * everybody) if everybody else 0)),
+            target=itemsize * (largest + (rows * (c.model_dim + 2 * unrouted) if unrouted else 0)),
             readout=4 * rows * (c.num_layers + 1) * (1 + slots + c.num_heads + c.num_shared),
         )
 

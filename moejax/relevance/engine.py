@@ -219,10 +219,10 @@ def _in_chunks(pull: Callable[[Array], Pulled], seeds: Float[Array, "N B M"], ch
 
 
 def checked_chunk(chunk: int | None) -> int | None:
-    """``chunk``.
+    """``chunk``, which is positive if it is given.
 
     Raises:
-        MoejaxError: it is not positive.
+        MoejaxError: it is not.
     """
     if chunk is not None and chunk < 1:
         raise MoejaxError(f"chunk={chunk} must be positive.")

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -137,7 +136,7 @@ class Contrast(Target):
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
         position, token = _position(self.position, len(prompt)), _token_id(lm, self.token)
-        several = not isinstance(self.other, str | Integral)
+        several = not isinstance(self.other, str | int)
         others = [_token_id(lm, other) for other in (self.other if several else [self.other])]  # type: ignore[union-attr]
         if token in others or not others:
             raise PromptError(f"a contrast needs two tokens; {self.token!r} stands on both sides, or nothing on one.")

@@ -52,7 +52,8 @@ class Gates:
         shared: a shared expert's contribution to a token.
         attention, feed_forward: all that a layer's attention, or its feed-forward part, writes for a token.
         shares: an expert's routing weight, made up for by those of the token's other experts: their sum is kept.
-        choices: an expert that a token may be routed to; at zero the next best takes its place.
+        choices: an expert that a token may be routed to; at zero the next best takes its place. Where fewer are left
+            than a token is routed to, the best of those at zero run too.
         attention_shares, attention_choices: as ``shares`` and ``choices``, for mixtures of attention experts.
     """
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus, find_text
 from moejax.training.logs import Log
 from moejax.training.losses import cross_entropy
-from moejax.training.step import TrainState, make_train_steps
+from moejax.training.step import TrainState, TrainSteps, make_train_steps
 
 Row = dict[str, Any]
 """Metrics of some steps: numbers, and for each of the layers that are mixtures a number."""
@@ -117,24 +117,27 @@ class Run:
         if (restored := checkpoints.restore(state)) is not None:
             state = restored
         self.started_from = int(state.step)
-        steps = partial(
-            make_train_steps,
-            optimiser,
-            batch=c.batch,
-            length=c.length,
-            seed=c.seed,
-            weights=c.loss_weights(),
-            compute_dtype=jnp.dtype(c.compute_dtype),
-            accumulate=c.accumulate,
-            mesh=mesh,
-        )
-        compiled = cache(lambda count: steps(count=count))
+
+        @cache
+        def steps(count: int) -> TrainSteps:
+            return make_train_steps(
+                optimiser,
+                batch=c.batch,
+                length=c.length,
+                count=count,
+                seed=c.seed,
+                weights=c.loss_weights(),
+                compute_dtype=jnp.dtype(c.compute_dtype),
+                accumulate=c.accumulate,
+                mesh=mesh,
+            )
+
         with Log(self.folder, from_step=int(state.step)) as log:
             while int(state.step) < c.steps:
                 # up to a multiple, also where a run with another `log_every` was stopped
                 count = min(c.log_every - int(state.step) % c.log_every, c.steps - int(state.step))
                 start = time.perf_counter()
-                state, metrics = jax.block_until_ready(compiled(count)(state, tokens))
+                state, metrics = jax.block_until_ready(steps(count)(state, tokens))
                 seconds = (time.perf_counter() - start) / count
                 row = summarise(jax.device_get(metrics), int(state.step)) | {"seconds_per_step": seconds}
                 if int(state.step) % c.save_every == 0 or int(state.step) == c.steps:

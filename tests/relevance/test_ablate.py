@@ -372,11 +372,11 @@ class TestErrors:
 
     def test_nobody_left(self):
         lm = make_lm(layers=1, sizes=(D, F, 3, 3, H, G, C))
-        with pytest.raises(MoejaxError, match="token 0 is routed to 3 of 3 experts of layer 0; with 1 switched off"):
+        with pytest.raises(MoejaxError, match="token 0 has 3 slots for the 3 experts of layer 0; with 1 switched off"):
             ablate(lm, PROMPT, cells=[Cell.expert(0, 0)], how="replace")
         for one in (None, 4):
             together = [Cell.expert(0, e, 4 if e else one) for e in range(E - K + 1)]
-            with pytest.raises(MoejaxError, match=f"token 4 .* 3 of 6 experts of layer 0; with {E - K + 1} switched"):
+            with pytest.raises(MoejaxError, match=f"token 4 .* 3 slots for the 6 experts of layer 0; with {E - K + 1}"):
                 ablate(toy(), PROMPT, cells=[together], how="replace")
             # one fewer, or as many of two layers, may go
             apart = [*together[1:], Cell.expert(1, 0, 4)]

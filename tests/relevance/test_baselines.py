@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import LM, Contrast, Gates, LogProbability, MoejaxError, RouterChoice, Span, explain
+from moejax import LM, Argmax, Contrast, Gates, LogProbability, MoejaxError, RouterChoice, Span, explain
 from moejax.relevance import (
     BASELINES,
     Direct,
     activation_norm,
+    baselines,
     direct_logit_attribution,
     frequency,
     integrated_gradients,
@@ -19,11 +20,12 @@ from moejax.relevance import (
     rollout,
     router_weight,
 )
+from moejax.relevance.engine import Readout, Slots
 from moejax.rules import Plain
 
 from .reference import Affine, Reference, wide
 from .test_ablate import mixture_lm
-from .toy import PROMPT, ROW, C, D, E, H, K, T, make_lm, variant_lm
+from .toy import PROMPT, ROW, C, D, E, H, K, T, V, make_lm, variant_lm
 
 LAYERS = 2
 AT = 5
@@ -181,6 +183,21 @@ class TestObserved:
         np.testing.assert_allclose(got.by_expert("mean")[0], saliency / counts.clip(1), rtol=1e-6)
         by_expert = frequency(toy(), PROMPT, target=AIM).by_expert("mean")
         np.testing.assert_allclose(by_expert[0], counts / T, rtol=1e-6)
+
+    def test_slots_that_share_an_expert_or_select_none(self, monkeypatch):
+        """Of TC-MoE, say, whose weights have signs too."""
+        ids, weights = np.array([[[2, 2, 0], [1, 2, 0]]]), np.array([[[0.4, -0.1, 0.0], [0.5, -0.2, 0.3]]])
+        slots = Slots(ids[:, None], weights[:, None])
+        gates = Gates(slots=np.abs(weights)[None, :, None] * 10)
+        out = Readout(gates, {}, {}, np.zeros((1, 1)), np.zeros((1, 1, 1), int), np.zeros((1, 1, V)), slots, None)
+        monkeypatch.setattr(baselines, "_read", lambda *_, **__: out)
+        wants = {frequency: [[[1, 1, 0], [0.5, 1, 0.5]]], activation_norm: [[[10, 10, 0], [10, 10, 10]]]}
+        for method, want in wants.items():
+            found = method(toy(), PROMPT[:2], target=Argmax())
+            np.testing.assert_allclose(found.experts[0], want, rtol=1e-12, err_msg=found.method)
+        scores = np.arange(1.0, 1 + 2 * E).reshape(1, 1, 2, E)
+        by_slot = baselines._by_slot(scores, slots, E)
+        np.testing.assert_array_equal(by_slot.slots, [[[[3, 0, 1], [E + 2, E + 3, E + 1]]]])
 
     def test_other_mixtures_and_targets(self):
         """A target that the last layers do not take part in changes nothing."""

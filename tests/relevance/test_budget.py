@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import Continuation, MoejaxError, explain
-from moejax.models import Decoder
+from moejax.models import Decoder, family
 from moejax.relevance.budget import Arrangement, Footprint
 from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.rules import AttnLRP, Gates, Reading
@@ -52,6 +52,26 @@ class TestArrange:
     def test_too_little(self):
         with pytest.raises(MoejaxError, match="max_bytes=391 is too little: with chunk=1 a pass takes about 392 bytes"):
             FOOTPRINT.arrange(16, 391)
+
+
+def test_what_every_token_takes_counts():
+    """A shared expert and a dense layer, as wide as they are."""
+    moejax = {"model_type": "moejax", "vocab_size": 53, "hidden_size": 24, "intermediate_size": 10, "num_experts": 4}
+    moejax |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    plain, *shared = (
+        family("moejax").config(moejax | {"moe": moe, "moe_args": args})
+        for moe, args in (("smoe", {}), ("smoe_share", {"num_shared": 1}), ("smoe_share", {"num_shared": 4}))
+    )
+    assert [c.shared_dim for c in (plain, *shared)] == [0, 10, 40]
+    found = [Footprint.of(c, 1, 100, 4) for c in (plain, *shared)]
+    assert found[0].layer < found[1].layer < found[2].layer
+    assert found[0].target < found[1].target < found[2].target
+    llama = {k: v for k, v in moejax.items() if "expert" not in k} | {"model_type": "llama", "rms_norm_eps": 1e-5}
+    narrow, wide = (
+        Footprint.of(family("llama").config(llama | {"intermediate_size": w}), 1, 100, 4) for w in (10, 1000)
+    )
+    assert wide.layer - narrow.layer == 4 * 990 * 100 * 4
+    assert wide.target > narrow.target
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,11 @@ class SharedMoE(MoeLayer):
         copies = 1 if args.compat else args.num_shared
         self.shared = _side_by_side([given[-1]] * copies) if given else self._drawn(args, copies)
 
+    @property
+    def shared_dim(self) -> int:
+        """Hidden units of the shared experts."""
+        return self.shared.output.shape[-1]
+
     def _drawn(self, args: SharedArgs, copies: int) -> MLP:
         unit, hidden = self.experts.unit, copies * self.experts.output.shape[-1]
         k1, k2 = jax.random.split(args.draw("shared"))

@@ -66,11 +66,11 @@ def ceilings() -> Ceilings:
 
 
 def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> float:
-    """Of each pass the larger of two times: reading the weights, and multiplying the active ones with every token.
+    """The sum over passes of the larger of two times: reading the weights, and multiplying the active ones.
 
-    A forward pass multiplies every token once, a backward pass, which begins when that has ended, once for each target.
-    Attention multiplies each query with the keys that it sees and their pattern with the values, on the way back twice
-    as much. A decoded token reads the experts that it uses and no others.
+    A forward pass multiplies every token once, a backward pass once for each target. Attention multiplies each query
+    with the keys that it sees and their pattern with the values, on the way back twice as much. A decoded token reads
+    the experts that it uses and no others.
     """
     config = decoder.config
     share = {"feed_forward": config.num_selected / max(1, config.num_experts)}
@@ -92,6 +92,7 @@ def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> flo
     linear, attention = 2 * per_token * tokens / limits.rate, _attention(config, tokens) / limits.rate
     forward = max(reading, linear + attention)
     backward = max(reading, case.targets * (linear + 2 * attention)) if case.passes > 1 else 0.0
+    # the second begins when the first has ended: neither could use time that the other leaves
     return (forward + backward) * 1e3
 
 
