@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,22 @@ TOY = {
 }
 
 
+MAPS = Path("/proc/self/maps")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
     """Every compiled program keeps memory maps, of which a process may have 65,530; then the compiler aborts."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def forget_programs_of_long_files(tests: Iterator[int] = count()) -> Iterator[None]:
+    """The same within a file; maps are counted after every eighth test, since that takes some milliseconds."""
+    yield
+    if next(tests) % 8 == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 30_000:
+        jax.clear_caches()
 
 
 @cache
