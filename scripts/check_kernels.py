@@ -38,12 +38,10 @@ Kernels = dict[str, tuple[tuple[ModuleType, ...], str]]
 
 
 def kernels(model: str) -> Kernels:
-    # of two kernels of ours for packed matrices the one for full ones must not stand in for the other
-    both = (packed, hopper), r"packed_matmul_hopper_\d"
-    return {
-        "experts": both if model.endswith("-packed") else ((hopper,), r"grouped_matmul_\d"),
-        "attention": ((choice,), "fmha"),
-    }
+    full, attention = ((hopper,), r"grouped_matmul_\d"), ((choice,), "fmha")
+    # without the kernel for packed matrices ours for full ones must not stand in for it
+    in_mxfp4 = (packed, hopper), r"packed_matmul_hopper_\d"
+    return {"experts": in_mxfp4 if model.endswith("-packed") else full, "attention": attention}
 
 
 def compiled(

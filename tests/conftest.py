@@ -44,7 +44,7 @@ TOY = {
 }
 
 
-MAPS = Path("/proc/self/maps")
+MAPS, TESTS = Path("/proc/self/maps"), count()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,10 +55,10 @@ def forget_programs() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def forget_programs_of_long_files(tests: Iterator[int] = count()) -> Iterator[None]:
+def forget_programs_of_long_files() -> Iterator[None]:
     """The same within a file; maps are counted after every eighth test, since that takes some milliseconds."""
     yield
-    if next(tests) % 8 == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 30_000:
+    if next(TESTS) % 8 == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 30_000:
         jax.clear_caches()
 
 

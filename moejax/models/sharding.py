@@ -151,7 +151,11 @@ def _renamed(mesh: Mesh) -> Mesh:
 
 def by_expert(path: str) -> bool:
     """Whether the leaf at ``path`` has something for each expert, of which a token uses some."""
-    return AXES.get(_LAYER.sub("", path, count=1), (None,))[:1] == ("expert",)
+    return AXES.get(_in_layer(path), (None,))[:1] == ("expert",)
+
+
+def _in_layer(path: str) -> str:
+    return _LAYER.sub("", path, count=1)
 
 
 def logical_axes(path: str, axes: Mapping[str, Axes] = AXES) -> Axes:
@@ -160,7 +164,7 @@ def logical_axes(path: str, axes: Mapping[str, Axes] = AXES) -> Axes:
     Raises:
         ConfigError: the table has no entry for it.
     """
-    name = _LAYER.sub("", path, count=1)
+    name = _in_layer(path)
     if name not in axes:
         raise ConfigError(f"leaf {path}: no logical axes are known for {name!r}; add an entry to the table of axes.")
     return axes[name]
@@ -175,7 +179,7 @@ def _replicated(config: Config, path: str, leaf: jax.ShapeDtypeStruct) -> Axes |
     """Axes that are never split, for a leaf that only a registered layer knows."""
     layer = _LAYER.match(path)
     own = layer is not None and isinstance(config.blocks[int(layer[1])].feed_forward, RegisteredConfig)
-    name = _LAYER.sub("", path, count=1)
+    name = _in_layer(path)
     # but for its experts a registered layer's names are its own, though a published family may have one of them
     theirs = name.startswith("feed_forward.") and not name.startswith("feed_forward.experts.")
     return (None,) * leaf.ndim if own and theirs else None

@@ -267,10 +267,10 @@ def _refuse_too_few(config: Config, length: int, cells: Sequence[Cell]) -> None:
         if cell.kind not in ("expert", "attention_expert"):
             continue
         count, selected = _experts(config, cell)
-        layer = cell.layer % config.num_layers
+        _, (layer, position, index) = _place(config, length, cell, "replace")
         by_token = closed.setdefault((cell.kind, layer), [set() for _ in range(length)])
-        for token in range(length) if cell.position is None else [cell.position % length]:
-            by_token[token].add(cell.index % count)
+        for token in range(length) if position < 0 else [position]:
+            by_token[token].add(index)
             if count - len(by_token[token]) < selected:
                 raise MoejaxError(
                     f"token {token} has {selected} slots for the {count} experts of layer {layer}; with "

@@ -87,7 +87,8 @@ class TrainConfig:
         """These settings, if they make sense.
 
         Raises:
-            ConfigError: a number that is not positive, intervals that do not divide, or an unknown mesh axis.
+            ConfigError: a number that is not positive, intervals that do not divide, fewer held-out tokens than a window
+                has, or an unknown mesh axis.
         """
         for name in ("steps", "batch", "length", "accumulate", "log_every", "save_every"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
@@ -95,6 +96,8 @@ class TrainConfig:
         for name, unit in (("save_every", "log_every"), ("steps", "log_every")):
             if getattr(self, name) % getattr(self, unit):
                 raise ConfigError(f"{name}={getattr(self, name)} must be a multiple of {unit}={getattr(self, unit)}.")
+        if self.heldout_tokens <= self.length:
+            raise ConfigError(f"heldout_tokens={self.heldout_tokens} are too few for length={self.length}.")
         if unknown := sorted(set(self.mesh) - {"data", "expert", "tensor"}):
             raise ConfigError(f"mesh axes {', '.join(unknown)} are unknown; there are data, expert and tensor.")
         return self

@@ -78,8 +78,6 @@ class Run:
     def _corpora(self) -> tuple[Corpus, Corpus]:
         train = self._read(self.config.data)
         c = self.config
-        if c.heldout_tokens <= c.length:
-            raise ConfigError(f"heldout_tokens={c.heldout_tokens} are too few for length={c.length}.")
         if c.heldout is not None:
             return train, self._read(c.heldout)
         rest, heldout = train.split(c.heldout_share)

@@ -178,13 +178,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(corpus_folder, tmp
     assert all("heldout" in row for row in longer)
 
 
-def test_heldout_too_short(corpus_folder, tmp_path):
-    files = {"heldout": str(corpus_folder / "heldout.npz"), "heldout_tokens": 9, "length": 9}
-    config = TrainConfig(MODEL, str(corpus_folder / "train.npz"), **files)
-    with pytest.raises(ConfigError, match="heldout_tokens=9 are too few for length=9"):
-        next(iter(Run(config, tmp_path / "run")))
-
-
 def test_every_window_is_held_out():
     model = decoder("smoe")
     tokens = np.random.default_rng(0).integers(0, 53, 7 * 5 + 3)
