@@ -87,8 +87,8 @@ class TrainConfig:
         """These settings, if they make sense.
 
         Raises:
-            ConfigError: a number that is not positive, intervals that do not divide, fewer held-out tokens than a window
-                has, or an unknown mesh axis.
+            ConfigError: a number that is not positive, intervals that do not divide, fewer held-out tokens than a
+                window has, or an unknown mesh axis.
         """
         for name in ("steps", "batch", "length", "accumulate", "log_every", "save_every"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
