@@ -17,6 +17,7 @@ from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, Sampling, generate_tokens
 from moejax.models import Config, Decoder, Packed, Rules, unpack
+from moejax.models.shares import WHOLE, along, over_sequences, share_out, with_sequences
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
 
@@ -25,7 +26,11 @@ Prompt = str | Sequence[int] | Int[Array | np.ndarray, " T"]
 
 @jax.jit
 def _logits(weights: Packed, tokens: Array, valid: Array | None, gates: Gates) -> Array:
-    return unpack(weights)(tokens, valid=valid, reading=Reading(gates=gates))
+    def run(weights: Packed, tokens: Array, valid: Array | None, gates: Gates) -> Array:
+        return unpack(weights)(tokens, valid=valid, reading=Reading(gates=gates))
+
+    placed = WHOLE, along(0), along(0), with_sequences(gates)
+    return share_out(run, over_sequences(weights.config), (weights, tokens, valid, gates), placed, along(0))
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,9 @@ def load(
     Weights keep the checkpoint's dtype unless ``dtype`` is given.
 
     Args:
-        mesh: devices to lay the weights over; each is given its part and nothing else. By default all is on one.
+        mesh: devices to lay the weights over; each is given its part and nothing else. By default all is on one. Those
+            of its axis ``"data"`` have the same weights and share what is independent: sequences of a batch, targets of
+            an explanation, interventions.
         rules: the mesh axis of each logical axis of the weights: ``moejax.EXPERT`` splits experts over the mesh axis
             ``"expert"``, ``moejax.TENSOR`` heads, hidden units and vocabulary over ``"tensor"``,
             ``moejax.EXPERT_TENSOR`` does both. By default as many of them as the mesh has axes for.

@@ -5,8 +5,9 @@
 Random weights of published shapes, bfloat16; medians. For each layout: milliseconds, how many times faster than one
 device, and how far the results are from that device's (a share of the largest value; entries of the ledger, which are
 differences near zero, are left out; of decoding, the tokens are compared). Tokens that rounding sends to other experts
-are counted: their slots are not comparable. With ``--layers`` fewer layers of the same shape are built, to save
-compilation. With ``--toy`` small shapes, for a try on emulated devices.
+are counted: their slots are not comparable. "targets" is relevance for 16 targets, "prompts" decoding of 8 prompts.
+With ``--layers`` fewer layers of the same shape are built, to save compilation. With ``--toy`` small shapes, for a try
+on emulated devices.
 """
 
 import argparse
@@ -26,11 +27,13 @@ from moejax.study.bench import published, random_decoder
 from moejax.study.bench.cases import decoding, explanation, forward
 
 DECODED = 32
+TARGETS, SEQUENCES = 16, 8
 
 
 def layouts(devices: int) -> dict[str, tuple[dict[str, int], Rules]]:
     """Meshes over all devices."""
     found: dict[str, tuple[dict[str, int], Rules]] = {
+        "data": ({"data": devices}, {}),
         "expert": ({"expert": devices}, EXPERT),
         "tensor": ({"tensor": devices}, TENSOR),
     }
@@ -81,7 +84,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--cases", default="relevance,decode,forward")
+    parser.add_argument("--cases", default="relevance,targets,decode,prompts,forward")
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
     config = published(args.model, toy=args.toy)
@@ -93,10 +96,13 @@ def main() -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
     print(f"{size / 1e9:.2f} GB of weights, {args.tokens} tokens", flush=True)
     tokens = jax.random.randint(jax.random.key(1), (1, args.tokens), 0, config.vocab_size)
+    prompts = jax.random.randint(jax.random.key(2), (SEQUENCES, args.tokens), 0, config.vocab_size)
     functions = {
-        "relevance": jax.jit(relevances(AttnLRP())),
-        "decode": decoding(1 + DECODED),
-        "forward": jax.jit(lambda w, t: forward(w, t)[0]),
+        "relevance": (jax.jit(relevances(AttnLRP())), tokens),
+        "targets": (jax.jit(relevances(AttnLRP(), TARGETS)), tokens),
+        "decode": (decoding(1 + DECODED), tokens),
+        "prompts": (decoding(1 + DECODED), prompts),
+        "forward": (jax.jit(lambda w, t: forward(w, t)[0]), tokens),
     }
     chosen = {name: functions[name] for name in args.cases.split(",")}
     reference: dict[str, tuple[float, Any]] = {}
@@ -108,15 +114,15 @@ def main() -> None:
                 rules = {name: axis for name, axis in rules.items() if name != "vocab"}
             placed = shard(decoder, jax.make_mesh(tuple(axes.values()), tuple(axes)), rules)
         weights = Packed.of(placed)
-        for name, function in chosen.items():
-            ms, compiling, result = timed(lambda f=function, w=weights: f(w, tokens), args.repeats)
+        for name, (function, given) in chosen.items():
+            ms, compiling, result = timed(lambda f=function, w=weights, t=given: f(w, t), args.repeats)
             if spread is None:
                 reference[name] = ms, jax.device_get(result)
             base, expected = reference[name]
-            per = f", {ms / DECODED:.2f} ms a token" if name == "decode" else ""
+            per = f", {ms / DECODED:.2f} ms a token" if name in ("decode", "prompts") else ""
             found = jax.device_get(result)
             routed = ""
-            if name == "relevance":
+            if name in ("relevance", "targets"):
                 routed = f", tokens routed otherwise: {routed_elsewhere(found[-1], expected[-1])}"
                 found, expected = found[:-1], expected[:-1]
             print(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray
 
 from moejax.errors import MoejaxError
 from moejax.generation.beams import Beams
@@ -15,15 +16,17 @@ from moejax.generation.draws import Draws
 from moejax.generation.sampling import Sampling
 from moejax.generation.turn import Generation, Plan, Turn
 from moejax.models import Cache, Decoder, Packed, unpack
+from moejax.models.shares import WHOLE, along, over_sequences, share_out, with_sequences
 from moejax.rules import Reading
 
 
 class _Call(NamedTuple):
-    """What stays the same over all steps."""
+    """What stays the same over all steps; ``numbers`` are those of the prompts."""
 
     weights: Decoder | Packed
     tokens: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
+    numbers: Int[Array | np.ndarray, " B"]
     key: PRNGKeyArray
     sampling: Sampling
     reading: Reading
@@ -53,12 +56,14 @@ def generate_tokens(
 ) -> Generation:
     """Continue each row of left-padded prompts by up to ``max_new_tokens`` tokens.
 
-    A row that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it. The gates of ``reading`` apply to the
+    Over a mesh with an axis ``data``, its devices share the rows. A row draws the same whatever others there are. One
+    that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it. The gates of ``reading`` apply to the
     prompt and must broadcast over tokens (size 1 there) to apply to the new tokens as well.
 
     Args:
         max_time: seconds after which no further token is begun (of beam search, one last, with which running beams
-            become answers); compiling is not counted. The loop then comes back to the host from time to time.
+            become answers); compiling is not counted. The loop then comes back to the host from time to time, and every
+            device computes all rows.
         return_scores: return the scores of every token; takes ``B N V`` numbers, for beams ``B num_beams N V``.
 
     Raises:
@@ -68,7 +73,7 @@ def generate_tokens(
     if sampling.min_new_tokens > max_new_tokens:
         raise MoejaxError(f"min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={max_new_tokens}.")
     _check_words(sampling, weights)
-    call = _Call(weights, tokens, valid, key, sampling, reading)
+    call = _Call(weights, tokens, valid, np.arange(len(tokens), dtype=np.int32), key, sampling, reading)
     if max_time is None:
         return _whole(call, plan)
     if not max_time > 0:
@@ -125,8 +130,14 @@ def _choose(
     limit: Int[Array, ""] | int,
 ) -> _State:
     history = _history(call, choice, step) if call.sampling.reads_history else None
-    turn = Turn(logits, history, step, limit, jax.random.fold_in(call.key, step))
+    turn = Turn(logits, history, step, limit, _keys(call, step))
     return _State(jnp.asarray(step + 1, jnp.int32), cache, choice.choose(turn, call.sampling, plan))
+
+
+def _keys(call: _Call, step: Int[Array, ""] | int) -> Key[Array, " R"]:
+    """A step's own for every row."""
+    prompts = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(call.key, step), call.numbers)
+    return jax.vmap(lambda key: jax.random.split(key, call.sampling.rows))(prompts).reshape(-1)
 
 
 def _history(call: _Call, choice: Draws | Beams, step: Int[Array, ""] | int) -> Int[Array, "R S"]:
@@ -158,8 +169,13 @@ def _take_rows(cache: Cache, rows: Int[Array, " R"]) -> Cache:
 
 @partial(jax.jit, static_argnames="plan")
 def _whole(call: _Call, plan: Plan) -> Generation:
-    limit = plan.max_new_tokens
-    return _result(call, _decode(call, _prefill(call, plan), plan, limit, limit), plan)
+    def run(call: _Call) -> Generation:
+        limit = plan.max_new_tokens
+        return _result(call, _decode(call, _prefill(call, plan), plan, limit, limit), plan)
+
+    reading = replace(jax.tree.map(lambda _: WHOLE, call.reading), gates=with_sequences(call.reading.gates))
+    placed = _Call(WHOLE, along(0), along(0), along(0), WHOLE, WHOLE, reading)
+    return share_out(run, over_sequences(call.weights.config), (call,), (placed,), along(0))
 
 
 # The same in parts. A part's state is the next one's to overwrite, so that there is one cache only.

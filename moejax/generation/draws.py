@@ -38,7 +38,7 @@ class Draws(NamedTuple):
         """One more token for each row that has not ended."""
         processed = sampling.process(turn.logits, turn.history, turn.step, plan.eos_ids)
         limited = sampling.limited(processed)
-        drawn = jnp.where(self.done, plan.pad_id, sampling.draw(limited, turn.key).astype(jnp.int32))
+        drawn = jnp.where(self.done, plan.pad_id, sampling.draw(limited, turn.keys).astype(jnp.int32))
         scores, log_probs = self.scores, self.log_probs
         if scores is not None and log_probs is not None:
             plain = jnp.take_along_axis(jax.nn.log_softmax(turn.logits), drawn[:, None], axis=1)[:, 0]

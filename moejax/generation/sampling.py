@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from moejax.errors import MoejaxError
 from moejax.generation import processors
@@ -178,8 +178,8 @@ class Sampling:
             logits = processors.keep_top_p(logits, self.top_p)
         return logits
 
-    def draw(self, limited: Float[Array, "B V"], key: PRNGKeyArray) -> Int[Array, " B"]:
-        """One token for each row, from logits that :meth:`limited` returned."""
+    def draw(self, limited: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+        """One token for each row by its key, from logits that :meth:`limited` returned."""
         if self._on("temperature"):
-            return jax.random.categorical(key, limited, axis=-1)
+            return jax.vmap(jax.random.categorical)(keys, limited)
         return jnp.argmax(limited, axis=-1)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.errors import MoejaxError
 
@@ -45,14 +45,14 @@ class Turn(NamedTuple):
         history: the tokens so far as processors read them, if a processor asks for them.
         step: tokens chosen so far.
         limit: the number of tokens at which every row ends.
-        key: this step's own.
+        keys: this step's own, one for each row.
     """
 
     logits: Float[Array, "B V"]
     history: Int[Array, "B S"] | None
     step: Int[Array, ""] | int
     limit: Int[Array, ""] | int
-    key: PRNGKeyArray
+    keys: Key[Array, " B"]
 
 
 class Generation(NamedTuple):

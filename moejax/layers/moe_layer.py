@@ -199,6 +199,11 @@ class MoeLayer(nnx.Module):
         return 0
 
     @property
+    def couples_sequences(self) -> bool:
+        """Whether what a sequence yields depends on the others of its batch: here by places that they take."""
+        return self.args.capacity_factor is not None
+
+    @property
     def num_slots(self) -> int:
         """Slots of a token, whether they carry something or not."""
         return self.num_selected

@@ -114,6 +114,11 @@ class RegisteredConfig:
         return self.abstract.num_null
 
     @property
+    def couples_sequences(self) -> bool:
+        """Whether what a sequence yields depends on the others of its batch."""
+        return self.abstract.couples_sequences
+
+    @property
     def num_routed(self) -> int:
         """Experts with weights that a token may be routed to."""
         return self.abstract.num_routed

@@ -22,6 +22,7 @@ class Config:
         max_positions: longest context the model was made for.
         eos_ids: tokens that end a generation.
         pad_id: token to fill padding with.
+        mesh: devices over which the weights lie, if there are several; :meth:`over` sets it.
     """
 
     model_type: str
@@ -33,6 +34,7 @@ class Config:
     max_positions: int
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    mesh: Mesh | None = None
 
     @property
     def model_dim(self) -> int:
@@ -98,6 +100,11 @@ class Config:
         return max((moe.shared_dim or 0 for moe in self._moe), default=0)
 
     @property
+    def couples_sequences(self) -> bool:
+        """Whether what a sequence yields depends on the others of its batch."""
+        return any(moe.couples_sequences for moe in self._moe if isinstance(moe, RegisteredConfig))
+
+    @property
     def is_packed(self) -> bool:
         """Whether experts are held as MXFP4."""
         return any(moe.packed for moe in self._moe)
@@ -116,7 +123,10 @@ class Config:
         return replace(self, blocks=tuple(map(packed, self.blocks)))
 
     def over(self, mesh: Mesh | None) -> Self:
-        """The same architecture, its weights over a mesh, whose axis ``expert`` splits experts; ``None``: over none."""
+        """The same architecture, its weights over a mesh; ``None``: over none.
+
+        Its axis ``expert`` splits experts, its axis ``data`` shares out what is independent.
+        """
 
         def placed(part: Any) -> Any:
             if isinstance(part, RegisteredConfig):
@@ -125,7 +135,7 @@ class Config:
             return part if router is None else replace(part, router=replace(router, mesh=mesh))
 
         blocks = (replace(b, attention=placed(b.attention), feed_forward=placed(b.feed_forward)) for b in self.blocks)
-        return replace(self, blocks=tuple(blocks))
+        return replace(self, blocks=tuple(blocks), mesh=mesh)
 
     @property
     def _moe(self) -> list[MoEConfig | RegisteredConfig]:

@@ -1,6 +1,7 @@
 """A decoder over several devices: logical axes of its leaves, and rules that lay them on the axes of a mesh.
 
-The compiled functions stay as they are: weights carry their placement, XLA derives that of everything else.
+The compiled functions stay as they are: weights carry their placement, XLA derives that of everything else, but for
+experts (:mod:`moejax.ops.experts.exchange`) and what is independent (:mod:`moejax.models.shares`).
 """
 
 import re
@@ -13,6 +14,7 @@ from moejax.errors import ConfigError
 from moejax.layers import RegisteredConfig
 from moejax.models.config import Config
 from moejax.models.decoder import Decoder
+from moejax.models.shares import DATA
 from moejax.ops.target import AXIS
 
 Axes = tuple[str | None, ...]
@@ -94,7 +96,7 @@ def shardings(
     Args:
         abstract: a decoder; of its leaves only the shapes are read.
         rules: by default those of :data:`EXPERT_TENSOR` for which the mesh has an axis; over an axis ``data`` weights
-            are replicated.
+            are replicated, and devices share sequences, targets and interventions.
         axes: logical axes by path; to place a layer of your own, add its leaves to :data:`AXES`.
 
     The placements are on the same devices with axes that are left to XLA (``AxisType.Auto``), as is the mesh for
@@ -135,18 +137,16 @@ def shard(decoder: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mappin
 
 
 def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder:
-    """The decoder, its mixtures told over which devices their experts lie."""
-    experts = (s for path, s in placed.items() if by_expert(path))
-    meshes = [(s.mesh, s.spec[0]) for s in experts if isinstance(s.mesh, Mesh)]
-    split = next((mesh for mesh, axis in meshes if axis == AXIS), None)
-    mesh = next((_renamed(mesh) for mesh, _ in meshes), None) if split is None else split
+    """The decoder, told over which devices its experts lie and which of them share what is independent."""
+    mesh = next((s.mesh for s in placed.values() if isinstance(s.mesh, Mesh)), None)
+    if mesh is not None:
+        experts = {s.spec[0] for path, s in placed.items() if by_expert(path)}
+        weights = {axis for s in placed.values() for axis in s.spec}
+        # axes that the rules use otherwise than their names say have others
+        others = {AXIS} - experts | {DATA} & weights
+        mesh = Mesh(mesh.devices, [f"no {name}" if name in others else name for name in mesh.axis_names])
     structure = jax.tree.structure(Decoder.abstract(decoder.config.over(mesh)))
     return jax.tree.unflatten(structure, jax.tree.leaves(decoder))
-
-
-def _renamed(mesh: Mesh) -> Mesh:
-    """A mesh over whose axis ``expert`` no experts are split, under another name."""
-    return Mesh(mesh.devices, [f"no {name}" if name == AXIS else name for name in mesh.axis_names])
 
 
 def by_expert(path: str) -> bool:
@@ -187,9 +187,9 @@ def _replicated(config: Config, path: str, leaf: jax.ShapeDtypeStruct) -> Axes |
 
 def _default_rules(mesh: Mesh) -> Rules:
     rules = {name: axis for name, axis in EXPERT_TENSOR.items() if axis in mesh.axis_names}
-    if not rules and "data" not in mesh.axis_names:
+    if not rules and DATA not in mesh.axis_names:
         raise ConfigError(
-            f"the mesh has axes {', '.join(mesh.axis_names)}; name them 'expert' or 'tensor', or pass rules."
+            f"the mesh has axes {', '.join(mesh.axis_names)}; name them 'data', 'expert' or 'tensor', or pass rules."
         )
     return rules
 

@@ -26,8 +26,11 @@ def generation(device: object) -> int:
 
 
 def whole(mesh: Mesh | None) -> bool:
-    """Whether experts alone are split: what XLA splits by other axes of a mesh it cannot split inside of a kernel."""
-    return mesh is None or mesh.size == dict(mesh.shape).get(AXIS, 1)
+    """Whether experts alone are left to split: what XLA splits by other axes it cannot split inside of a kernel."""
+    if mesh is None:
+        return True
+    split = {AXIS, *jax.sharding.get_abstract_mesh().manual_axes}
+    return all(size == 1 for axis, size in mesh.shape.items() if axis not in split)
 
 
 def takes_triton(mesh: Mesh | None = None) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
+from moejax.models.shares import WHOLE, along, share_out, shares
 from moejax.relevance.engine import Aimed, LogitSeeds, Seeds, checked_chunk
 from moejax.relevance.explain import decoder_dtype
 from moejax.relevance.result import Relevance
@@ -19,10 +20,13 @@ from moejax.relevance.targets import Aim, Argmax, Target
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import HOW, check_index
 
+_NOWHERE = np.iinfo(np.int32).max
+"""In place of a layer: switches nothing."""
+
 Kind = Literal["expert", "attention_expert", "head", "token", "attention", "feed_forward", "shared"]
 
 _TOKENS_AT_A_TIME = 8192
-"""Tokens of one batch of interventions, unless a chunk is given."""
+"""Tokens of one batch of interventions on a device, unless a chunk is given."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def ablate(
 ) -> Float[np.ndarray, "M N"]:
     """How much each of M interventions takes from each of N targets: the target without it minus that with it.
 
+    Over a mesh with an axis ``data``, its devices share the interventions.
+
     A target's tokens are those of the intact pass. Averages of logits weighted by probabilities count as the
     logarithms that they are the first order of: the change of :class:`LogProbability` is that of the log-probability.
 
@@ -106,7 +112,7 @@ def ablate(
             router had selected it. All else is zeroed.
         gates: interventions that hold throughout; they must broadcast over the batch. Experts that their ``choices``
             exclude are not counted where too few are left.
-        chunk: how many interventions to run at a time, to bound memory; by default as many as make 8192 tokens.
+        chunk: how many interventions a device runs at a time, to bound memory; by default as many as make 8192 tokens.
 
     Raises:
         PromptError: as in :func:`explain`.
@@ -118,17 +124,16 @@ def ablate(
     length = question.tokens.shape[1]
     interventions = [[c] if isinstance(c, Cell) else list(c) for c in cells]
     knobs = Gates() if gates is None else gates.check(lm.config, question.tokens)
-    rows = max(1, min(checked_chunk(chunk) or _TOKENS_AT_A_TIME // length, _rounded(len(interventions))))
+    at_once = (checked_chunk(chunk) or max(1, _TOKENS_AT_A_TIME // length)) * shares(lm.config.mesh)
+    rows = min(at_once, _rounded(len(interventions)))
     found = []
     switches = _switches(lm.config, length, interventions, how)
     for start in range(0, len(interventions), rows):
-        # the first row is the intact pass; a last chunk is filled up with more of the same, not to compile it anew
-        part = {name: _filled(s[start : start + rows], 1, rows + 1) for name, s in switches.items()}
-        found.append(_values(lm.packed, question.tokens, question.seeds, part, knobs))
-    values = [np.asarray(v, np.float64) for v in found]
-    changes = np.concatenate([np.zeros((0, len(question.aims))), *(v[:1] - v[1:] for v in values)])[
-        : len(interventions)
-    ]
+        # a last chunk is filled up with passes without a switch, not to compile it anew
+        part = {name: _filled(s[start : start + rows], rows) for name, s in switches.items()}
+        intact, changed = _values(lm.packed, question.tokens, question.seeds, part, knobs)
+        found.append(np.asarray(intact, np.float64) - np.asarray(changed, np.float64))
+    changes = np.concatenate([np.zeros((0, len(question.aims))), *found])[: len(interventions)]
     return changes.sum(-1, keepdims=True) if target.joint else changes
 
 
@@ -158,13 +163,43 @@ def spread(seeds: Seeds, rows: int) -> Seeds:
 @jax.jit
 def _values(
     weights: Packed, tokens: Int[Array, "1 T"], seeds: Seeds, switches: dict[str, Int[Array, "M J 3"]], knobs: Gates
-) -> Float[Array, "M N"]:
-    """The targets' values under each intervention; the first, which is none, says what the best tokens are."""
-    decoder = unpack(weights)
-    rows = len(next(iter(switches.values())))
-    tokens, seeds = jnp.broadcast_to(tokens, (rows, tokens.shape[1])), spread(seeds, rows)
-    reading = Reading(gates=_gates(decoder.config, tokens, switches).over(knobs))
-    return read_as_first(seeds, decoder, decoder.hidden(tokens, reading=reading), reading)[1]
+) -> tuple[Float[Array, "1 N"], Float[Array, "M N"]]:
+    """The targets' values without and with each intervention; the intact pass says what the best tokens are."""
+
+    def run(
+        weights: Packed, tokens: Array, seeds: Seeds, switches: dict[str, Array], knobs: Gates
+    ) -> tuple[Array, Array]:
+        decoder = unpack(weights)
+        # the first row is the intact pass
+        switches = {
+            name: jnp.pad(s, [(1, 0), (0, 0), (0, 0)], constant_values=_NOWHERE) for name, s in switches.items()
+        }
+        rows = len(next(iter(switches.values())))
+        tokens, seeds = jnp.broadcast_to(tokens, (rows, tokens.shape[1])), spread(seeds, rows)
+        reading = Reading(gates=_gates(decoder.config, tokens, switches).over(knobs))
+        values = read_as_first(seeds, decoder, hidden_apart(decoder, tokens, reading), reading)[1]
+        return values[:1], values[1:]
+
+    placed = WHOLE, WHOLE, WHOLE, along(0), WHOLE
+    return share_out(run, weights.config.mesh, (weights, tokens, seeds, switches, knobs), placed, (WHOLE, along(0)))
+
+
+def hidden_apart(
+    decoder: Decoder, tokens: Int[Array, "M T"], reading: Reading, embedded: Float[Array, "M T D"] | None = None
+) -> Hidden:
+    """``decoder.hidden``, every row by itself also where a layer lets the sequences of a batch compete."""
+    if not decoder.config.couples_sequences:
+        return decoder.hidden(tokens, reading=reading, embedded=embedded)
+    gates = jax.tree.map(lambda g: jnp.broadcast_to(g, (len(g), len(tokens), *g.shape[2:])), reading.gates)
+
+    def alone(tokens: Array, gates: Gates, embedded: Array | None) -> Hidden:
+        own = replace(reading, gates=jax.tree.map(lambda g: g[:, None], gates))
+        hidden = decoder.hidden(tokens[None], reading=own, embedded=None if embedded is None else embedded[None])
+        # losses have no axis of sequences
+        routing = [routes._replace(ran=None) for routes in hidden.routing]
+        return jax.tree.map(lambda x: x[0], hidden._replace(routing=routing))
+
+    return jax.vmap(alone, in_axes=(0, 1, 0))(tokens, gates, embedded)
 
 
 def read_as_first(
@@ -296,8 +331,7 @@ def _rounded(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def _filled(places: np.ndarray, before: int, rows: int) -> Array:
-    """``places`` with rows of no switch before them, and behind them up to ``rows``."""
-    out = np.full((rows, *places.shape[1:]), np.iinfo(np.int32).max, np.int32)
-    out[before : before + len(places)] = places
-    return jnp.asarray(out)
+def _filled(places: np.ndarray, rows: int) -> Array:
+    """``places`` with rows of no switch behind them, up to ``rows``."""
+    missing = [(0, rows - len(places)), (0, 0), (0, 0)]
+    return jnp.asarray(np.pad(places, missing, constant_values=_NOWHERE))

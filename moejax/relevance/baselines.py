@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
-from moejax.models import Decoder, Hidden, Packed, unpack
-from moejax.relevance.ablate import Question, read_as_first, spread
+from moejax.models import Decoder, Packed, unpack
+from moejax.relevance.ablate import Question, hidden_apart, read_as_first, spread
 from moejax.relevance.engine import LogitSeeds, Readout, Seeds, Slots, checked_chunk, refuse_half, relevance
 from moejax.relevance.explain import decoder_dtype, explain
 from moejax.relevance.result import ExpertRelevance
@@ -143,21 +143,18 @@ def integrated_gradients(
     return replace(answer, gap=total - _sum(answer))
 
 
-Path = Callable[[Decoder, Array, Array, dict[str, Array]], tuple[Hidden, Reading]]
+Path = Callable[[Decoder, Array, Array, dict[str, Array]], tuple[Array | None, Reading]]
+"""What enters the first layer in place of the tokens' embeddings, and the gates."""
 
 
-def _scaled_embeddings(
-    decoder: Decoder, tokens: Array, start: Array, knobs: dict[str, Array]
-) -> tuple[Hidden, Reading]:
+def _scaled_embeddings(decoder: Decoder, tokens: Array, start: Array, knobs: dict[str, Array]) -> tuple[Array, Reading]:
     """From ``start`` to the tokens' embeddings."""
     way = decoder.embedding[tokens] - start.astype(decoder.embedding.dtype)
-    embedded = start.astype(way.dtype) + gate(way, knobs["tokens"][0][..., None])
-    return decoder.hidden(tokens, embedded=embedded), Reading()
+    return start.astype(way.dtype) + gate(way, knobs["tokens"][0][..., None]), Reading()
 
 
-def _scaled_gates(decoder: Decoder, tokens: Array, start: Array, knobs: dict[str, Array]) -> tuple[Hidden, Reading]:
-    reading = Reading(gates=Gates(**knobs))
-    return decoder.hidden(tokens, reading=reading), reading
+def _scaled_gates(decoder: Decoder, tokens: Array, start: Array, knobs: dict[str, Array]) -> tuple[None, Reading]:
+    return None, Reading(gates=Gates(**knobs))
 
 
 _PATHS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
@@ -202,7 +199,8 @@ def _slopes(
     tokens, seeds = jnp.broadcast_to(tokens, (rows, tokens.shape[1])), spread(seeds, rows)
 
     def targets(knobs: dict[str, Array]) -> tuple[Array, tuple[Array, Array]]:
-        hidden, reading = path(decoder, tokens, start, knobs)
+        embedded, reading = path(decoder, tokens, start, knobs)
+        hidden = hidden_apart(decoder, tokens, reading, embedded)
         aimed, exact = read_as_first(seeds, decoder, hidden, reading)
         return aimed.target, (exact[:2], aimed.ids[0])
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.errors import MoejaxError, PromptError
 from moejax.layers.linear import wide_matmul
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
+from moejax.models.shares import WHOLE, along, share_out, shares, with_sequences
 from moejax.routing import Routing
 from moejax.rules import Gates, Reading, Rule
 
@@ -34,6 +35,11 @@ class Aimed(NamedTuple):
 @runtime_checkable
 class Seeds(Protocol):
     """N targets for each of B sequences."""
+
+    @property
+    def positions(self) -> Int[Array, "B N"]:
+        """The tokens behind which they are read."""
+        ...
 
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
         """The targets' values, to be differentiated; ``reading`` is that of the whole pass."""
@@ -166,10 +172,14 @@ def relevance(
 ) -> Readout:
     """Relevance at every gate for all seeds, in one forward pass and one backward pass over a batch of seeds.
 
+    Over a mesh with an axis ``data``, its devices share the sequences; or, where there are fewer or a layer lets them
+    compete, the seeds: then each makes the forward pass of all.
+
     Args:
         valid: tokens that are not padding; ``None``, which saves time, where none is.
         knobs: interventions that hold during the pass.
-        chunk: how many seeds to propagate at a time at most, over one and the same forward pass; all by default.
+        chunk: how many seeds a device propagates at a time at most, over one and the same forward pass; all by
+            default.
         nodes: where to read the relevance of every number (:data:`NODES`), as ``"attention.3"``.
         joint: propagate the sum of a sequence's seeds, one cotangent in place of N.
         rematerialised_layers: of how many, counted from the first, to keep only the residual stream that enters them
@@ -179,8 +189,47 @@ def relevance(
         PromptError: there is no such node.
         MoejaxError: weights in float16.
     """
+    refuse_half(unpack(weights))
+    read = partial(_read, rule=rule, chunk=chunk, nodes=nodes, joint=joint, rematerialised_layers=rematerialised_layers)
+    seen = jnp.arange(1 if joint else seeds.positions.shape[1], dtype=jnp.int32)
+    config = weights.config
+    if _by_sequence(config, len(tokens)):
+        placed = WHOLE, along(0), along(0), along(0), with_sequences(knobs), WHOLE
+        # their axes in what is found
+        found = Readout(along(2), along(2), along(1), along(0), along(0), along(0), along(1), along(1))
+    else:
+        placed = WHOLE, WHOLE, WHOLE, WHOLE, WHOLE, along(0)
+        found = Readout(along(0), along(0), along(0), WHOLE, WHOLE, WHOLE, WHOLE, WHOLE)
+    return share_out(read, config.mesh, (weights, tokens, valid, seeds, knobs, seen), placed, found)
+
+
+def per_device(config: Config, sequences: int, seeds: int) -> tuple[int, int]:
+    """How many sequences :func:`relevance` gives to a device, and how many seeds of each."""
+    devices = shares(config.mesh)
+    return (-(-sequences // devices), seeds) if _by_sequence(config, sequences) else (sequences, -(-seeds // devices))
+
+
+def _by_sequence(config: Config, sequences: int) -> bool:
+    """Whether devices share sequences, not seeds."""
+    return sequences >= shares(config.mesh) and not config.couples_sequences
+
+
+def _read(
+    weights: Decoder | Packed,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"] | None,
+    seeds: Seeds,
+    knobs: Gates,
+    seen: Int[Array, " N"],
+    *,
+    rule: Rule,
+    chunk: int | None,
+    nodes: tuple[str, ...],
+    joint: bool,
+    rematerialised_layers: int,
+) -> Readout:
+    """Relevance for the seeds of the numbers ``seen``, as one device computes it."""
     decoder = unpack(weights)
-    refuse_half(decoder)
     dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
     # summed once for all in the end: a sum over tokens is two more kernels wherever it stands
     entries = (decoder.config.num_layers + 1, *tokens.shape)
@@ -196,10 +245,10 @@ def relevance(
         return target, (ids, logits, hidden.routing)
 
     target, pull, (ids, logits, routing) = jax.vjp(targets, readout, probes, taps, has_aux=True)
-    count = 1 if joint else target.shape[1]
     # joint: a one at every seed
-    seeded = jnp.broadcast_to(jnp.eye(count, dtype=target.dtype)[:, None], (count, *target.shape))
-    gates, leaks, vectors = _in_chunks(jax.vmap(pull), seeded, chunk or count)
+    one = jnp.ones((1, 1), target.dtype) if joint else jax.nn.one_hot(seen, target.shape[1], dtype=target.dtype)
+    seeded = jnp.broadcast_to(one[:, None], (len(seen), *target.shape))
+    gates, leaks, vectors = _in_chunks(jax.vmap(pull), seeded, chunk or len(seen))
     feed_forward = _stack([r.feed_forward for r in routing])
     attention = _stack([r.attention for r in routing])
     leaks = {name: leak.sum(-1) for name, leak in leaks.items()}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array
 from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt, left_pad
 from moejax.relevance.budget import Footprint
-from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, relevance
+from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
 from moejax.relevance.targets import Aim, Argmax, Target
@@ -59,7 +60,7 @@ def explain_batch(
     rematerialise: bool | int | None = None,
     max_bytes: int | None = None,
 ) -> list[Relevance]:
-    """:func:`explain` for several prompts as one padded batch.
+    """:func:`explain` for several prompts as one padded batch; one by one if a layer lets sequences compete.
 
     Args:
         target: what to explain; by default the logit of the most likely next token.
@@ -67,12 +68,12 @@ def explain_batch(
         gates: interventions that hold during the pass; they must broadcast over the batch.
         nodes: where to read the relevance of every number, as ``"feed_forward.3"`` or ``"neurons.0"``; the names are
             those of ``moejax.relevance.NODES``, with the layer. Read them from ``vectors`` of the result.
-        chunk: how many targets to propagate at a time, to bound memory; all by default.
+        chunk: how many targets a device propagates at a time, to bound memory; all by default.
         rematerialise: of how many layers, counted from the first, to keep only the stream that enters them and compute
             the rest again on the way back; ``True`` for all. Less memory for long prompts, up to 40 % more time (OLMoE,
             4096 tokens), the same numbers. By default of none, unless ``max_bytes`` asks for it.
-        max_bytes: what the pass may take beside the weights, by an estimate: ``chunk`` and ``rematerialise``, where
-            they are not given, are chosen to stay below it in the least time.
+        max_bytes: what the pass may take of a device beside the weights, by an estimate: ``chunk`` and
+            ``rematerialise``, where they are not given, are chosen to stay below it in the least time.
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
@@ -82,6 +83,23 @@ def explain_batch(
     if not prompts:
         return []
     rule, chunk = by_name(rule), checked_chunk(chunk)
+    read = partial(_together, lm, target, rule, gates, tuple(nodes), chunk, rematerialise, max_bytes)
+    if lm.config.couples_sequences:
+        return [found for prompt in prompts for found in read([prompt])]
+    return read(prompts)
+
+
+def _together(
+    lm: LM,
+    target: Target,
+    rule: Rule,
+    gates: Gates | None,
+    nodes: tuple[str, ...],
+    chunk: int | None,
+    rematerialise: bool | int | None,
+    max_bytes: int | None,
+    prompts: Sequence[Prompt],
+) -> list[Relevance]:
     resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
     tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)
     offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
@@ -90,8 +108,8 @@ def explain_batch(
     again = _layers(rematerialise, lm.config.num_layers)
     if max_bytes is not None:
         count = 1 if target.joint else max(len(aims) for _, aims in resolved)
-        found = _footprint(lm, tokens, tuple(nodes)).arrange(count, max_bytes, chunk, again)
-        chunk, again = found
+        mine, count = per_device(lm.config, len(tokens), count)
+        chunk, again = _footprint(lm, tokens[:mine], nodes).arrange(count, max_bytes, chunk, again)
     out = relevance(
         lm.packed,
         tokens,
@@ -100,7 +118,7 @@ def explain_batch(
         knobs,
         rule=rule,
         chunk=chunk,
-        nodes=tuple(nodes),
+        nodes=nodes,
         joint=target.joint,
         rematerialised_layers=again or 0,
     )

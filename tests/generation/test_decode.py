@@ -71,7 +71,7 @@ def test_tokens_behind_the_end_are_padding(ending: moejax.LM, greedy: list[list[
 def test_no_forward_pass_follows_the_last_token(toy_lm: moejax.LM) -> None:
     """All slots of the cache are written: those of the prompt and of every new token but the last."""
     tokens, valid = left_pad([np.array(prompt) for prompt in PROMPTS], PAD)
-    call = decode._Call(toy_lm.packed, tokens, valid, jax.random.key(0), Sampling(), Reading())
+    call = decode._Call(toy_lm.packed, tokens, valid, np.arange(len(tokens)), jax.random.key(0), Sampling(), Reading())
     plan = decode.Plan(NEW, (), PAD, return_scores=False)
     state = decode._jit_decode(call, decode._jit_prefill(call, plan), plan, NEW, NEW)
     assert int(state.step) == NEW
@@ -104,6 +104,10 @@ def test_cache_is_in_the_dtype_of_the_weights(toy_lm: moejax.LM) -> None:
 
 
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "num_return_sequences": 2}
+
+
+def test_a_row_draws_the_same_whatever_others_there_are(toy_lm: moejax.LM) -> None:
+    assert toy_lm.generate_ids(PROMPTS[:1], seed=3, **SAMPLED) == toy_lm.generate_ids(PROMPTS, seed=3, **SAMPLED)[:2]
 
 
 def test_seed_determines_the_draws(toy_lm: moejax.LM) -> None:

@@ -12,6 +12,11 @@ from moejax.generation import Sampling
 B, V = 3, 11
 
 
+def keys(count: int, seed: int = 1) -> jax.Array:
+    """One for each row."""
+    return jax.random.split(jax.random.key(seed), count)
+
+
 def expected_limits(row: np.ndarray, temperature: float, top_k: int, top_p: float) -> tuple[np.ndarray, float]:
     """Tempered logits with -inf outside the limits, and how close the choice is to falling the other way.
 
@@ -65,21 +70,21 @@ def test_tokens_tied_with_the_last_are_kept() -> None:
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    assert Sampling().draw(jnp.array([[1.0, 4.0, 4.0], [0.0, 0.0, 0.0]]), jax.random.key(0)).tolist() == [1, 0]
+    assert Sampling().draw(jnp.array([[1.0, 4.0, 4.0], [0.0, 0.0, 0.0]]), keys(2)).tolist() == [1, 0]
 
 
 def test_one_kept_token_is_the_greedy_choice() -> None:
     logits = jax.random.normal(jax.random.key(0), (40, 31))
     for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6)):
-        drawn = sampling.draw(sampling.limited(logits), jax.random.key(1))
-        assert drawn.tolist() == Sampling().draw(logits, jax.random.key(2)).tolist()
+        drawn = sampling.draw(sampling.limited(logits), keys(len(logits)))
+        assert drawn.tolist() == Sampling().draw(logits, keys(len(logits))).tolist()
 
 
 def test_draws_follow_the_limited_distribution() -> None:
     """40 000 draws: each token's count within 4.5 standard deviations, none of what the limits left out."""
     logits, sampling, draws = jnp.array([0.0, 1.0, 2.0, 2.5, -1.0, 0.5, -3.0]), Sampling(1.5, 5, 0.9), 40_000
     limited = sampling.limited(logits[None])
-    counts = np.bincount(np.asarray(sampling.draw(jnp.tile(limited, (draws, 1)), jax.random.key(7))), minlength=7)
+    counts = np.bincount(np.asarray(sampling.draw(jnp.tile(limited, (draws, 1)), keys(draws, 7))), minlength=7)
     probability = np.asarray(jax.nn.softmax(limited[0]), np.float64)
     assert 2 < (probability > 0).sum() < 6
     assert not counts[probability == 0].any()
@@ -88,5 +93,5 @@ def test_draws_follow_the_limited_distribution() -> None:
 
 
 def test_rows_are_drawn_independently() -> None:
-    drawn = Sampling(1.0).draw(jnp.zeros((200, 50)), jax.random.key(1))
+    drawn = Sampling(1.0).draw(jnp.zeros((200, 50)), keys(200))
     assert len(set(drawn.tolist())) > 30

@@ -94,7 +94,9 @@ def test_by_default_the_rules_are_those_that_the_mesh_has_axes_for() -> None:
     model = decoder("olmoe")
     for layout, (_, rules) in LAYOUTS.items():
         assert shardings(model, mesh(layout)) == shardings(model, mesh(layout), rules)
-    with pytest.raises(ConfigError, match="the mesh has axes rows; name them 'expert' or 'tensor', or pass rules"):
+    with pytest.raises(
+        ConfigError, match="the mesh has axes rows; name them 'data', 'expert' or 'tensor', or pass rules"
+    ):
         shardings(model, four("rows"))
     assert not any(any(placed.spec) for placed in shardings(model, four("data")).values()), "data share no weights"
 

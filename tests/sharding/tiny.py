@@ -89,6 +89,12 @@ LAYOUTS: dict[str, tuple[dict[str, int], Rules]] = {
     "tensor": ({"tensor": 4}, TENSOR),
     "both": ({"expert": 2, "tensor": 2}, EXPERT_TENSOR),
 }
+WITH_DATA: dict[str, tuple[dict[str, int], Rules]] = {
+    "data": ({"data": 4}, {}),
+    "data and expert": ({"data": 2, "expert": 2}, EXPERT),
+    "data and tensor": ({"data": 2, "tensor": 2}, TENSOR),
+}
+"""Layouts in which devices share what is independent."""
 
 
 def hugging_face(name: str, **changes: Any) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def decoder(name: str) -> Decoder:
 
 def mesh(layout: str) -> Mesh:
     """The four devices as a layout wants them, made as users make them."""
-    axes, _ = LAYOUTS[layout]
+    axes, _ = (LAYOUTS | WITH_DATA)[layout]
     return jax.make_mesh(tuple(axes.values()), tuple(axes))
 
 
@@ -131,7 +137,7 @@ def single(name: str) -> LM:
 @cache
 def spread(name: str, layout: str) -> LM:
     """The same model over four."""
-    return LM(shard(decoder(name), mesh(layout), LAYOUTS[layout][1]))
+    return LM(shard(decoder(name), mesh(layout), (LAYOUTS | WITH_DATA)[layout][1]))
 
 
 def close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:

@@ -1,6 +1,6 @@
 """Every registered layer in a decoder: explained, intervened on, generated from, stored."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -162,3 +162,49 @@ def test_layers_draw_their_own_weights_from_one_key():
     assert not np.array_equal(one.experts.output, two.experts.output)
     assert not np.array_equal(one.experts.output[0], one.experts.output[1])
     assert abs(np.corrcoef(one.gate_weight.ravel(), two.gate_weight.ravel())[0, 1]) < 0.3
+
+
+@cache
+def coupled_lm(name: str, factor: float | None) -> LM:
+    """A model whose sequences compete, by a limit on what an expert takes if there is a ``factor``."""
+    args = {} if factor is None else {"capacity_factor": factor}
+    return LM(noisy(family("moejax").config(hugging_face(name, **args)), 3, jnp.float32))
+
+
+coupled = pytest.mark.parametrize(("name", "factor"), [("expert_choice", None), ("smoe", 0.7)])
+
+
+@coupled
+def test_interventions_are_apart(name: str, factor: float | None) -> None:
+    """Many at a time change the target as each does by itself, though sequences of a batch change each other."""
+    lm = coupled_lm(name, factor)
+    together = lm(np.stack([PROMPT, PROMPT[::-1]]))[0]
+    assert np.abs(together - lm(ROW)[0]).max() > 1e-3
+    intact = lm(ROW)[0, -1]
+    best, worst = int(intact.argmax()), int(intact.argmin())
+    cells = [moejax.Cell.head(1, head) for head in range(4)] + [moejax.Cell.expert(0, e, token=2) for e in range(3)]
+    ones = Gates.ones(lm.config, ROW)
+    gates = [ones.drop_head(1, head) for head in range(4)] + [ones.drop_expert(0, e, token=2) for e in range(3)]
+    changed = [intact - lm(ROW, gates=each)[0, -1] for each in gates]
+    want = [float(c[best] - c[worst]) for c in changed]
+    found = moejax.ablate(lm, PROMPT, target=moejax.Contrast(best, worst), cells=cells)[:, 0]
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@coupled
+@pytest.mark.parametrize("over", ["embeddings", "heads"])
+def test_steps_of_a_path_are_apart(name: str, factor: float | None, over: str) -> None:
+    lm = coupled_lm(name, factor)
+    ask = partial(moejax.baselines.integrated_gradients, lm, PROMPT, target=best_and_worst(lm), steps=4, over=over)
+    one, many = ask(chunk=1), ask()
+    found, want = (x.tokens if over == "embeddings" else x.heads for x in (many, one))
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@coupled
+def test_prompts_are_explained_apart(name: str, factor: float | None) -> None:
+    lm = coupled_lm(name, factor)
+    prompts = [PROMPT, PROMPT[:3], PROMPT[::-1]]
+    for found, prompt in zip(moejax.explain_batch(lm, prompts), prompts, strict=True):
+        want = explain(lm, prompt)
+        np.testing.assert_allclose(found.tokens, want.tokens, rtol=0, atol=1e-5 * np.abs(want.tokens).max())

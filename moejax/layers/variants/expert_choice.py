@@ -35,6 +35,10 @@ class ExpertChoiceMoE(MoeLayer):
     def num_slots(self) -> int:
         return self.num_of_experts
 
+    @property
+    def couples_sequences(self) -> bool:
+        return True
+
     def topk_expert(
         self, gate_logits: Float[Array, "B T R"]
     ) -> tuple[Float[Array, "B T R"], Int[Array, "B T R"], Float[Array, "B T R"]]:

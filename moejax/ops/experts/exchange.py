@@ -45,9 +45,11 @@ def over_devices(run: Callable[..., Array], experts: Any, assignment: Assignment
         return run(experts, part, total, *shared)
 
     own, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    around = jax.sharding.get_abstract_mesh()
     exchanged = jax.shard_map(
         on_one,
-        mesh=mesh,
+        # within a map over another axis it is that one's
+        mesh=around if around.manual_axes else mesh,
         in_specs=(own, own, everywhere, everywhere),
         out_specs=everywhere,
         axis_names={AXIS},

@@ -1,0 +1,80 @@
+"""What is independent, over several devices: each takes its share.
+
+Sequences of a batch, targets of an explanation and interventions have nothing to do with each other. Each device of
+the mesh's axis ``data`` runs, for fewer of them, the program that one device would run, and waits for no other.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array
+
+from moejax.models.config import Config
+from moejax.rules import Gates
+
+DATA = "data"
+"""The mesh axis over which they are shared out."""
+
+Placement = Any
+"""A ``PartitionSpec`` in the place of an array or of a tree of them."""
+
+WHOLE: Placement = PartitionSpec()
+"""The placement of what every device is given whole, or finds."""
+
+Found = TypeVar("Found")
+
+
+def along(axis: int) -> Placement:
+    """The placement of what is shared out along an axis."""
+    return PartitionSpec(*[None] * axis, DATA)
+
+
+def with_sequences(gates: Gates) -> Placement:
+    """The placement of gates where sequences are shared out; some gates differ by sequence."""
+    return jax.tree.map(lambda gate: along(1) if gate.shape[1] > 1 else WHOLE, gates)
+
+
+def over_sequences(config: Config) -> Mesh | None:
+    """The mesh among whose devices sequences may be shared out: none if a layer lets those of a batch compete."""
+    return None if config.couples_sequences else config.mesh
+
+
+def shares(mesh: Mesh | None) -> int:
+    """Devices that take a share."""
+    return 1 if mesh is None else dict(mesh.shape).get(DATA, 1)
+
+
+def share_out(run: Callable[..., Found], mesh: Mesh | None, arguments: tuple, placed: tuple, found: Placement) -> Found:
+    """``run(*arguments)``, each device with its share.
+
+    Where devices do not divide the number, the last one is computed again and left out.
+
+    Args:
+        run: computes each of them without regard to the others.
+        placed: of each argument a placement (:data:`WHOLE` or :func:`along`) or a tree of them, of any depth. What is
+            shared out has one length.
+        found: the same of what ``run`` returns, whose lengths may be multiples of that.
+    """
+    if (devices := shares(mesh)) == 1:
+        return run(*arguments)
+    by_leaf = jax.tree.broadcast(placed, arguments)
+    leaves = zip(jax.tree.leaves(arguments), jax.tree.leaves(by_leaf), strict=True)
+    count = next(leaf.shape[len(spec) - 1] for leaf, spec in leaves if spec != WHOLE)
+    filled = -(-count // devices) * devices
+    numbers = jnp.minimum(jnp.arange(filled), count - 1)
+
+    def fill(leaf: Array, spec: PartitionSpec) -> Array:
+        return leaf if spec == WHOLE or filled == count else jnp.take(leaf, numbers, axis=len(spec) - 1)
+
+    def cut(leaf: Array, spec: PartitionSpec) -> Array:
+        if spec == WHOLE or filled == count:
+            return leaf
+        axis = len(spec) - 1
+        return jax.lax.slice_in_dim(leaf, 0, leaf.shape[axis] // filled * count, axis=axis)
+
+    each = jax.shard_map(run, mesh=mesh, in_specs=placed, out_specs=found, axis_names={DATA}, check_vma=False)
+    out = each(*jax.tree.map(fill, arguments, by_leaf))
+    return jax.tree.map(cut, out, jax.tree.broadcast(found, out))
