@@ -1,6 +1,6 @@
 """Mixture-of-Experts language models for JAX researchers: load, run, explain, train."""
 
-from moejax import rules
+from moejax import rules, xla
 from moejax.checkpoints import convert, export, get_model_config, list_supported_models
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
 from moejax.layers import MoeArgs, MoeLayer, get_moe, register_moe
@@ -28,6 +28,8 @@ from moejax.relevance.backtrace import Backtrace
 from moejax.rules import Gates
 
 __version__ = "0.1.0"
+
+xla.without_library_sums()
 
 __all__ = [
     "EXPERT",

@@ -56,8 +56,8 @@ def generate_tokens(
 ) -> Generation:
     """Continue each row of left-padded prompts by up to ``max_new_tokens`` tokens.
 
-    Over a mesh with an axis ``data``, its devices share the rows. A row draws the same whatever others there are. One
-    that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it. The gates of ``reading`` apply to the
+    Over a mesh with an axis ``data``, its devices share the rows. A row draws the same whatever others follow it.
+    One that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it. The gates of ``reading`` apply to the
     prompt and must broadcast over tokens (size 1 there) to apply to the new tokens as well.
 
     Args:
@@ -136,8 +136,12 @@ def _choose(
 
 def _keys(call: _Call, step: Int[Array, ""] | int) -> Key[Array, " R"]:
     """A step's own for every row."""
-    prompts = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(call.key, step), call.numbers)
-    return jax.vmap(lambda key: jax.random.split(key, call.sampling.rows))(prompts).reshape(-1)
+    # keys of the old kind are plain numbers
+    typed = jnp.issubdtype(call.key.dtype, jax.dtypes.prng_key)
+    key = call.key if typed else jax.random.wrap_key_data(call.key)
+    rows = call.sampling.rows
+    numbers = (call.numbers[:, None] * rows + np.arange(rows, dtype=np.int32)).reshape(-1)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), numbers)
 
 
 def _history(call: _Call, choice: Draws | Beams, step: Int[Array, ""] | int) -> Int[Array, "R S"]:

@@ -200,7 +200,11 @@ class MoeLayer(nnx.Module):
 
     @property
     def couples_sequences(self) -> bool:
-        """Whether what a sequence yields depends on the others of its batch: here by places that they take."""
+        """Whether what a sequence yields depends on the others of its batch: here by places that they take.
+
+        Interventions, steps of a path and prompts of :func:`moejax.explain_batch` are kept apart then. What is
+        generated as a batch, and what :class:`moejax.Backtrace` explains of it, competed.
+        """
         return self.args.capacity_factor is not None
 
     @property

@@ -22,7 +22,7 @@ class Config:
         max_positions: longest context the model was made for.
         eos_ids: tokens that end a generation.
         pad_id: token to fill padding with.
-        mesh: devices over which the weights lie, if there are several; :meth:`over` sets it.
+        mesh: devices whose axis ``data`` shares what is independent, if there are several.
     """
 
     model_type: str
@@ -122,20 +122,17 @@ class Config:
 
         return replace(self, blocks=tuple(map(packed, self.blocks)))
 
-    def over(self, mesh: Mesh | None) -> Self:
-        """The same architecture, its weights over a mesh; ``None``: over none.
-
-        Its axis ``expert`` splits experts, its axis ``data`` shares out what is independent.
-        """
+    def over(self, experts: Mesh | None, sharing: Mesh | None = None) -> Self:
+        """The same architecture, its ``experts`` over the axis ``expert`` of a mesh, and with a mesh for sharing."""
 
         def placed(part: Any) -> Any:
             if isinstance(part, RegisteredConfig):
-                return replace(part, mesh=mesh)
+                return replace(part, mesh=experts)
             router = getattr(part, "router", None)
-            return part if router is None else replace(part, router=replace(router, mesh=mesh))
+            return part if router is None else replace(part, router=replace(router, mesh=experts))
 
         blocks = (replace(b, attention=placed(b.attention), feed_forward=placed(b.feed_forward)) for b in self.blocks)
-        return replace(self, blocks=tuple(blocks), mesh=mesh)
+        return replace(self, blocks=tuple(blocks), mesh=sharing)
 
     @property
     def _moe(self) -> list[MoEConfig | RegisteredConfig]:

@@ -139,14 +139,16 @@ def shard(decoder: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mappin
 def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder:
     """The decoder, told over which devices its experts lie and which of them share what is independent."""
     mesh = next((s.mesh for s in placed.values() if isinstance(s.mesh, Mesh)), None)
-    if mesh is not None:
-        experts = {s.spec[0] for path, s in placed.items() if by_expert(path)}
-        weights = {axis for s in placed.values() for axis in s.spec}
-        # axes that the rules use otherwise than their names say have others
-        others = {AXIS} - experts | {DATA} & weights
-        mesh = Mesh(mesh.devices, [f"no {name}" if name in others else name for name in mesh.axis_names])
-    structure = jax.tree.structure(Decoder.abstract(decoder.config.over(mesh)))
-    return jax.tree.unflatten(structure, jax.tree.leaves(decoder))
+    split = any(s.spec[0] == AXIS for path, s in placed.items() if by_expert(path))
+    # where weights lie along it, that axis is not one of copies
+    shared = mesh is not None and DATA in mesh.axis_names and not any(DATA in s.spec for s in placed.values())
+    config = decoder.config.over(mesh if split or mesh is None else _renamed(mesh), mesh if shared else None)
+    return jax.tree.unflatten(jax.tree.structure(Decoder.abstract(config)), jax.tree.leaves(decoder))
+
+
+def _renamed(mesh: Mesh) -> Mesh:
+    """A mesh over whose axis ``expert`` no experts are split, under another name."""
+    return Mesh(mesh.devices, [f"no {name}" if name == AXIS else name for name in mesh.axis_names])
 
 
 def by_expert(path: str) -> bool:

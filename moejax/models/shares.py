@@ -1,7 +1,8 @@
 """What is independent, over several devices: each takes its share.
 
 Sequences of a batch, targets of an explanation and interventions have nothing to do with each other. Each device of
-the mesh's axis ``data`` runs, for fewer of them, the program that one device would run, and waits for no other.
+the mesh's axis ``data`` runs, for fewer of them, what one device would run, and waits for no other. (On GPUs some small
+kernels are XLA's then, as wherever devices are mapped over.)
 """
 
 from collections.abc import Callable
@@ -55,14 +56,16 @@ def share_out(run: Callable[..., Found], mesh: Mesh | None, arguments: tuple, pl
     Args:
         run: computes each of them without regard to the others.
         placed: of each argument a placement (:data:`WHOLE` or :func:`along`) or a tree of them, of any depth. What is
-            shared out has one length.
+            shared out has one length, or is one for all, and then every device is given it.
         found: the same of what ``run`` returns, whose lengths may be multiples of that.
     """
     if (devices := shares(mesh)) == 1:
         return run(*arguments)
     by_leaf = jax.tree.broadcast(placed, arguments)
     leaves = zip(jax.tree.leaves(arguments), jax.tree.leaves(by_leaf), strict=True)
-    count = next(leaf.shape[len(spec) - 1] for leaf, spec in leaves if spec != WHOLE)
+    count = max(leaf.shape[len(spec) - 1] for leaf, spec in leaves if spec != WHOLE)
+    whole = lambda leaf, spec: WHOLE if spec != WHOLE and leaf.shape[len(spec) - 1] < count else spec  # noqa: E731
+    by_leaf = jax.tree.map(whole, arguments, by_leaf)
     filled = -(-count // devices) * devices
     numbers = jnp.minimum(jnp.arange(filled), count - 1)
 
@@ -75,6 +78,6 @@ def share_out(run: Callable[..., Found], mesh: Mesh | None, arguments: tuple, pl
         axis = len(spec) - 1
         return jax.lax.slice_in_dim(leaf, 0, leaf.shape[axis] // filled * count, axis=axis)
 
-    each = jax.shard_map(run, mesh=mesh, in_specs=placed, out_specs=found, axis_names={DATA}, check_vma=False)
+    each = jax.shard_map(run, mesh=mesh, in_specs=by_leaf, out_specs=found, axis_names={DATA}, check_vma=False)
     out = each(*jax.tree.map(fill, arguments, by_leaf))
     return jax.tree.map(cut, out, jax.tree.broadcast(found, out))

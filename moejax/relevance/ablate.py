@@ -132,8 +132,9 @@ def ablate(
         # a last chunk is filled up with passes without a switch, not to compile it anew
         part = {name: _filled(s[start : start + rows], rows) for name, s in switches.items()}
         intact, changed = _values(lm.packed, question.tokens, question.seeds, part, knobs)
-        found.append(np.asarray(intact, np.float64) - np.asarray(changed, np.float64))
-    changes = np.concatenate([np.zeros((0, len(question.aims))), *found])[: len(interventions)]
+        found.append((intact, changed))
+    parts = [np.asarray(intact, np.float64) - np.asarray(changed, np.float64) for intact, changed in found]
+    changes = np.concatenate([np.zeros((0, len(question.aims))), *parts])[: len(interventions)]
     return changes.sum(-1, keepdims=True) if target.joint else changes
 
 

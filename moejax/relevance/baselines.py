@@ -25,6 +25,7 @@ from moejax.relevance.targets import Argmax, Target
 from moejax.rules import AttnLRP, Gates, Plain, Reading
 from moejax.rules.primitives import accumulation_dtype, attach, gate
 from moejax.rules.rule import AttentionProduct, Slope, Total, over_slots
+from moejax.xla import refuse_wrong_sums
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def integrated_gradients(
         MoejaxError: no steps, a chunk of none, an unknown ``over``, a baseline that does not fit, weights in float16.
     """
     refuse_half(lm.decoder)
+    refuse_wrong_sums()
     question = Question.of(lm, prompt, target)
     path, knobs = _path(lm, question, over)
     if steps < 1 or (baseline is not None and over != "embeddings"):

@@ -16,6 +16,7 @@ from moejax.models import Config, Decoder, Hidden, Packed, unpack
 from moejax.models.shares import WHOLE, along, share_out, shares, with_sequences
 from moejax.routing import Routing
 from moejax.rules import Gates, Reading, Rule
+from moejax.xla import refuse_wrong_sums
 
 Pulled = tuple[Any, Any, Any]
 """Cotangents of gates, probes and taps."""
@@ -34,12 +35,7 @@ class Aimed(NamedTuple):
 
 @runtime_checkable
 class Seeds(Protocol):
-    """N targets for each of B sequences."""
-
-    @property
-    def positions(self) -> Int[Array, "B N"]:
-        """The tokens behind which they are read."""
-        ...
+    """N targets for each of B sequences, of which each leaf has an entry."""
 
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
         """The targets' values, to be differentiated; ``reading`` is that of the whole pass."""
@@ -172,8 +168,8 @@ def relevance(
 ) -> Readout:
     """Relevance at every gate for all seeds, in one forward pass and one backward pass over a batch of seeds.
 
-    Over a mesh with an axis ``data``, its devices share the sequences; or, where there are fewer or a layer lets them
-    compete, the seeds: then each makes the forward pass of all.
+    Over a mesh with an axis ``data``, its devices share the sequences; or, where that is less work or a layer lets
+    sequences compete, the seeds: then each makes the forward pass of all.
 
     Args:
         valid: tokens that are not padding; ``None``, which saves time, where none is.
@@ -187,31 +183,37 @@ def relevance(
 
     Raises:
         PromptError: there is no such node.
-        MoejaxError: weights in float16.
+        MoejaxError: weights in float16, or sums that are wrong (:mod:`moejax.xla`).
     """
-    refuse_half(unpack(weights))
+    refuse_wrong_sums()
     read = partial(_read, rule=rule, chunk=chunk, nodes=nodes, joint=joint, rematerialised_layers=rematerialised_layers)
-    seen = jnp.arange(1 if joint else seeds.positions.shape[1], dtype=jnp.int32)
-    config = weights.config
-    if _by_sequence(config, len(tokens)):
+    config, arguments, seen = weights.config, (weights, tokens, valid, seeds, knobs), None
+    if shares(config.mesh) > 1:
+        found = jax.eval_shape(read, *arguments, seen)
+        seen = jnp.arange(len(found.gates.tokens), dtype=jnp.int32)
+    if seen is None or _by_sequence(config, len(tokens), len(seen)):
         placed = WHOLE, along(0), along(0), along(0), with_sequences(knobs), WHOLE
         # their axes in what is found
         found = Readout(along(2), along(2), along(1), along(0), along(0), along(0), along(1), along(1))
     else:
         placed = WHOLE, WHOLE, WHOLE, WHOLE, WHOLE, along(0)
         found = Readout(along(0), along(0), along(0), WHOLE, WHOLE, WHOLE, WHOLE, WHOLE)
-    return share_out(read, config.mesh, (weights, tokens, valid, seeds, knobs, seen), placed, found)
+    return share_out(read, config.mesh, (*arguments, seen), placed, found)
 
 
 def per_device(config: Config, sequences: int, seeds: int) -> tuple[int, int]:
     """How many sequences :func:`relevance` gives to a device, and how many seeds of each."""
     devices = shares(config.mesh)
-    return (-(-sequences // devices), seeds) if _by_sequence(config, sequences) else (sequences, -(-seeds // devices))
+    if _by_sequence(config, sequences, seeds):
+        return -(-sequences // devices), seeds
+    return sequences, -(-seeds // devices)
 
 
-def _by_sequence(config: Config, sequences: int) -> bool:
-    """Whether devices share sequences, not seeds."""
-    return sequences >= shares(config.mesh) and not config.couples_sequences
+def _by_sequence(config: Config, sequences: int, seeds: int) -> bool:
+    """Whether devices share sequences, not seeds: whichever leaves each with fewer passes."""
+    devices = shares(config.mesh)
+    passes = -(-sequences // devices) * (1 + seeds), sequences * (1 + -(-seeds // devices))
+    return passes[0] <= passes[1] and not config.couples_sequences
 
 
 def _read(
@@ -220,7 +222,7 @@ def _read(
     valid: Bool[Array, "B T"] | None,
     seeds: Seeds,
     knobs: Gates,
-    seen: Int[Array, " N"],
+    seen: Int[Array, " N"] | None,
     *,
     rule: Rule,
     chunk: int | None,
@@ -228,8 +230,9 @@ def _read(
     joint: bool,
     rematerialised_layers: int,
 ) -> Readout:
-    """Relevance for the seeds of the numbers ``seen``, as one device computes it."""
+    """Relevance for the seeds of the numbers ``seen``, by default all, as one device computes it."""
     decoder = unpack(weights)
+    refuse_half(decoder)
     dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
     # summed once for all in the end: a sum over tokens is two more kernels wherever it stands
     entries = (decoder.config.num_layers + 1, *tokens.shape)
@@ -246,9 +249,10 @@ def _read(
 
     target, pull, (ids, logits, routing) = jax.vjp(targets, readout, probes, taps, has_aux=True)
     # joint: a one at every seed
-    one = jnp.ones((1, 1), target.dtype) if joint else jax.nn.one_hot(seen, target.shape[1], dtype=target.dtype)
-    seeded = jnp.broadcast_to(one[:, None], (len(seen), *target.shape))
-    gates, leaks, vectors = _in_chunks(jax.vmap(pull), seeded, chunk or len(seen))
+    ones = jnp.ones((1, 1), target.dtype) if joint else jnp.eye(target.shape[1], dtype=target.dtype)
+    seeded = ones[:, None] if seen is None else ones[seen, None]
+    seeded = jnp.broadcast_to(seeded, (len(seeded), *target.shape))
+    gates, leaks, vectors = _in_chunks(jax.vmap(pull), seeded, chunk or len(seeded))
     feed_forward = _stack([r.feed_forward for r in routing])
     attention = _stack([r.attention for r in routing])
     leaks = {name: leak.sum(-1) for name, leak in leaks.items()}

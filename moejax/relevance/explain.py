@@ -60,7 +60,8 @@ def explain_batch(
     rematerialise: bool | int | None = None,
     max_bytes: int | None = None,
 ) -> list[Relevance]:
-    """:func:`explain` for several prompts as one padded batch; one by one if a layer lets sequences compete.
+    """:func:`explain` for several prompts as one padded batch; one by one, where gates must fit each, if a layer lets
+    sequences compete.
 
     Args:
         target: what to explain; by default the logit of the most likely next token.

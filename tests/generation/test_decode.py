@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.extend.core
@@ -106,8 +107,10 @@ def test_cache_is_in_the_dtype_of_the_weights(toy_lm: moejax.LM) -> None:
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "num_return_sequences": 2}
 
 
-def test_a_row_draws_the_same_whatever_others_there_are(toy_lm: moejax.LM) -> None:
-    assert toy_lm.generate_ids(PROMPTS[:1], seed=3, **SAMPLED) == toy_lm.generate_ids(PROMPTS, seed=3, **SAMPLED)[:2]
+def test_keys_of_either_kind_draw_the_same(toy_lm: moejax.LM, toy_tokens: np.ndarray) -> None:
+    tokens, valid = jnp.asarray(toy_tokens), jnp.ones(toy_tokens.shape, bool)
+    draw = partial(generate_tokens, toy_lm.packed, tokens, valid, max_new_tokens=6, sampling=Sampling(temperature=1.0))
+    np.testing.assert_array_equal(draw(jax.random.PRNGKey(3)).tokens, draw(jax.random.key(3)).tokens)
 
 
 def test_seed_determines_the_draws(toy_lm: moejax.LM) -> None:

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 
 from moejax import LM, Cell, Continuation, Gates, Relevance, Span, ablate, explain, explain_batch
+from moejax import Backtrace as DLBacktrace
 from moejax.generation import generate_tokens
 from moejax.lm import _logits
 from moejax.models import Packed, shard
 from moejax.models.shares import along, share_out
 from moejax.ops.target import whole
+from moejax.relevance.ablate import _values
+from moejax.relevance.backtrace.passes import StartWeights
 from moejax.relevance.engine import LogitSeeds, per_device, relevance
 from moejax.relevance.explain import _footprint
 from moejax.rules import AttnLRP, Backtrace
+from moejax.training.upcycle import MixtureSpec, upcycle
 from sharding.test_compute import _messages
 from sharding.tiny import VOCABULARY, WITH_DATA, close, decoder, hugging_face, mesh, random_decoder, single, spread
 
@@ -163,7 +167,19 @@ def test_a_device_computes_its_share() -> None:
         some = jax.tree.map(lambda leaf: leaf[:sequences, :count], seeds)
         return relevance.lower(weights, tokens[:sequences], None, some, Gates(), rule=AttnLRP())
 
+    def generate(weights: Packed, sequences: int) -> jax.stages.Lowered:
+        prompts = tokens[:sequences]
+        run = lambda t, v: generate_tokens(weights, t, v, jax.random.key(0), max_new_tokens=5)  # noqa: E731
+        return jax.jit(run).lower(prompts, jnp.ones(prompts.shape, bool))
+
+    def intervene(weights: Packed, count: int) -> jax.stages.Lowered:
+        target = jax.tree.map(lambda leaf: leaf[:1, :2], seeds)
+        return _values.lower(weights, tokens[:1], target, {"heads": jnp.zeros((count, 1, 3), jnp.int32)}, Gates())
+
     for ours, theirs in (
+        (generate(four, 4), generate(one, 1)),
+        (intervene(four, 8), intervene(one, 2)),
+        (read(four, 2, 2), read(one, 1, 2)),
         (_logits.lower(four, tokens, None, Gates()), _logits.lower(one, tokens[:1], None, Gates())),
         (read(four, 4, 2), read(one, 1, 2)),
         (read(four, 1, 8), read(one, 1, 2)),
@@ -193,8 +209,7 @@ def test_a_bound_on_memory_is_a_device_s() -> None:
 def test_weights_that_lie_along_data_are_not_shared_out() -> None:
     """A rule may split them over an axis of any name."""
     model = LM(shard(decoder("olmoe"), mesh("data"), {"hidden": "data"}))
-    assert model.config.mesh is not None
-    assert "data" not in model.config.mesh.axis_names
+    assert model.config.mesh is None
     close(model(TOKENS), single("olmoe")(TOKENS))
 
 
@@ -232,3 +247,54 @@ def test_sequences_that_compete_stay_together() -> None:
     tokens = jnp.asarray(TOKENS, jnp.int32)
     read = [relevance(m.packed, tokens, None, seeds, Gates(), rule=AttnLRP()) for m in (four, one)]
     jax.tree.map(partial(close, tolerance=1e-4), *read)
+
+
+def test_what_broadcasts_over_sequences() -> None:
+    """One row of padding for all of them, one sequence under several gates."""
+    ours, theirs = spread("olmoe", "data"), single("olmoe")
+    valid = np.arange(TOKENS.shape[1])[None] >= 3
+    close(ours(TOKENS, valid=valid)[:, 3:], theirs(TOKENS, valid=valid)[:, 3:])
+    gates = Gates(tokens=jnp.ones((3, 3, TOKENS.shape[1])).at[1, 2, 17].set(0.0))
+    close(ours(TOKENS[:1], gates=gates), theirs(TOKENS[:1], gates=gates))
+
+
+@pytest.mark.parametrize("task", ["generation", "multi-class classification"])
+def test_backtrace(task: str) -> None:
+    """Seeds of any kind: a logit of each new token, and given relevance of all logits as one."""
+    found, want = (
+        DLBacktrace(model=m).run_task(task, inputs=PROMPTS[:1], max_new_tokens=3, return_relevance=True)
+        for m in (spread("olmoe", "data"), single("olmoe"))
+    )
+    np.testing.assert_array_equal(found["generated_ids"], want["generated_ids"])
+    for mine, other in zip(found["relevance_trace"], want["relevance_trace"], strict=True):
+        jax.tree.map(close, mine["all_wt"], other["all_wt"])
+
+
+def test_one_start_is_one_pass_back() -> None:
+    """Given relevance of logits at many positions, which is what Backtrace starts from, is one target."""
+    for model in (single("olmoe"), spread("olmoe", "data")):
+        start = StartWeights(jnp.arange(9)[None], jnp.ones((1, 9, VOCABULARY)))
+        tokens = jnp.asarray(TOKENS[:1, :9], jnp.int32)
+        found = relevance(model.packed, tokens, None, start, Gates(), rule=Backtrace())
+        assert found.gates.tokens is not None
+        assert found.gates.tokens.shape == (1, 3, 1, 9)
+
+
+def test_axes_under_other_rules_and_a_mesh_that_is_set() -> None:
+    """No experts lie along ``expert``, and the mesh of the context is the model's."""
+    over = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    model = LM(shard(decoder("olmoe"), over, {"hidden": "expert"}))
+    with jax.set_mesh(over):
+        found = model(TOKENS)
+    close(found, single("olmoe")(TOKENS))
+
+
+def test_what_is_upcycled_over_data_is_published() -> None:
+    fields = hugging_face("llama", attention_bias=False, mlp_bias=False)
+    dense = random_decoder(fields)
+    spec, key = MixtureSpec(4, 2), jax.random.key(0)
+    theirs = upcycle(LM(dense), spec, key=key).model
+    ours = upcycle(LM(shard(dense, mesh("data"))), spec, key=key).model
+    assert theirs.hugging_face is not None
+    assert ours.hugging_face == theirs.hugging_face
+    close(ours(TOKENS), theirs(TOKENS))
