@@ -85,7 +85,7 @@ def test_generation_with_a_time_limit() -> None:
     assert spread("olmoe", "data").generate_ids(PROMPTS, max_new_tokens=6, max_time=600.0) == want
 
 
-@models(("olmoe", "data and expert"), ("gpt_oss", "data and tensor"))
+@models(("olmoe", "data and expert"))
 @pytest.mark.parametrize("count", [1, 5])
 def test_relevance(family: str, layout: str, count: int) -> None:
     """Of one sequence, whose targets are shared, and of more than there are devices."""
