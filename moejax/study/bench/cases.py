@@ -53,15 +53,18 @@ def gradient(weights: Decoder | Packed, tokens: Int[Array, "B T"]) -> Float[Arra
     return jax.grad(largest)(ones)[0]
 
 
-def explanation(rule: Rule, targets: int, *, again: float = 0.0) -> Callable[[Packed, Array], Readout]:
-    """Relevance at all gates for the ``targets`` last positions; a share of the layers is computed ``again``."""
+def explanation(rule: Rule, targets: int, *, again: float = 0.0) -> Callable[..., Readout]:
+    """Relevance at all gates for the ``targets`` last positions; a share of the layers is computed ``again``.
 
-    def run(weights: Packed, tokens: Array) -> Readout:
+    The function takes interventions as well, if there are any.
+    """
+
+    def run(weights: Packed, tokens: Array, knobs: Gates = Gates()) -> Readout:
         length = tokens.shape[1]
         positions = jnp.arange(length - targets, length, dtype=jnp.int32)[None]
         seeds = LogitSeeds.of(positions, jnp.full((1, targets, 1), -1, jnp.int32), jnp.ones((1, targets, 1)))
         layers = round(again * weights.config.num_layers)
-        return relevance(weights, tokens, None, seeds, Gates(), rule=rule, rematerialised_layers=layers)
+        return relevance(weights, tokens, None, seeds, knobs, rule=rule, rematerialised_layers=layers)
 
     return run
 
