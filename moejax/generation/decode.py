@@ -16,7 +16,8 @@ from moejax.generation.draws import Draws
 from moejax.generation.sampling import Sampling
 from moejax.generation.turn import Generation, Plan, Turn
 from moejax.models import Cache, Decoder, Packed, unpack
-from moejax.models.shares import WHOLE, along, over_sequences, share_out, shares, with_sequences
+from moejax.models.shares import WHOLE, along, over_sequences, share_out, with_sequences
+from moejax.ops.target import agreed
 from moejax.rules import Reading
 
 
@@ -56,7 +57,7 @@ def generate_tokens(
 ) -> Generation:
     """Continue each row of left-padded prompts by up to ``max_new_tokens`` tokens.
 
-    Over a mesh with the axis ``data`` alone, its devices share the rows. A row draws the same whatever others
+    Over a mesh with the axis ``data``, its devices share the prompts. A row draws the same whatever others
     follow it. One that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it. The gates of ``reading``
     apply to the prompt and must broadcast over tokens (size 1 there) to apply to the new tokens as well.
 
@@ -108,7 +109,8 @@ def _decode(call: _Call, state: _State, plan: Plan, until: Int[Array, ""] | int,
     reading = replace(call.reading, gates=gates)
 
     def unfinished(state: _State) -> Array:
-        return (state.step < until) & ~state.choice.finished(call.sampling)
+        more = (state.step < until) & ~state.choice.finished(call.sampling)
+        return agreed(more.astype(jnp.int32)) > 0
 
     def step(state: _State) -> _State:
         parents = state.choice.parents
@@ -179,10 +181,7 @@ def _whole(call: _Call, plan: Plan) -> Generation:
 
     reading = replace(jax.tree.map(lambda _: WHOLE, call.reading), gates=with_sequences(call.reading.gates))
     placed = _Call(WHOLE, along(0), along(0), along(0), WHOLE, WHOLE, reading)
-    mesh = over_sequences(call.weights.config)
-    # where devices also meet over another axis, none may leave the loop before the others: that hangs
-    mesh = mesh if shares(mesh) == getattr(mesh, "size", 1) else None
-    return share_out(run, mesh, (call,), (placed,), along(0))
+    return share_out(run, over_sequences(call.weights.config), (call,), (placed,), along(0))
 
 
 # The same in parts. A part's state is the next one's to overwrite, so that there is one cache only.

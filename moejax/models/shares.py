@@ -1,8 +1,9 @@
 """What is independent, over several devices: each takes its share.
 
 Sequences of a batch, targets of an explanation and interventions have nothing to do with each other. Each device of
-the mesh's axis ``data`` runs, for fewer of them, what one device would run, and waits for no other. (On GPUs some small
-kernels are XLA's then, as wherever devices are mapped over.)
+the mesh's axis ``data`` runs, for fewer of them, what one device would run, and waits for no other; where the mesh has
+more axes, which way to go on is agreed upon (:func:`moejax.ops.target.agreed`). (On GPUs some small kernels are XLA's
+then, as wherever devices are mapped over.)
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from moejax.generation import generate_tokens
 from moejax.lm import _logits
 from moejax.models import Packed, shard
 from moejax.models.shares import along, share_out
-from moejax.ops.target import whole
+from moejax.ops.target import agreed, whole
 from moejax.relevance.ablate import _values
 from moejax.relevance.backtrace.passes import StartWeights
 from moejax.relevance.engine import LogitSeeds, per_device, relevance
@@ -61,7 +61,8 @@ def test_gates(family: str, layout: str) -> None:
         assert np.abs(want - theirs(TOKENS)).max() > 1e-3
 
 
-@models()
+# jetmoe's queries change places between devices of both groups in one exchange, for which both must take each step
+@models(("jetmoe", "data and tensor"))
 @pytest.mark.parametrize(
     "settings",
     [{}, {"temperature": 0.9, "num_return_sequences": 3}, {"num_beams": 3, "num_return_sequences": 2}],
@@ -227,6 +228,14 @@ def test_kernels_are_whole_where_devices_share(layout: str) -> None:
     jax.eval_shape(lambda x: share_out(run, over, (x,), (along(0),), along(0)), jnp.zeros(4))
     assert within == [layout != "data and tensor"]
     assert not whole(over)
+
+
+@pytest.mark.parametrize(("layout", "want"), [("data", [3, 1, 4, 2]), ("data and tensor", [4, 2, 4, 2])])
+def test_devices_agree_where_they_meet_over_other_axes(layout: str, want: list[int]) -> None:
+    """On the largest number; where nothing else is split each goes its own way."""
+    over = spread("olmoe", layout).config.mesh
+    run = jax.jit(lambda x: share_out(jax.vmap(agreed), over, (x,), (along(0),), along(0)))
+    assert run(jnp.array([3, 1, 4, 2])).tolist() == want
 
 
 def test_sequences_that_compete_stay_together() -> None:
