@@ -4,9 +4,10 @@
 
 Experts' products with padded batched ones (for packed experts, with unpacking beforehand), and cuDNN's attention with
 attention by blocks. Random weights, bfloat16.
-Prints how far logits and relevance of both differ (a share of the largest value), and fails if that is more than
-bfloat16 explains, or if a program does not hold the kernel. Rounding would send some tokens to other experts, whose
-slots then are others': those that the program with all kernels selects are the only choices of the others.
+Prints how far logits and relevance of both differ (a share of the largest value), beside how far both are from those
+of the same weights in float32, and fails if that is more than bfloat16 explains, or if a program does not hold the
+kernel. Rounding would send some tokens to other experts, whose slots then are others': those that the program with all
+kernels selects are the only choices of the others.
 """
 
 import argparse
@@ -78,6 +79,11 @@ def only(config: Config, found: Found) -> Gates:
     return Gates(**{name: jax.nn.one_hot(ids, count).sum(-2) for (name, count), ids in routes})
 
 
+def apart(ours: Found, theirs: Found) -> float:
+    assert all(map(np.array_equal, ours.routes, theirs.routes)), "tokens are routed otherwise"
+    return difference(jax.device_get(ours[:-1]), jax.device_get(theirs[:-1]))
+
+
 def every(config: Config, tokens: jax.Array) -> Gates:
     ones = Gates.ones(config, tokens)
     return Gates(choices=ones.experts, attention_choices=ones.attention_experts)
@@ -107,17 +113,25 @@ def main() -> None:
     config, used = published(args.model), kernels(args.model)
     config = replace(config, blocks=config.blocks[: args.layers])
     weights = Packed.of(random_decoder(config))
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, weights)
     tokens = jax.random.randint(jax.random.key(0), (1, args.tokens), 0, config.vocab_size)
     cases = {"AttnLRP, 3 targets": (AttnLRP(), 3), "Backtrace": (Backtrace(), 1)}
     for name, (rule, targets) in cases.items():
         function = partial(relevance, rule=rule, targets=targets)
         arguments = weights, tokens, every(config, tokens)
         ours = compiled(function, arguments, used)(*arguments)
+        chosen = only(config, ours)
+        with jax.default_matmul_precision("highest"):
+            truth = jax.jit(function)(exact, tokens, chosen)
+        print(f"{args.model}, {name}: {apart(ours, truth):.1e} from float32", flush=True)
         for kernel in used:
-            theirs = compiled(function, arguments, used, without=kernel)(weights, tokens, only(config, ours))
-            assert all(map(np.array_equal, ours.routes, theirs.routes)), "tokens are routed otherwise"
-            found = difference(jax.device_get(ours[:-1]), jax.device_get(theirs[:-1]))
-            print(f"{args.model}, {name}: differs by {found:.1e} without the kernel of {kernel}", flush=True)
+            theirs = compiled(function, arguments, used, without=kernel)(weights, tokens, chosen)
+            found = apart(ours, theirs)
+            print(
+                f"{args.model}, {name}: differs by {found:.1e} without the kernel of {kernel}, "
+                f"which then is {apart(theirs, truth):.1e} from float32",
+                flush=True,
+            )
             assert found <= TOLERANCE, f"{name} differs by more than {TOLERANCE}"
 
 

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from programs import forget_if_many
 
 ROOT = Path(__file__).parents[1]
 if importlib.util.find_spec("moejax") is None:
@@ -44,22 +44,16 @@ TOY = {
 }
 
 
-MAPS, TESTS = Path("/proc/self/maps"), count()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Every compiled program keeps memory maps, of which a process may have 65,530; then the compiler aborts."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def forget_programs_of_long_files() -> Iterator[None]:
-    """The same within a file; maps are counted after every eighth test, since that takes some milliseconds."""
     yield
-    if next(TESTS) % 8 == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 30_000:
-        jax.clear_caches()
+    forget_if_many()
 
 
 @cache

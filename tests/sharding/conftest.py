@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import pytest
+from programs import forget_if_many
 
 DEVICES = 4
 
@@ -24,7 +25,10 @@ def _emulate_devices() -> None:
 
 
 def _call(module: str, function: str, arguments: dict[str, Any]) -> None:
-    getattr(importlib.import_module(module), function)(**arguments)
+    try:
+        getattr(importlib.import_module(module), function)(**arguments)
+    finally:
+        forget_if_many()
 
 
 @pytest.fixture(scope="session", autouse=True)
