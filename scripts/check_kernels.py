@@ -6,8 +6,8 @@ Experts' products with padded batched ones (for packed experts, with unpacking b
 attention by blocks. Random weights, bfloat16.
 Prints how far logits and relevance of both differ (a share of the largest value), beside how far both are from those
 of the same weights in float32, and fails if that is more than bfloat16 explains, or if a program does not hold the
-kernel. Rounding would send some tokens to other experts, whose slots then are others': those that the program with all
-kernels selects are the only choices of the others.
+kernel; two to four minutes a model. Rounding would send some tokens to other experts, whose slots then are others':
+those that the program with all kernels selects are the only choices of the others.
 """
 
 import argparse
