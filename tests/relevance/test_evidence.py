@@ -398,8 +398,8 @@ class TestTrainedModel:
         ):
             assert narrow.dtype == np.float32
             assert rank_correlation(wide, narrow) >= 0.99
-            flipped = np.sort(mine.ids) != np.sort(theirs.ids)
-            assert flipped.mean() < 0.02
+            kept = (mine.ids[..., None] == theirs.ids[..., None, :]).any(-1)
+            assert kept.mean() > 0.98
 
     def test_another_token_has_another_explanation(self):
         best = read_windows(trained(), "attnlrp")
