@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundled name, Hugging Face folder, or hub id.")]
+# JAX keeps 32 bits of a seed
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draw.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
 
 
@@ -81,7 +83,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k best tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the best tokens up to this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
@@ -185,7 +187,7 @@ def analyse(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Draw windows up to so many tokens.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Seed = 0,
     drop_top: Annotated[int, typer.Option(min=0, help="Also mask each token's best 1, 2, .. so many experts.")] = 0,
     probe_tokens: Annotated[int, typer.Option(min=1, help="Sample of the data for --drop-top.")] = 4096,
     by_token: Annotated[

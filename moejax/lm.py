@@ -22,6 +22,7 @@ from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
 
 Prompt = str | Sequence[int] | Int[Array | np.ndarray, " T"]
+Prompts = Sequence[Prompt] | Int[Array | np.ndarray, "B T"]
 
 
 @jax.jit
@@ -59,17 +60,27 @@ class LM:
         self,
         tokens: TokenIds,
         *,
-        valid: Bool[Array | np.ndarray, "B T"] | None = None,
+        valid: Bool[Array | np.ndarray, "*B T"] | None = None,
         gates: Gates | None = None,
     ) -> Float[Array, "B T V"]:
         """Next-token logits, float32. One row without a batch axis is taken as a batch of one.
 
+        Tokens are checked on the host: within ``jax.jit`` and the like call ``decoder``.
+
+        Args:
+            valid: tokens that are not padding; a single row holds for all.
+            gates: interventions.
+
         Raises:
-            PromptError: no tokens, or an id outside the vocabulary.
+            PromptError: no tokens, an id outside the vocabulary, or ``valid`` of another shape.
+            MoejaxError: gates that do not fit the model or the tokens.
         """
         tokens = jnp.atleast_2d(self.check(tokens))
-        valid = None if valid is None else jnp.asarray(valid, bool)
-        return _logits(self.packed, tokens, valid, gates or Gates())
+        valid = None if valid is None else jnp.atleast_2d(jnp.asarray(valid, bool))
+        if tokens.ndim != 2 or (valid is not None and valid.shape not in (tokens.shape, (1, tokens.shape[1]))):
+            shapes = tokens.shape if valid is None else f"{tokens.shape} with `valid` of shape {valid.shape}"
+            raise PromptError(f"token ids of shape {shapes}: both are [B T].")
+        return _logits(self.packed, tokens, valid, Gates() if gates is None else gates.check(self.config, tokens))
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
@@ -91,7 +102,7 @@ class LM:
         return texts[0] if isinstance(prompt, str) else texts
 
     def generate_ids(
-        self, prompts: Sequence[Sequence[int]], *, eos_ids: Sequence[int] | None = None, **options: Any
+        self, prompts: Prompts, *, eos_ids: Sequence[int] | None = None, **options: Any
     ) -> list[list[int]]:
         """New token ids of each prompt, up to and without the token that ended it.
 
@@ -101,7 +112,7 @@ class LM:
             PromptError: an empty prompt, or an id outside the vocabulary.
             MoejaxError: an option out of range.
         """
-        if not prompts:
+        if len(prompts) == 0:
             return []
         found = self.generate_tokens(prompts, eos_ids=eos_ids, **options)
         ends = self.config.eos_ids if eos_ids is None else tuple(eos_ids)
@@ -110,7 +121,7 @@ class LM:
 
     def generate_tokens(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         *,
         max_new_tokens: int = 32,
         seed: int = 0,
@@ -130,7 +141,8 @@ class LM:
         Args:
             max_new_tokens: of each answer.
             seed: determines the draw.
-            gates: interventions; must broadcast over tokens.
+            gates: interventions, as :func:`moejax.generation.generate_tokens` takes them: those for a single token,
+                ``Gates.ones(config, [0])``, hold for all.
             eos_ids: tokens that end an answer; by default those of the configuration.
             pad_id: fills answers behind their end; by default that of the configuration.
             max_time: seconds after which no further token is begun, compiling not counted.
@@ -139,10 +151,12 @@ class LM:
             PromptError: no prompts, an empty one, or an id outside the vocabulary.
             MoejaxError: an option out of range.
         """
-        if not prompts:
+        if isinstance(prompts, str):
+            raise PromptError("one text is no list of prompts; put it in one, or call generate.")
+        if len(prompts) == 0:
             raise PromptError("there are no prompts to continue.")
         pad_id = self.config.pad_id if pad_id is None else pad_id
-        tokens, valid = left_pad([self.check(p) for p in prompts], pad_id)
+        tokens, valid = left_pad([np.array(self.encode(p), np.int32) for p in prompts], pad_id)
         return generate_tokens(
             self.packed,
             tokens,

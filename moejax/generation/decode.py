@@ -1,6 +1,7 @@
 """Prefill and decode as one compiled program: the loop over tokens never visits the host."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -58,22 +59,24 @@ def generate_tokens(
     """Continue each row of left-padded prompts by up to ``max_new_tokens`` tokens.
 
     Over a mesh with the axis ``data``, its devices share the prompts. A row draws the same whatever others
-    follow it. One that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it. The gates of ``reading``
-    apply to the prompt and must broadcast over tokens (size 1 there) to apply to the new tokens as well.
+    follow it. One that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it.
 
     Args:
+        reading: its gates' axis of tokens is 1, and then they hold for all, or ``T + max_new_tokens``.
         max_time: seconds after which no further token is begun (of beam search, one last, with which running beams
             become answers); compiling is not counted. The loop then comes back to the host from time to time, and every
             device computes all rows.
         return_scores: return the scores of every token; takes ``B N V`` numbers, for beams ``B num_beams N V``.
 
     Raises:
-        MoejaxError: a setting that does not fit the model or the others.
+        MoejaxError: a setting that does not fit the model or the others, gates that do not fit the tokens.
     """
     plan = Plan(max_new_tokens, tuple(eos_ids), pad_id, return_scores)
     if sampling.min_new_tokens > max_new_tokens:
         raise MoejaxError(f"min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={max_new_tokens}.")
     _check_words(sampling, weights)
+    batch, prompt = tokens.shape
+    reading.gates.check(weights.config, np.zeros((batch, prompt + max_new_tokens), np.int32))
     call = _Call(weights, tokens, valid, np.arange(len(tokens), dtype=np.int32), key, sampling, reading)
     if max_time is None:
         return _whole(call, plan)
@@ -93,7 +96,8 @@ def _prefill(call: _Call, plan: Plan) -> _State:
     decoder, rows = unpack(call.weights), call.sampling.rows
     batch, prompt = call.tokens.shape
     cache = decoder.empty_cache(batch, prompt + plan.max_new_tokens - 1)
-    logits, cache = _forward(decoder, call.tokens, call.valid, cache, call.reading)
+    reading = _during(call.reading, lambda gate: gate[:, :, :prompt])
+    logits, cache = _forward(decoder, call.tokens, call.valid, cache, reading)
     if rows > 1:
         each = jnp.repeat(jnp.arange(batch), rows)
         logits, cache = logits[each], _take_rows(cache, each)
@@ -104,6 +108,7 @@ def _prefill(call: _Call, plan: Plan) -> _State:
 def _decode(call: _Call, state: _State, plan: Plan, until: Int[Array, ""] | int, limit: Int[Array, ""] | int) -> _State:
     """Go on until ``until`` tokens or until no row can; at ``limit`` tokens every row ends."""
     decoder, rows = unpack(call.weights), call.sampling.rows
+    prompt = call.tokens.shape[1]
     # gates that differ by prompt hold for each of its rows
     gates = jax.tree.map(lambda g: g if g.shape[1] == 1 else jnp.repeat(g, rows, axis=1), call.reading.gates)
     reading = replace(call.reading, gates=gates)
@@ -116,10 +121,17 @@ def _decode(call: _Call, state: _State, plan: Plan, until: Int[Array, ""] | int,
         parents = state.choice.parents
         cache = state.cache if parents is None else _take_rows(state.cache, parents)
         newest = jax.lax.dynamic_slice_in_dim(state.choice.written, state.step - 1, 1, axis=1)
-        logits, cache = _forward(decoder, newest, jnp.ones(newest.shape, bool), cache, reading)
+        place = prompt + state.step - 1
+        of_newest = _during(reading, lambda gate: jax.lax.dynamic_slice_in_dim(gate, place, 1, axis=2))
+        logits, cache = _forward(decoder, newest, jnp.ones(newest.shape, bool), cache, of_newest)
         return _choose(call, plan, state.choice, logits, cache, state.step, limit)
 
     return jax.lax.while_loop(unfinished, step, state)
+
+
+def _during(reading: Reading, part: Callable[[Array], Array]) -> Reading:
+    """With the part of the gates that holds for some tokens; gates for one token hold for all."""
+    return replace(reading, gates=jax.tree.map(lambda g: g if g.shape[2] == 1 else part(g), reading.gates))
 
 
 def _choose(

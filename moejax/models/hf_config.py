@@ -127,7 +127,8 @@ class Fields:
             "tied": self("tie_word_embeddings", tied),
             "max_positions": self.size("max_position_embeddings", max_positions),
             "eos_ids": self.eos_ids(),
-            "pad_id": self("pad_token_id", 0),
+            # some name -1, of which there is no embedding
+            "pad_id": max(self("pad_token_id", 0), 0),
         }
 
     def no_window(self) -> None:
@@ -145,7 +146,8 @@ class Fields:
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer of a Qwen model is a mixture: not ``mlp_only_layers``, and on the ``decoder_sparse_step``."""
-        return layer not in self("mlp_only_layers", ()) and (layer + 1) % self("decoder_sparse_step", 1) == 0
+        step, dense = self("decoder_sparse_step", 1), self("mlp_only_layers", ())
+        return layer not in dense and (layer + 1) % step == 0
 
     def eos_ids(self) -> tuple[int, ...]:
         """``eos_token_id`` as a tuple: it may be absent, one id or several."""

@@ -16,7 +16,7 @@ from moejax.models.shares import WHOLE, along, share_out, shares
 from moejax.relevance.engine import Aimed, LogitSeeds, Seeds, checked_chunk
 from moejax.relevance.explain import decoder_dtype
 from moejax.relevance.result import Relevance
-from moejax.relevance.targets import Aim, Argmax, Target
+from moejax.relevance.targets import Aim, Argmax, Target, checked_target
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import HOW, check_index
 
@@ -152,7 +152,7 @@ class Question(NamedTuple):
         Raises:
             PromptError: as in :func:`explain`.
         """
-        ids, aims = target.resolve(lm, lm.encode(prompt))
+        ids, aims = checked_target(target).resolve(lm, lm.encode(prompt))
         return cls(aims, jnp.asarray([ids], jnp.int32), target.seeds([aims], [0], decoder_dtype(lm)))
 
 

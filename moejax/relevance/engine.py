@@ -311,7 +311,7 @@ def node_shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, 
     """
     name, _, index = node.rpartition(".")
     layers = config.num_layers + (name == "stream")
-    if name not in NODES or not index.isdecimal() or int(index) >= layers:
+    if name not in NODES or index not in map(str, range(layers)):
         example = f"attention.{config.num_layers - 1}"
         raise PromptError(f"there is no node {node!r}: name {', '.join(NODES)} and a layer, as {example!r}.")
     if name == "edges":

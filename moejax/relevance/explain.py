@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from moejax.errors import MoejaxError
+from moejax.errors import MoejaxError, PromptError
 from moejax.lm import LM, Prompt, left_pad
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
-from moejax.relevance.targets import Aim, Argmax, Target
+from moejax.relevance.targets import Aim, Argmax, Target, checked_target
 from moejax.rules import Gates, Rule, by_name
 
 _CANDIDATES = 5
@@ -81,9 +81,11 @@ def explain_batch(
         MoejaxError: an unknown rule, gates of another model, weights in float16, ``max_bytes`` too little for a target,
             fewer than no layers, a chunk of none.
     """
-    if not prompts:
+    if len(prompts) == 0:
         return []
-    rule, chunk = by_name(rule), checked_chunk(chunk)
+    if isinstance(prompts, str):
+        raise PromptError("one text is no list of prompts; put it in one, or call explain.")
+    rule, chunk, target = by_name(rule), checked_chunk(chunk), checked_target(target)
     read = partial(_together, lm, target, rule, gates, tuple(nodes), chunk, rematerialise, max_bytes)
     if lm.config.couples_sequences:
         return [found for prompt in prompts for found in read([prompt])]

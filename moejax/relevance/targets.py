@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,10 @@ from moejax.relevance.engine import BEST, LogitSeeds, RoutingSeeds, Seeds, Strea
 
 if TYPE_CHECKING:
     from moejax.lm import LM
+
+
+TokenName = str | SupportsIndex
+"""A token's text or its id."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,19 @@ class Target(ABC):
         return f"log p({text})" if aim.expected else text
 
 
-def _token_id(lm: "LM", token: str | int) -> int:
+def checked_target(target: Any) -> Target:
+    """``target``, if it is one.
+
+    Raises:
+        PromptError: it is something else.
+    """
+    if not isinstance(target, Target):
+        example = target if isinstance(target, str | int) else " token"
+        raise PromptError(f"target={target!r} is none of moejax's targets, such as moejax.Token({example!r}).")
+    return target
+
+
+def _token_id(lm: "LM", token: TokenName) -> int:
     if isinstance(token, str):
         return lm.need_tokenizer().token_id(token)
     return int(lm.check([token])[0])
@@ -116,7 +132,7 @@ class Argmax(Target):
 class Token(Target):
     """The logit of one token, named by its text (exactly one token) or id."""
 
-    token: str | int
+    token: TokenName
     position: int = -1
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
@@ -130,18 +146,19 @@ class Contrast(Target):
     ``other`` may be several tokens: their average logit, weighted by their probabilities.
     """
 
-    token: str | int
-    other: str | int | Sequence[str | int]
+    token: TokenName
+    other: TokenName | Sequence[TokenName]
     position: int = -1
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
         position, token = _position(self.position, len(prompt)), _token_id(lm, self.token)
-        several = not isinstance(self.other, str | int)
-        others = [_token_id(lm, other) for other in (self.other if several else [self.other])]  # type: ignore[union-attr]
+        given = np.asarray(self.other, object)
+        others = [_token_id(lm, other) for other in given.ravel()]
         if token in others or not others:
             raise PromptError(f"a contrast needs two tokens; {self.token!r} stands on both sides, or nothing on one.")
-        if several:
-            return prompt, [Aim(position, ((token, 1.0),), rivals=tuple(others))]
+        if given.ndim:
+            # each counts once, however often it is named
+            return prompt, [Aim(position, ((token, 1.0),), rivals=tuple(dict.fromkeys(others)))]
         return prompt, [Aim(position, ((token, 1.0), (others[0], -1.0)))]
 
 
@@ -149,7 +166,7 @@ class Contrast(Target):
 class MeanContrast(Target):
     """The logit of one token minus the mean of all."""
 
-    token: str | int
+    token: TokenName
     position: int = -1
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
@@ -160,7 +177,7 @@ class MeanContrast(Target):
 class LogProbability(Target):
     """The log-probability of one token, expanded at its logits: ``z - sum p z`` is what is shared out."""
 
-    token: str | int
+    token: TokenName
     position: int = -1
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
@@ -176,6 +193,8 @@ class Continuation(Target):
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
         answer = self.answer
         ids = lm.need_tokenizer().encode(answer, special=False) if isinstance(answer, str) else list(answer)
+        if not ids:
+            raise PromptError("the answer is empty: there is no token to explain.")
         return _teacher_forced(prompt, lm.check(ids).tolist())
 
 

@@ -41,7 +41,8 @@ class _Sizes(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Gates:
-    """Multiplicative gates; a field left ``None`` costs nothing. Any axis but the last may be 1 and broadcasts.
+    """Multiplicative gates; a field left ``None`` costs nothing. Axes of layers, sequences and tokens may be 1 and
+    broadcast.
 
     Attributes:
         tokens: residual stream of a token entering each layer, and the final norm.
@@ -80,7 +81,7 @@ class Gates:
         return cls._ones(config, tokens, experts=config.num_experts, attention_experts=config.num_attention_experts)
 
     @classmethod
-    def readout(cls, config: _Sizes, tokens: Int[Array, "B T"]) -> Self:
+    def readout(cls, config: _Sizes, tokens: TokenIds) -> Self:
         """Gates to differentiate: by routed slot, none by expert id."""
         return cls._ones(config, tokens, slots=config.num_selected, attention_slots=config.num_attention_selected)
 
@@ -97,19 +98,25 @@ class Gates:
         Raises:
             MoejaxError: a field does not broadcast to the model's layers, experts or heads, or to the tokens.
         """
-        fit, readout = Gates.ones(config, tokens), Gates.readout(config, jnp.asarray(tokens))
+        fit = jax.eval_shape(lambda: Gates._every(config, tokens))
         for f in fields(self):
-            mine = getattr(self, f.name)
-            theirs = getattr(readout, f.name) if f.name.endswith("slots") else fit.like(f.name)
+            mine, theirs = getattr(self, f.name), getattr(fit, f.name)
             if mine is None:
                 continue
             if theirs is None:
                 raise MoejaxError(f"gates on {f.name}, of which this model has none.")
-            # any axis but the last may be 1; of the tokens' gates the last is that of tokens
-            sizes = [(1, size) for size in theirs.shape[:-1]] + [theirs.shape[-1:]]
+            # layer, sequence and token; a fourth axis is that of experts, slots or heads
+            sizes = [(1, size) for size in theirs.shape[:3]] + [(size,) for size in theirs.shape[3:]]
             if mine.ndim != theirs.ndim or any(m not in fits for m, fits in zip(mine.shape, sizes, strict=True)):
                 raise MoejaxError(f"gates on {f.name} of shape {list(mine.shape)} do not fit {list(theirs.shape)}.")
         return self
+
+    @classmethod
+    def _every(cls, config: _Sizes, tokens: TokenIds) -> Self:
+        """All fields that a model can have."""
+        knobs, readout = cls.ones(config, tokens), cls.readout(config, tokens)
+        names = {f.name for f in fields(cls)}
+        return cls(**{name: getattr(readout, name) if name.endswith("slots") else knobs.like(name) for name in names})
 
     def at(self, layer: int) -> Self:
         """The gates of one layer: every field without its first axis."""

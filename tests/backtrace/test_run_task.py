@@ -196,6 +196,7 @@ def test_classification_explains_what_is_likely() -> None:
         ({"prompt": {"ids": [1]}}, PromptError, "no 'input_ids', only 'ids'"),
         ({"prompt": ([[1, 2]], [[1]])}, PromptError, "both are"),
         ({"prompt": ([[1, 2]], [[0, 0]])}, PromptError, "empty"),
+        ({"prompt": ([1, 2], [3, 4])}, PromptError, "ones and zeros"),
         ({"prompt": [[1, 97]]}, PromptError, "outside the vocabulary"),
         ({"prompt": [[1, 2], [3]]}, PromptError, "unequal length"),
         ({"temperature": -1.0}, MoejaxError, "temperature=-1"),

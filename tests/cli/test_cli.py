@@ -201,7 +201,7 @@ BAD = {
         ["unheard of", "tokens, not one"],
     ),
     "empty target": (["explain", PROMPT, "--target", ""], ["none"]),
-    "empty answer": (["explain", PROMPT, "--answer", ""], ["empty"]),
+    "empty answer": (["explain", PROMPT, "--answer", ""], ["answer is empty"]),
     "contrast without target": (["explain", PROMPT, "--contrast", " cat"], ["--contrast needs --target"]),
     "two kinds of target": (["explain", PROMPT, "--target", " cat", "--generate", 3], ["--target", "--generate"]),
     "contrast with an answer": (["explain", PROMPT, "--contrast", " cat", "--answer", " dog"], ["--contrast"]),
@@ -215,6 +215,12 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
 def test_bad_arguments(arguments: list, words: list[str], moejax_command: Callable, model_folder: Path) -> None:
     assert_one_line(moejax_command(*arguments, "--model", model_folder), *words)
+
+
+def test_seed_that_jax_would_cut(moejax_command: Callable, model_folder: Path) -> None:
+    code, _, err = moejax_command("generate", PROMPT, "--model", model_folder, "--seed", 2**32)
+    assert code == 2
+    assert "--seed" in err
 
 
 @pytest.mark.parametrize("page", ["nowhere/page.html", "."])

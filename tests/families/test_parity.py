@@ -34,6 +34,7 @@ def test_logits(family: str) -> None:
             {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": [], "attention_bias": True},
         ),
         ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False, "mlp_only_layers": [3], "decoder_sparse_step": 1}),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}),
         ("mixtral", {"sliding_window": None, "tie_word_embeddings": True}),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]}),
         ("jetmoe", {"num_experts_per_tok": 3}),

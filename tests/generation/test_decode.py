@@ -13,7 +13,7 @@ import pytest
 import moejax
 from generation.conftest import NEW
 from generation.reference import PAD, PROMPTS, theirs, until
-from moejax import Gates, PromptError
+from moejax import Gates, MoejaxError, PromptError
 from moejax.generation import Sampling, decode, generate_tokens
 from moejax.lm import left_pad
 from moejax.models import Cache, Decoder
@@ -135,6 +135,37 @@ def test_gates_apply_to_new_tokens(toy_lm: moejax.LM) -> None:
     plain = jax.nn.log_softmax(logits[:, len(PROMPTS[0]) - 1 : -1])
     want = jnp.take_along_axis(plain, found.tokens[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(found.log_probs, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_of_every_token(toy_lm: moejax.LM) -> None:
+    """Gates for prompt and new tokens hold each for its own; those of the prompt alone leave the others open."""
+    prompt, new = PROMPTS[0], 8
+    tokens = prompt + [0] * new
+    gates = Gates.ones(toy_lm.config, tokens).drop_head(0, 3).drop_token(1, 1).drop_expert(1, 2, len(prompt) + 2)
+    found = toy_lm.generate_tokens([prompt], max_new_tokens=new, gates=gates, return_scores=True)
+    logits = toy_lm(prompt + found.tokens[0].tolist(), gates=gates)
+    plain = jax.nn.log_softmax(logits[:, len(prompt) - 1 : -1])
+    want = jnp.take_along_axis(plain, found.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found.log_probs, want, rtol=1e-4, atol=1e-5)
+    other = toy_lm.generate_tokens([prompt], max_new_tokens=new, return_scores=True)
+    assert np.abs(found.log_probs - other.log_probs).max() > 1e-3
+    ones = Gates.ones(toy_lm.config, tokens)
+    assert toy_lm.generate_ids([prompt], max_new_tokens=new, gates=ones) == [other.tokens[0].tolist()]
+    for length in (len(prompt), len(tokens) + 1):
+        with pytest.raises(MoejaxError, match=r"gates on tokens of shape .* do not fit"):
+            toy_lm.generate_ids([prompt], max_new_tokens=new, gates=Gates.ones(toy_lm.config, [0] * length))
+
+
+def test_prompts_as_an_array(toy_lm: moejax.LM) -> None:
+    rows = [PROMPTS[0], PROMPTS[0][::-1]]
+    want = toy_lm.generate_ids(rows, max_new_tokens=3)
+    for prompts in (np.array(rows), jnp.array(rows), [np.array(row) for row in rows]):
+        assert toy_lm.generate_ids(prompts, max_new_tokens=3) == want
+
+
+def test_one_text_is_no_list_of_prompts(toy_lm: moejax.LM) -> None:
+    with pytest.raises(PromptError, match="no list of prompts"):
+        toy_lm.generate_ids("text")
 
 
 @pytest.mark.parametrize("prompt", [[], [53], [-1]], ids=str)

@@ -76,6 +76,12 @@ def test_eos(change: Any, expected: tuple[int, ...]) -> None:
     assert read(PUBLISHED | {"eos_token_id": change}).eos_ids == expected
 
 
+@pytest.mark.parametrize(("published", "expected"), [(1, 1), (None, 0), (-1, 0)])
+def test_padding(published: int | None, expected: int) -> None:
+    """-1 stands for none in some; no embedding has it."""
+    assert read(PUBLISHED | {"pad_token_id": published}).pad_id == expected
+
+
 def test_heads_default_to_no_grouping() -> None:
     assert read(without(PUBLISHED, "num_key_value_heads")).blocks[0].attention.num_kv_heads == 16
 

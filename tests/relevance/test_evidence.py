@@ -33,6 +33,7 @@ from moejax import (
 from moejax.layers import RouterConfig
 from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.relevance.result import ExpertRelevance
+from moejax.relevance.targets import checked_target
 from moejax.rules import RULES, AttnLRP, Plain, Reading
 
 from .toy import PROMPT, ROW, D, E, F, H, K, T, V, make_config, make_lm, noisy, variant_lm, word_tokenizer
@@ -429,8 +430,10 @@ class TestErrors:
         ],
     )
     def test_gates_of_another_model(self, lm, field, shape, message):
-        with pytest.raises(MoejaxError, match=message):
-            explain(lm, PROMPT, gates=Gates(**{field: jnp.ones(shape)}))
+        gates = Gates(**{field: jnp.ones(shape)})
+        for run in (explain, LM.__call__):
+            with pytest.raises(MoejaxError, match=message):
+                run(lm, PROMPT, gates=gates)
 
     def test_float16(self):
         with pytest.raises(MoejaxError, match="float16 overflows and underflows"):
@@ -439,6 +442,30 @@ class TestErrors:
             moejax.Backtrace(make_lm(dtype="float16", layers=1)).run_task(
                 inputs=[PROMPT], max_new_tokens=1, return_relevance=True
             )
+
+    @pytest.mark.parametrize("wrong", ["w11", 11, None])
+    def test_what_is_no_target(self, wrong):
+        """The types that these tests check would refuse it before ``explain`` does."""
+        with pytest.raises(PromptError, match=r"none of moejax's targets, such as moejax\.Token\("):
+            checked_target(wrong)
+
+    def test_one_text_is_no_list(self, lm):
+        with pytest.raises(PromptError, match="no list of prompts"):
+            explain_batch(lm, "w11")
+
+    @pytest.mark.parametrize("shape", [(1, T + 1), (2, T), (1,)], ids=str)
+    def test_padding_of_another_shape(self, lm, shape):
+        with pytest.raises(PromptError, match=r"both are \[B T\]"):
+            lm(PROMPT, valid=np.ones(shape, bool))
+        np.testing.assert_array_equal(lm(PROMPT, valid=np.ones(T, bool)), lm(PROMPT, valid=np.ones((1, T), bool)))
+
+    @pytest.mark.parametrize("other", [np.int64(60), jnp.asarray(60)], ids=["numpy", "jax"])
+    def test_ids_as_arrays_give_them(self, lm, other):
+        """A rival named twice is one rival."""
+        want = {rivals: explain(lm, PROMPT, target=Contrast(11, rivals)).ledger.target for rivals in (60, (60, 7))}
+        np.testing.assert_array_equal(explain(lm, PROMPT, target=Contrast(11, other)).ledger.target, want[60])
+        twice = explain(lm, PROMPT, target=Contrast(11, [other, 7, 60])).ledger.target
+        np.testing.assert_array_equal(twice, want[60, 7])
 
     @pytest.mark.parametrize("other", [11, "w11", [60, 11], []])
     def test_contrast_of_equal_tokens(self, lm, other):
@@ -449,7 +476,10 @@ class TestErrors:
         with pytest.raises(MoejaxError, match="rule 'lrp' is unknown; choose from attnlrp, "):
             explain(lm, PROMPT, rule="lrp")
 
-    @pytest.mark.parametrize("node", ["attention", "attention.2", "attention.-1", "logits.0", "stream.3", "neurons.x"])
+    @pytest.mark.parametrize(
+        "node",
+        ["attention", "attention.2", "attention.-1", "logits.0", "stream.3", "neurons.x", "stream.01", "stream.\u0661"],
+    )
     def test_unknown_node(self, lm, node):
         with pytest.raises(
             PromptError, match=f"there is no node '{node}': name stream, .* and a layer, as 'attention.1'"
@@ -463,7 +493,7 @@ class TestErrors:
             (LogProbability(1, T), "position 7 is outside"),
             (Contrast(1, [2, V]), "token id 97 is outside"),
             (Span([V]), "token id 97 is outside"),
-            (Span([]), "empty"),
+            (Span([]), "the answer is empty"),
             (RouterChoice(LAYERS, 0, versus=1), "layer 2 has no router"),
             (RouterChoice(0, 0, versus=1, attention=True), "layer 0 has no router"),
             (RouterChoice(0, 1, versus=1), "experts 1 and 1 must be two of 6"),

@@ -96,10 +96,12 @@ def read(inputs: Any, tokenizer: Any, lm: LM, bos_id: int | None = None) -> Batc
     elif isinstance(inputs, tuple) and len(inputs) == 2:
         inputs, mask = inputs
     ids = np.atleast_2d(to_numpy(inputs))
-    valid = np.ones(ids.shape, bool) if mask is None else np.atleast_2d(to_numpy(mask)).astype(bool)
+    valid = np.ones(ids.shape, bool) if mask is None else np.atleast_2d(to_numpy(mask))
     if ids.ndim != 2 or valid.shape != ids.shape:
         raise PromptError(f"ids of shape {ids.shape} with an attention_mask of shape {valid.shape}: both are [B T].")
-    return _checked(ids, valid, lm, bos_id)
+    if not np.isin(valid, (0, 1)).all():
+        raise PromptError("an attention_mask holds ones and zeros; several prompts are a list, not a pair.")
+    return _checked(ids, valid.astype(bool), lm, bos_id)
 
 
 def _checked(ids: np.ndarray, valid: np.ndarray, lm: LM, bos_id: int | None) -> Batch:
