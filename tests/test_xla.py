@@ -10,7 +10,7 @@ import pytest
 from sharding.tiny import VOCABULARY, single
 
 from moejax import Continuation, explain, explain_batch
-from moejax.xla import _MENDED
+from moejax.xla import _MENDED, _sums_are_right, refuse_wrong_sums
 
 SUMS = """
 import numpy as np, jax, jax.numpy as jnp
@@ -21,10 +21,11 @@ refuse_wrong_sums()
 """
 
 
-@pytest.mark.parametrize(("batch", "heads", "length"), [(5, 12, 12), (2, 12, 64), (1, 512, 2048)])
-def test_sums_of_products_that_broadcast(batch: int, heads: int, length: int) -> None:
+@pytest.mark.parametrize("shape", [(5, 12, 12, 12), (5, 12, 12)], ids=str)
+def test_sums_of_products_that_broadcast(shape: tuple[int, ...]) -> None:
+    """Of which the first was wrong."""
     rng = np.random.default_rng(0)
-    p = rng.random((batch, heads, length), np.float32)
+    p = rng.random(shape, np.float32)
     t = rng.normal(size=(4, *p.shape)).astype(np.float32)
     found = jax.jit(jax.vmap(lambda p, t: p * (t - (p * t).sum(-1, keepdims=True)), (None, 0)))(p, t)
     want = p * (t - (p * t).sum(-1, keepdims=True))
@@ -38,6 +39,12 @@ def test_targets_of_several_prompts() -> None:
     for found, row in zip(explain_batch(single("olmoe"), rows, target=target), rows, strict=True):
         want = explain(single("olmoe"), row, target=target, chunk=1).layers
         np.testing.assert_allclose(found.layers, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_sums_are_checked_without_jit_too() -> None:
+    _sums_are_right.cache_clear()
+    with jax.disable_jit():
+        refuse_wrong_sums()
 
 
 @pytest.mark.skipif(jax.__version_info__ >= _MENDED, reason="this jaxlib adds up rightly")

@@ -17,8 +17,7 @@ from moejax.generation.draws import Draws
 from moejax.generation.sampling import Sampling
 from moejax.generation.turn import Generation, Plan, Turn
 from moejax.models import Cache, Decoder, Packed, unpack
-from moejax.models.shares import WHOLE, along, over_sequences, share_out, with_sequences
-from moejax.ops.target import agreed
+from moejax.models.shares import WHOLE, agreed, along, over_sequences, share_out, with_sequences
 from moejax.rules import Reading
 
 
@@ -58,8 +57,9 @@ def generate_tokens(
 ) -> Generation:
     """Continue each row of left-padded prompts by up to ``max_new_tokens`` tokens.
 
-    Over a mesh with the axis ``data``, its devices share the prompts. A row draws the same whatever others
-    follow it. One that has drawn one of ``eos_ids`` is filled with ``pad_id`` behind it.
+    Over a mesh with the axis ``data``, its devices share the prompts. A row draws the same whatever others follow it
+    (with keys of the kind ``rbg``, on one device). One that has drawn one of ``eos_ids`` is filled with ``pad_id``
+    behind it.
 
     Args:
         reading: its gates' axis of tokens is 1, and then they hold for all, or ``T + max_new_tokens``.

@@ -2,18 +2,20 @@
 
 Sequences of a batch, targets of an explanation and interventions have nothing to do with each other. Each device of
 the mesh's axis ``data`` runs, for fewer of them, what one device would run, and waits for no other; where the mesh has
-more axes, which way to go on is agreed upon (:func:`moejax.ops.target.agreed`). (On GPUs some small kernels are XLA's
-then, as wherever devices are mapped over.)
+more axes, they agree on whether a loop goes on (:func:`agreed`). (On GPUs some small kernels are XLA's then, as
+wherever devices are mapped over.)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
+from moejax.errors import MoejaxError
 from moejax.models.config import Config
 from moejax.rules import Gates
 
@@ -45,8 +47,22 @@ def over_sequences(config: Config) -> Mesh | None:
 
 
 def shares(mesh: Mesh | None) -> int:
-    """Devices that take a share."""
-    return 1 if mesh is None else dict(mesh.shape).get(DATA, 1)
+    """Devices that take a share; one where the caller has mapped them himself."""
+    if mesh is None or DATA in jax.sharding.get_abstract_mesh().manual_axes:
+        return 1
+    return dict(mesh.shape).get(DATA, 1)
+
+
+def agreed(number: Int[Array, ""]) -> Int[Array, ""]:
+    """The largest over the devices that are mapped over, where XLA splits work over others too; elsewhere ``number``.
+
+    For the steps of a loop: groups of devices that share nothing may meet in one of XLA's exchanges all the same (a
+    permutation names the pairs of all groups), and would wait there for ever for one that has left. In branches of
+    what is computed XLA was only seen to exchange within groups, which a test holds it to.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
+    return jax.lax.pmax(number, mesh.manual_axes) if mesh.manual_axes and left > 1 else number
 
 
 def share_out(run: Callable[..., Found], mesh: Mesh | None, arguments: tuple, placed: tuple, found: Placement) -> Found:
@@ -59,12 +75,18 @@ def share_out(run: Callable[..., Found], mesh: Mesh | None, arguments: tuple, pl
         placed: of each argument a placement (:data:`WHOLE` or :func:`along`) or a tree of them, of any depth. What is
             shared out has one length, or is one for all, and then every device is given it.
         found: the same of what ``run`` returns, whose lengths may be multiples of that.
+
+    Raises:
+        MoejaxError: it has several lengths.
     """
     if (devices := shares(mesh)) == 1:
         return run(*arguments)
     by_leaf = jax.tree.broadcast(placed, arguments)
     leaves = zip(jax.tree.leaves(arguments), jax.tree.leaves(by_leaf), strict=True)
-    count = max(leaf.shape[len(spec) - 1] for leaf, spec in leaves if spec != WHOLE)
+    lengths = {leaf.shape[len(spec) - 1] for leaf, spec in leaves if spec != WHOLE}
+    count = max(lengths)
+    if lengths - {1, count}:
+        raise MoejaxError(f"of what devices share there are {', '.join(map(str, sorted(lengths)))}: one number or 1.")
     whole = lambda leaf, spec: WHOLE if spec != WHOLE and leaf.shape[len(spec) - 1] < count else spec  # noqa: E731
     by_leaf = jax.tree.map(whole, arguments, by_leaf)
     filled = -(-count // devices) * devices

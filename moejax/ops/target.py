@@ -1,11 +1,9 @@
 """What a program that is being traced will run on, as far as that is known."""
 
-import math
 from importlib.util import find_spec
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 AXIS = "expert"
 """The mesh axis over which experts are split."""
@@ -47,16 +45,3 @@ def takes_triton(mesh: Mesh | None = None) -> bool:
 def in_shard_map() -> bool:
     """Whether an axis of a mesh is manual here; a kernel does not say whether its results vary along it."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def agreed(number: Int[Array, ""]) -> Int[Array, ""]:
-    """The largest over the devices that are mapped over, where XLA splits work over others too; elsewhere ``number``.
-
-    For what decides how a program goes on: groups of devices that have nothing to do with each other may meet in one
-    of XLA's exchanges all the same (a permutation names the pairs of all groups), and would wait there for ever for one
-    that took another branch, or left the loop.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    mapped = set(mesh.manual_axes)
-    left = math.prod(size for axis, size in mesh.shape.items() if axis not in mapped)
-    return jax.lax.pmax(number, tuple(mapped)) if mapped and left > 1 else number

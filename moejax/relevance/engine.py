@@ -37,6 +37,11 @@ class Aimed(NamedTuple):
 class Seeds(Protocol):
     """N targets for each of B sequences, of which each leaf has an entry."""
 
+    @property
+    def num_targets(self) -> int:
+        """N."""
+        ...
+
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
         """The targets' values, to be differentiated; ``reading`` is that of the whole pass."""
         ...
@@ -67,6 +72,10 @@ class LogitSeeds:
         nothing = jnp.zeros(positions.shape, signs.dtype)
         return cls(positions, ids, signs, jnp.zeros(ids.shape, bool), nothing, nothing)
 
+    @property
+    def num_targets(self) -> int:
+        return self.positions.shape[1]
+
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
         stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
         logits = stop_gradient(decoder.logits(stream))
@@ -96,6 +105,10 @@ class RoutingSeeds:
     layer: int = field(metadata={"static": True})
     attention: bool = field(default=False, metadata={"static": True})
 
+    @property
+    def num_targets(self) -> int:
+        return self.positions.shape[1]
+
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
         routes = hidden.routing[self.layer]
         routing = routes.attention if self.attention else routes.feed_forward
@@ -116,6 +129,10 @@ class StreamSeeds:
     positions: Int[Array, "B N"]
     directions: Float[Array, "B N D"]
     layer: int = field(metadata={"static": True})
+
+    @property
+    def num_targets(self) -> int:
+        return self.positions.shape[1]
 
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
         stream = hidden.stream
@@ -189,8 +206,7 @@ def relevance(
     read = partial(_read, rule=rule, chunk=chunk, nodes=nodes, joint=joint, rematerialised_layers=rematerialised_layers)
     config, arguments, seen = weights.config, (weights, tokens, valid, seeds, knobs), None
     if shares(config.mesh) > 1:
-        found = jax.eval_shape(read, *arguments, seen)
-        seen = jnp.arange(len(found.gates.tokens), dtype=jnp.int32)
+        seen = jnp.arange(1 if joint else seeds.num_targets, dtype=jnp.int32)
     if seen is None or _by_sequence(config, len(tokens), len(seen)):
         placed = WHOLE, along(0), along(0), along(0), with_sequences(knobs), WHOLE
         # their axes in what is found

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from moejax import LM, Cell, Continuation, Gates, Relevance, Span, ablate, explain, explain_batch
+from moejax import LM, Cell, Continuation, Gates, MoejaxError, Relevance, Span, ablate, explain, explain_batch
 from moejax import Backtrace as DLBacktrace
 from moejax.generation import generate_tokens
 from moejax.lm import _logits
 from moejax.models import Packed, shard
-from moejax.models.shares import along, share_out
-from moejax.ops.target import agreed, whole
+from moejax.models.shares import agreed, along, share_out
+from moejax.ops.target import whole
 from moejax.relevance.ablate import _values
 from moejax.relevance.backtrace.passes import StartWeights
 from moejax.relevance.engine import LogitSeeds, per_device, relevance
@@ -238,6 +239,43 @@ def test_devices_agree_where_they_meet_over_other_axes(layout: str, want: list[i
     assert run(jnp.array([3, 1, 4, 2])).tolist() == want
 
 
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "jetmoe"])
+@pytest.mark.parametrize("layout", ["data and tensor", "both"])
+def test_branches_exchange_within_groups(family: str, layout: str) -> None:
+    """Groups of devices choose capacities of their own. A permutation would wait for those that took another branch."""
+    weights, tokens = spread(family, layout).packed, jnp.ones((4, 27), jnp.int32)
+    seeds = LogitSeeds.of(jnp.full((4, 1), 8), jnp.full((4, 1, 1), 3), jnp.ones((4, 1, 1)))
+    program = relevance.lower(weights, tokens, None, seeds, Gates(), rule=AttnLRP()).compile().as_text()
+    assert program is not None
+    lines = [line for line in program.splitlines() if "channel_id=" in line and "branch_" in line]
+    assert lines or family != "jetmoe", "nothing is exchanged in a branch"
+    assert all("replica_groups=[2,2]<=[4]" in line for line in lines)
+
+
+@pytest.mark.parametrize("layout", WITH_DATA)
+def test_devices_that_the_caller_maps_over(layout: str) -> None:
+    """Within a map over ``data`` of one's own nothing is shared out again."""
+    model, tokens = spread("olmoe", layout), TOKENS[:4]
+    seeds = LogitSeeds.of(jnp.full((4, 1), 22), jnp.full((4, 1, 1), 3), jnp.ones((4, 1, 1)))
+
+    def run(weights: Packed, tokens: jax.Array, seeds: LogitSeeds) -> tuple[jax.Array, ...]:
+        read = relevance(weights, tokens, None, seeds, Gates(), rule=AttnLRP())
+        new = generate_tokens(weights, tokens, tokens >= 0, jax.random.key(0), max_new_tokens=3)
+        return _logits(weights, tokens, None, Gates()), read.target, new.tokens
+
+    mine = jax.shard_map(
+        run,
+        mesh=model.config.mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("data"), PartitionSpec("data")),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )
+    arguments = jnp.asarray(tokens, jnp.int32), seeds
+    found, want = jax.jit(mine)(model.packed, *arguments), run(single("olmoe").packed, *arguments)
+    jax.tree.map(close, found, want)
+
+
 def test_sequences_that_compete_stay_together() -> None:
     """Devices share seeds and interventions, which do not, and each makes the forward pass of all sequences."""
     fields = hugging_face("moejax", moe="expert_choice", moe_args={})
@@ -259,10 +297,13 @@ def test_sequences_that_compete_stay_together() -> None:
 
 
 def test_what_broadcasts_over_sequences() -> None:
-    """One row of padding for all of them."""
+    """One row of padding for all of them; not some rows for each device's."""
     ours, theirs = spread("olmoe", "data"), single("olmoe")
     valid = np.arange(TOKENS.shape[1])[None] >= 3
     close(ours(TOKENS, valid=valid)[:, 3:], theirs(TOKENS, valid=valid)[:, 3:])
+    rows, of_some = jnp.ones((8, 5), jnp.int32), jnp.ones((2, 5), bool)
+    with pytest.raises(MoejaxError, match="there are 2, 8: one number or 1"):
+        generate_tokens(ours.packed, rows, of_some, jax.random.key(0), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("task", ["generation", "multi-class classification"])

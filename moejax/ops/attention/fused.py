@@ -18,7 +18,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
-from moejax.ops.target import agreed, generation, target
+from moejax.ops.target import generation, target
 
 
 class Kernel(NamedTuple):
@@ -62,7 +62,7 @@ def fused(
     kernel: Kernel,
 ) -> Float[Array, "B T H C"]:
     """Attention, arguments as in :func:`attention`. Scores are in float32 here too, but never reach memory."""
-    whole = None if mask is None else agreed((mask != in_sight(q.shape[1], window)).any().astype(jnp.int32)) == 0
+    whole = None if mask is None else (mask == in_sight(q.shape[1], window)).all()
     sinks = sinks if sinks is None else sinks.astype(jnp.float32)
     return _attend(_Settings(scale, window, block, kernel), q, k, v, sinks, mask, whole)
 

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 from moejax.ops.experts import hopper, packed
 from moejax.ops.experts.assignment import Assignment, take
 from moejax.ops.mxfp4 import MXFP4, unpacked_in_turn
-from moejax.ops.target import agreed
 
 Implementation = Literal["gather", "padded", "hopper", "packed"]
 
@@ -121,7 +120,7 @@ def _padded(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: 
             return jnp.where(here, one_pass(capacity, x, weight, i * capacity), y)
 
         start = jnp.zeros((len(x), *width), x.dtype)
-        return jax.lax.fori_loop(0, -(-_largest_load(assignment) // capacity), add, start)
+        return jax.lax.fori_loop(0, -(-assignment.load.max() // capacity), add, start)
 
     single = lambda capacity, x, weight: one_pass(capacity, x, weight, 0)  # noqa: E731
     return _by_capacity(single, passes, assignment, x, weight)
@@ -146,8 +145,7 @@ def _weight_gradient(transpose: bool, x: Array, cotangent: Array, weight: Array,
 
     def passes(capacity: int, x: Array, cotangent: Array) -> Array:
         add = lambda i, total: total + single(capacity, x, cotangent, i * capacity)  # noqa: E731
-        passes = -(-_largest_load(assignment) // capacity)
-        return jax.lax.fori_loop(0, passes, add, jnp.zeros(weight.shape, x.dtype))
+        return jax.lax.fori_loop(0, -(-assignment.load.max() // capacity), add, jnp.zeros(weight.shape, x.dtype))
 
     return _by_capacity(single, passes, assignment, x, cotangent).astype(weight.dtype)
 
@@ -163,12 +161,8 @@ def _by_capacity(
         branches.append(partial(passes, steps[-1]))
     if len(branches) == 1:
         return branches[0](*operands)
-    branch = (_largest_load(assignment) > jnp.array(steps[: len(branches) - 1])).sum()
+    branch = (assignment.load.max() > jnp.array(steps[: len(branches) - 1])).sum()
     return jax.lax.switch(branch, branches, *operands)
-
-
-def _largest_load(assignment: Assignment) -> Int[Array, ""]:
-    return agreed(assignment.load.max())
 
 
 def _places(assignment: Assignment, capacity: int, start: Array | int) -> Int[Array, "E C"]:

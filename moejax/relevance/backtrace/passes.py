@@ -72,6 +72,7 @@ class StartWeights(NamedTuple):
 
     positions: Int[Array, "B P"]
     weights: Float[Array, "B P V"]
+    num_targets = 1
 
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
         last = reading.at(-1)
