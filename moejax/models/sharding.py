@@ -130,7 +130,10 @@ def shardings(
 
 
 def shard(decoder: Decoder, mesh: Mesh, rules: Rules | None = None, axes: Mapping[str, Axes] = AXES) -> Decoder:
-    """A decoder that is in memory, laid over a mesh. Raises as :func:`shardings` does."""
+    """A decoder that is in memory, laid over a mesh. Raises as :func:`shardings` does.
+
+    A mesh of one device brings it back; moved by ``jax.device_put`` alone it would still count on the others.
+    """
     leaves, tree = jax.tree.flatten(decoder)
     placed = shardings(decoder, mesh, rules, axes)
     return exchanging(tree.unflatten(jax.device_put(leaves, list(placed.values()))), placed)

@@ -239,7 +239,7 @@ def test_devices_agree_where_they_meet_over_other_axes(layout: str, want: list[i
     assert run(jnp.array([3, 1, 4, 2])).tolist() == want
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "jetmoe"])
+@pytest.mark.parametrize("family", ["jetmoe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("olmoe", "gpt_oss"))])
 @pytest.mark.parametrize("layout", ["data and tensor", "both"])
 def test_branches_exchange_within_groups(family: str, layout: str) -> None:
     """Groups of devices choose capacities of their own. A permutation would wait for those that took another branch."""
