@@ -107,6 +107,10 @@ def test_cache_is_in_the_dtype_of_the_weights(toy_lm: moejax.LM) -> None:
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "num_return_sequences": 2}
 
 
+def test_a_row_draws_the_same_whatever_follows_it(toy_lm: moejax.LM) -> None:
+    assert toy_lm.generate_ids(PROMPTS[:1], seed=3, **SAMPLED) == toy_lm.generate_ids(PROMPTS, seed=3, **SAMPLED)[:2]
+
+
 def test_keys_of_either_kind_draw_the_same(toy_lm: moejax.LM, toy_tokens: np.ndarray) -> None:
     tokens, valid = jnp.asarray(toy_tokens), jnp.ones(toy_tokens.shape, bool)
     draw = partial(generate_tokens, toy_lm.packed, tokens, valid, max_new_tokens=6, sampling=Sampling(temperature=1.0))
@@ -138,7 +142,7 @@ def test_gates_apply_to_new_tokens(toy_lm: moejax.LM) -> None:
 
 
 def test_gates_of_every_token(toy_lm: moejax.LM) -> None:
-    """Gates for prompt and new tokens hold each for its own; those of the prompt alone leave the others open."""
+    """Gates for prompt and new tokens hold each for its own; those of the prompt alone would leave the others open."""
     prompt, new = PROMPTS[0], 8
     tokens = prompt + [0] * new
     gates = Gates.ones(toy_lm.config, tokens).drop_head(0, 3).drop_token(1, 1).drop_expert(1, 2, len(prompt) + 2)
