@@ -18,6 +18,7 @@ from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, Sampling, generate_tokens
 from moejax.models import Config, Decoder, Packed, Rules, unpack
 from moejax.models.shares import WHOLE, along, over_sequences, share_out, with_sequences
+from moejax.program import Program
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
 
@@ -25,7 +26,7 @@ Prompt = str | Sequence[int] | Int[Array | np.ndarray, " T"]
 Prompts = Sequence[Prompt] | Int[Array | np.ndarray, "B T"]
 
 
-@jax.jit
+@Program
 def _logits(weights: Packed, tokens: Array, valid: Array | None, gates: Gates) -> Array:
     def run(weights: Packed, tokens: Array, valid: Array | None, gates: Gates) -> Array:
         return unpack(weights)(tokens, valid=valid, reading=Reading(gates=gates))

@@ -18,6 +18,7 @@ from moejax.generation.sampling import Sampling
 from moejax.generation.turn import Generation, Plan, Turn
 from moejax.models import Cache, Decoder, Packed, unpack
 from moejax.models.shares import WHOLE, agreed, along, over_sequences, share_out, with_sequences
+from moejax.program import Program
 from moejax.rules import Reading
 
 
@@ -185,7 +186,7 @@ def _take_rows(cache: Cache, rows: Int[Array, " R"]) -> Cache:
     return cache._replace(layers=jax.tree.map(take, cache.layers), valid=take(cache.valid))
 
 
-@partial(jax.jit, static_argnames="plan")
+@partial(Program, static_argnames="plan")
 def _whole(call: _Call, plan: Plan) -> Generation:
     def run(call: _Call) -> Generation:
         limit = plan.max_new_tokens
@@ -197,9 +198,9 @@ def _whole(call: _Call, plan: Plan) -> Generation:
 
 
 # The same in parts. A part's state is the next one's to overwrite, so that there is one cache only.
-_jit_prefill = jax.jit(_prefill, static_argnames="plan")
-_jit_decode = jax.jit(_decode, static_argnames="plan", donate_argnames="state")
-_jit_result = jax.jit(_result, static_argnames="plan")
+_jit_prefill = Program(_prefill, static_argnames="plan")
+_jit_decode = Program(_decode, static_argnames="plan", donate_argnames="state")
+_jit_result = Program(_result, static_argnames="plan")
 
 
 def _timed(call: _Call, plan: Plan, max_time: float) -> Generation:

@@ -13,6 +13,7 @@ from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
 from moejax.models.shares import WHOLE, along, share_out, shares
+from moejax.program import Program
 from moejax.relevance.engine import Aimed, LogitSeeds, Seeds, checked_chunk
 from moejax.relevance.explain import decoder_dtype
 from moejax.relevance.result import Relevance
@@ -153,7 +154,7 @@ class Question(NamedTuple):
             PromptError: as in :func:`explain`.
         """
         ids, aims = checked_target(target).resolve(lm, lm.encode(prompt))
-        return cls(aims, jnp.asarray([ids], jnp.int32), target.seeds([aims], [0], decoder_dtype(lm)))
+        return cls(aims, jnp.asarray(np.array([ids], np.int32)), target.seeds([aims], [0], decoder_dtype(lm)))
 
 
 def spread(seeds: Seeds, rows: int) -> Seeds:
@@ -161,7 +162,7 @@ def spread(seeds: Seeds, rows: int) -> Seeds:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape[1:])), seeds)
 
 
-@jax.jit
+@Program
 def _values(
     weights: Packed, tokens: Int[Array, "1 T"], seeds: Seeds, switches: dict[str, Int[Array, "M J 3"]], knobs: Gates
 ) -> tuple[Float[Array, "1 N"], Float[Array, "M N"]]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
 from moejax.models import Decoder, Packed, unpack
+from moejax.program import Program
 from moejax.relevance.ablate import Question, hidden_apart, read_as_first, spread
 from moejax.relevance.engine import LogitSeeds, Readout, Seeds, Slots, checked_chunk, refuse_half, relevance
 from moejax.relevance.explain import decoder_dtype, explain
@@ -185,7 +186,7 @@ def _start(lm: LM, question: Question, baseline: Any) -> Float[Array, "T D"]:
     return jnp.broadcast_to(jnp.asarray(0.0 if baseline is None else baseline, decoder_dtype(lm)), size)
 
 
-@partial(jax.jit, static_argnames="path")
+@partial(Program, static_argnames="path")
 def _slopes(
     weights: Packed,
     tokens: Int[Array, "1 T"],

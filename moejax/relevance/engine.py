@@ -14,6 +14,7 @@ from moejax.errors import MoejaxError, PromptError
 from moejax.layers.linear import wide_matmul
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
 from moejax.models.shares import WHOLE, along, share_out, shares, with_sequences
+from moejax.program import Program
 from moejax.routing import Routing
 from moejax.rules import Gates, Reading, Rule
 from moejax.xla import refuse_wrong_sums
@@ -154,7 +155,7 @@ class Slots(NamedTuple):
 
 
 class Readout(NamedTuple):
-    """All that one call reads, on the device or, once fetched, on the host.
+    """All that one call reads, on the device or, once fetched (perhaps without the logits), on the host.
 
     ``ids`` are the seeds' with the best token filled in; ``vectors`` hold the relevance of every number at a node.
     """
@@ -164,12 +165,12 @@ class Readout(NamedTuple):
     vectors: dict[str, Float[Any, "N B ..."]]
     target: Float[Any, "B N"]
     ids: Int[Any, "B N J"]
-    logits: Float[Any, "B N V"]
+    logits: Float[Any, "B N V"] | None
     routes: Slots | None
     attention_routes: Slots | None
 
 
-@partial(jax.jit, static_argnames=("rule", "chunk", "nodes", "joint", "rematerialised_layers"))
+@partial(Program, static_argnames=("rule", "chunk", "nodes", "joint", "rematerialised_layers"))
 def relevance(
     weights: Decoder | Packed,
     tokens: Int[Array, "B T"],

@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
 from moejax.lm import LM, Prompt, left_pad
@@ -116,7 +117,7 @@ def _together(
     out = relevance(
         lm.packed,
         tokens,
-        None if valid.all() else valid,
+        valid if any(offsets) else None,
         seeds,
         knobs,
         rule=rule,
@@ -125,9 +126,9 @@ def _together(
         joint=target.joint,
         rematerialised_layers=again or 0,
     )
-    out = jax.tree.map(np.asarray, out)
+    out, likely = jax.device_get((out._replace(logits=None), _likely(out.logits)))
     return [
-        _result(lm, repr(rule), target, ids, aims, out, row, offset)
+        _result(lm, repr(rule), target, ids, aims, out, likely, row, offset)
         for row, ((ids, aims), offset) in enumerate(zip(resolved, offsets, strict=True))
     ]
 
@@ -155,8 +156,36 @@ def _footprint(lm: LM, tokens: Array, nodes: tuple[str, ...]) -> Footprint:
     return replace(found, readout=found.readout + 4 * read)
 
 
+class _Likely(NamedTuple):
+    """The most likely next tokens, the best first."""
+
+    ids: Int[Any, "B N C"]
+    logits: Float[Any, "B N C"]
+    probabilities: Float[Any, "B N C"]
+
+    def of(self, lm: LM, row: int, target: int) -> list[Candidate]:
+        """Those of one target, as people read them."""
+        ids, logits, probabilities = (array[row, target].tolist() for array in self)
+        return list(map(Candidate, lm.pieces(ids), ids, logits, probabilities))
+
+
+@jax.jit
+def _likely(logits: Float[Array, "B N V"]) -> _Likely:
+    """Found where the logits are: whole vocabularies take long to fetch and to sort."""
+    best, ids = jax.lax.top_k(logits, min(_CANDIDATES, logits.shape[-1]))
+    return _Likely(ids, best, jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
+
+
 def _result(
-    lm: LM, rule: str, target: Target, token_ids: list[int], aims: list[Aim], out: Readout, row: int, offset: int
+    lm: LM,
+    rule: str,
+    target: Target,
+    token_ids: list[int],
+    aims: list[Aim],
+    out: Readout,
+    likely: _Likely,
+    row: int,
+    offset: int,
 ) -> Relevance:
     """One batch row of the readout, without its padding."""
     n, values = len(aims), out.target[row, : len(aims)].astype(np.float64)
@@ -193,18 +222,10 @@ def _result(
             # an operation that the model does not have leaks exactly nothing
             leaks={name: leak for name, leak in leaks.items() if leak.any()},
         ),
-        candidates=[_candidates(lm, logits) for logits in out.logits[row, len(aims) - n : len(aims)]],
+        candidates=[likely.of(lm, row, n) for n in range(len(aims) - n, len(aims))],
     )
 
 
 def _unpadded(node: str, vector: np.ndarray, row: int, offset: int) -> np.ndarray:
     """One sequence's part of the relevance at a node, without what belongs to padding."""
     return vector[:, row, :, offset:, offset:] if node.startswith("edges.") else vector[:, row, offset:]
-
-
-def _candidates(lm: LM, logits: np.ndarray) -> list[Candidate]:
-    ids = np.argsort(-logits)[:_CANDIDATES].tolist()
-    shifted = np.exp(logits - logits.max())
-    probability = shifted / shifted.sum()
-    pieces = lm.pieces(ids)
-    return [Candidate(p, i, float(logits[i]), float(probability[i])) for p, i in zip(pieces, ids, strict=True)]

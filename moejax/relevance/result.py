@@ -1,5 +1,6 @@
 """The answer of ``explain``."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,19 +57,20 @@ class ExpertRelevance:
             return self.by_expert() / self.by_expert("count").clip(1)
         if how not in ways:
             raise MoejaxError(f"how={how!r} is unknown; choose from {', '.join([*ways, 'mean'])}.")
-        return self._scatter(ways[how]).sum(2)
+        return self._scatter(ways[how], 2)
 
     def by_token(self) -> Float[np.ndarray, "N L T E"]:
         """Relevance of each expert for each token; zero where it was not selected."""
-        return self._scatter(self.slots)
+        return self._scatter(self.slots, 3)
 
-    def _scatter(self, slots: np.ndarray) -> np.ndarray:
-        out = np.zeros((*slots.shape[:3], self.count + 1), slots.dtype)
-        where = np.indices((*slots.shape[:-1], 1), sparse=True)[:-1]
-        # added, since two slots of a token may have one expert
-        np.add.at(out, (*where, np.broadcast_to(self.ids, slots.shape)), slots)
-        # id -1 has written to the last place, which no expert has
-        return out[..., :-1]
+    def _scatter(self, slots: Float[np.ndarray, "N L T K"], kept: int) -> Float[np.ndarray, "N L *t E"]:
+        """Sums by expert over all axes but the first ``kept``; two slots of a token may have one expert."""
+        shape, places = slots.shape[:kept], self.count + 1
+        rows = np.arange(math.prod(shape)).reshape(*shape, *[1] * (slots.ndim - kept))
+        # id -1 adds to the last place, which no expert has
+        where = rows * places + self.ids % places
+        sums = np.bincount(where.ravel(), slots.ravel(), rows.size * places)
+        return sums.reshape(*shape, places)[..., :-1].astype(slots.dtype)
 
     def drop_renormalise(self) -> Float[np.ndarray, "N L T K"]:
         """What the target loses, to first order, if a slot's expert is dropped and the others' weights grow to make up.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -62,8 +63,9 @@ class Target(ABC):
         """
         terms = max(len(aim.terms) + len(aim.rivals) for aims in rows for aim in aims)
         count = max(map(len, rows))
-        positions, ids, rivals = np.zeros((len(rows), count)), *np.zeros((2, len(rows), count, terms))
-        signs, (mean, expected) = np.zeros(ids.shape), np.zeros((2, len(rows), count))
+        positions, ids = np.zeros((len(rows), count), np.int32), np.zeros((len(rows), count, terms), np.int32)
+        signs, rivals = np.zeros(ids.shape, dtype), np.zeros(ids.shape, bool)
+        mean, expected = np.zeros((2, *positions.shape), dtype)
         for row, (aims, offset) in enumerate(zip(rows, offsets, strict=True)):
             positions[row] = offset
             for n, aim in enumerate(aims):
@@ -72,15 +74,9 @@ class Target(ABC):
                 for j, (token, sign) in enumerate([*aim.terms, *((token, 0.0) for token in aim.rivals)]):
                     ids[row, n, j], signs[row, n, j] = token, sign
                     rivals[row, n, j] = j >= len(aim.terms)
-        return LogitSeeds(
-            jnp.asarray(positions, jnp.int32),
-            jnp.asarray(ids, jnp.int32),
-            jnp.asarray(signs, dtype),
-            jnp.asarray(rivals, bool),
-            jnp.asarray(mean, dtype),
-            jnp.asarray(expected, dtype),
-            dense=bool(mean.any() or expected.any()),
-        )
+        # together, and of the types that they have there: one by one, and converted there, they take milliseconds
+        placed = jax.device_put((positions, ids, signs, rivals, mean, expected))
+        return LogitSeeds(*placed, dense=bool(mean.any() or expected.any()))
 
     def label(self, lm: "LM", aim: Aim, ids: np.ndarray) -> str:
         """What the aim is, for people; ``ids`` are its tokens, the best one filled in."""

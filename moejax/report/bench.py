@@ -9,6 +9,7 @@ _COLUMNS = (
     ("floor ms", 10),
     ("ratio", 7),
     ("queued ms", 10),
+    ("call ms", 9),
     ("targets/s", 10),
     ("compile s", 10),
     ("cached s", 9),
@@ -33,7 +34,7 @@ def row_line(row: dict[str, Any]) -> str:
         return _line([row["case"], str(row["tokens"]), row["failed"]])
     rate = f"{row['targets_per_s']:.1f}" if row["targets_per_s"] else "-"
     figures = [f"{row[name]:.2f}" for name in ("ms", "floor_ms", "ratio")]
-    figures.append(f"{row['queued_ms']:.2f}" if row["queued_ms"] else "-")
+    figures += [f"{row[name]:.2f}" if row[name] else "-" for name in ("queued_ms", "call_ms")]
     rest = [f"{row[name]:.1f}" for name in ("compile_s", "cached_s")]
     line = _line([row["case"], str(row["tokens"]), *figures, rate, *rest, f"{row['peak_gb']:.2f}"])
     return line if row["load"] is None else f"{line}   most loaded expert: {row['load']:.2f}x the mean"

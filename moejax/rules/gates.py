@@ -78,19 +78,18 @@ class Gates:
 
         Those on whole parts of a layer and on the routing stay ``None`` until a ``drop_..`` sets them.
         """
-        return cls._ones(config, tokens, experts=config.num_experts, attention_experts=config.num_attention_experts)
+        return cls._ones(config, tokens, "experts", "attention_experts")
 
     @classmethod
     def readout(cls, config: _Sizes, tokens: TokenIds) -> Self:
         """Gates to differentiate: by routed slot, none by expert id."""
-        return cls._ones(config, tokens, slots=config.num_selected, attention_slots=config.num_attention_selected)
+        return cls._ones(config, tokens, "slots", "attention_slots")
 
     @classmethod
-    def _ones(cls, config: _Sizes, tokens: TokenIds, **widths: int) -> Self:
-        shape = (1, *np.shape(tokens))[-2:]
-        widths |= {"heads": config.num_heads, "shared": config.num_shared}
-        gates = {name: jnp.ones((config.num_layers, *shape, width)) for name, width in widths.items() if width}
-        return cls(tokens=jnp.ones((config.num_layers + 1, *shape)), **gates)
+    def _ones(cls, config: _Sizes, tokens: TokenIds, *names: str) -> Self:
+        """Ones in the named fields and those that are neither by id nor by slot, if the model has them."""
+        shapes = _shapes(config, tokens)
+        return cls(**{n: jnp.ones(shapes[n]) for n in ("tokens", "heads", "shared", *names) if n in shapes})
 
     def check(self, config: _Sizes, tokens: TokenIds) -> Self:
         """These gates, if they are gates on that model and those tokens.
@@ -98,25 +97,17 @@ class Gates:
         Raises:
             MoejaxError: a field does not broadcast to the model's layers, experts or heads, or to the tokens.
         """
-        fit = jax.eval_shape(lambda: Gates._every(config, tokens))
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(fit, f.name)
-            if mine is None:
-                continue
-            if theirs is None:
-                raise MoejaxError(f"gates on {f.name}, of which this model has none.")
+        given = {f.name: gate for f in fields(self) if (gate := getattr(self, f.name)) is not None}
+        theirs = _shapes(config, tokens) if given else {}
+        for name, gate in given.items():
+            shape = theirs.get(name)
+            if shape is None:
+                raise MoejaxError(f"gates on {name}, of which this model has none.")
             # layer, sequence and token; a fourth axis is that of experts, slots or heads
-            sizes = [(1, size) for size in theirs.shape[:3]] + [(size,) for size in theirs.shape[3:]]
-            if mine.ndim != theirs.ndim or any(m not in fits for m, fits in zip(mine.shape, sizes, strict=True)):
-                raise MoejaxError(f"gates on {f.name} of shape {list(mine.shape)} do not fit {list(theirs.shape)}.")
+            sizes = [(1, size) for size in shape[:3]] + [(size,) for size in shape[3:]]
+            if gate.ndim != len(shape) or any(m not in fits for m, fits in zip(gate.shape, sizes, strict=True)):
+                raise MoejaxError(f"gates on {name} of shape {list(gate.shape)} do not fit {list(shape)}.")
         return self
-
-    @classmethod
-    def _every(cls, config: _Sizes, tokens: TokenIds) -> Self:
-        """All fields that a model can have."""
-        knobs, readout = cls.ones(config, tokens), cls.readout(config, tokens)
-        names = {f.name for f in fields(cls)}
-        return cls(**{name: getattr(readout, name) if name.endswith("slots") else knobs.like(name) for name in names})
 
     def at(self, layer: int) -> Self:
         """The gates of one layer: every field without its first axis."""
@@ -210,6 +201,22 @@ _ALIKE = {
     "attention_choices": "attention_experts",
 }
 """Fields that :meth:`Gates.ones` leaves out, and a field of the same shape (the tokens' without its last layer)."""
+
+
+def _shapes(config: _Sizes, tokens: TokenIds) -> dict[str, tuple[int, ...]]:
+    """Of all the fields that gates on a model and tokens can have."""
+    layers, batch = config.num_layers, (1, *np.shape(tokens))[-2:]
+    widths = {
+        "experts": config.num_experts,
+        "slots": config.num_selected,
+        "heads": config.num_heads,
+        "attention_experts": config.num_attention_experts,
+        "attention_slots": config.num_attention_selected,
+        "shared": config.num_shared,
+    }
+    shapes = {name: (layers, *batch, width) for name, width in widths.items() if width}
+    shapes |= {name: shapes.get(kin, (layers, *batch)) for name, kin in _ALIKE.items() if kin in {"tokens", *shapes}}
+    return shapes | {"tokens": (layers + 1, *batch)}
 
 
 def _way(how: str) -> str:

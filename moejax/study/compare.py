@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from moejax.errors import MoejaxError
 from moejax.lm import LM
 from moejax.models import Packed, unpack
+from moejax.program import Program
 from moejax.routing.statistics import token_overlap
 from moejax.study.data import Batch, Windows
 from moejax.study.stream import accumulate
@@ -69,7 +70,7 @@ def _changes(layers: list[int], sums: _Overlap) -> list[LayerChange]:
     return found
 
 
-@jax.jit
+@Program
 def _measure(weights: Packed, other: Packed, batch: Batch) -> dict[Kind, _Overlap]:
     both = [unpack(w).hidden(batch.tokens, valid=batch.valid).routing for w in (weights, other)]
     found = {}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from moejax.errors import MoejaxError
 from moejax.lm import LM
 from moejax.models import Decoder, Packed, unpack
+from moejax.program import Program
 from moejax.routing import Routing
 from moejax.rules import Gates, Reading
 from moejax.study.data import Batch, Windows
@@ -94,7 +95,7 @@ def check_drop(lm: LM, dropped: int, refill: bool) -> None:
             )
 
 
-@partial(jax.jit, static_argnames=("dropped", "refill"))
+@partial(Program, static_argnames=("dropped", "refill"))
 def _measure(weights: Packed, batch: Batch, *, dropped: int, refill: bool) -> tuple[LossSums, LossSums]:
     decoder, batch = unpack(weights), batch._replace(labels=jnp.zeros_like(batch.labels))
     without = loss_sums(decoder, _stream(decoder, batch, dropped, refill), batch, 1)

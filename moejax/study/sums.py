@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.layers import RegisteredConfig
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
+from moejax.program import Program
 from moejax.routing import Routing
 from moejax.routing import statistics as s
 from moejax.study.data import Batch
@@ -104,7 +105,7 @@ def id_space(config: Config, kind: Kind) -> int:
     return config.num_experts if kind == "feed_forward" else config.num_attention_experts
 
 
-@partial(jax.jit, static_argnames=("groups", "by_token", "outputs"))
+@partial(Program, static_argnames=("groups", "by_token", "outputs"))
 def measure(weights: Decoder | Packed, batch: Batch, *, groups: int, by_token: bool, outputs: bool = False) -> Sums:
     """Run a batch and sum; ``groups`` is the number of labels, at least one."""
     decoder = unpack(weights)

@@ -17,6 +17,7 @@ from moejax.checkpoints.load import BUNDLED
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, MoejaxError
 from moejax.models import Decoder
+from moejax.program import Program
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus, find_text
@@ -178,7 +179,7 @@ def summarise(metrics: dict[str, np.ndarray], step: int) -> Row:
     return row
 
 
-@jax.jit
+@Program
 def _nats(decoder: Decoder, rows: Int[Array, "N B T1"]) -> Array:
     def one(batch: Array) -> Array:
         return cross_entropy(decoder, decoder.hidden(batch[:, :-1]).stream, batch[:, 1:])

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from moejax.errors import ConfigError
 from moejax.layers import MoeLayer
 from moejax.models import Decoder
+from moejax.program import Program
 from moejax.training.data import windows
 from moejax.training.losses import LossWeights, Parts, language_model_loss
 
@@ -95,7 +96,7 @@ def make_train_steps(
         metrics["gradient_norm"] = optax.global_norm(found)
         return TrainState(after_step(decoder, metrics), optimiser_state, state.step + 1), metrics
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(Program, donate_argnums=0)
     def train_steps(state: TrainState, tokens: Array) -> tuple[TrainState, Parts]:
         return jax.lax.scan(partial(one_step, tokens), state, None, length=count)
 

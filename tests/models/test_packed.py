@@ -47,7 +47,10 @@ def test_vectors_elsewhere_stay_there(kind: str) -> None:
 
 def test_config_without_unpacking() -> None:
     decoder = loaded("jetmoe").decoder
-    assert Packed.of(decoder).config == decoder.config
+    packed = Packed.of(decoder)
+    assert packed.config == decoder.config
+    # read once, since every call asks for it
+    assert packed.config is packed.config
 
 
 def test_packing_anew_compiles_nothing_anew() -> None:

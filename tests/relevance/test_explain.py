@@ -69,6 +69,16 @@ class TestShapes:
             [c.probability for c in best], np.asarray(jax.nn.softmax(logits))[[c.id for c in best]], **CLOSE
         )
 
+    def test_no_vocabulary_is_fetched(self, lm, monkeypatch):
+        """Sixteen targets of GPT-OSS are three million logits, of which five each are shown."""
+        fetched, device_get = [], jax.device_get
+        monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or device_get(tree))
+        relevance = explain(lm, PROMPT, target=Token(11, position=3))
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(fetched)]
+        assert len(shapes) > len(FIELDS)
+        assert not any(V in shape for shape in shapes)
+        assert len(relevance.candidates[0]) == 5
+
 
 class TestTargets:
     def test_argmax_is_the_token_with_the_largest_logit(self, lm):

@@ -4,12 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moejax import MoejaxError
 from moejax.checkpoints.plan import leaf_paths
 from moejax.cli import main
-from moejax.models import Decoder, family
+from moejax.lm import LM
+from moejax.models import Decoder, Packed, family
 from moejax.report.bench import heading_lines, row_line
 from moejax.study.bench import CASES, SHAPES, Case, Row, bench, published, random_decoder
 from moejax.study.bench.floor import Ceilings, floor_ms
@@ -118,7 +120,21 @@ def test_every_case_of_every_family(name):
     for case, row in zip(CASES, rows, strict=True):
         assert row.failed is None
         assert row.ms > 0
+        assert (row.call_ms > 0) == (case.call is not None)
         assert row.targets_per_s == pytest.approx(case.targets / row.ms * 1e3)
+
+
+def test_what_a_user_calls(decoder):
+    """It explains as many targets of as many tokens as the function that is timed beside it."""
+    ids = jax.random.randint(jax.random.key(0), (20,), 0, V)
+    (case,) = (c for c in CASES if c.name == "AttnLRP 16 targets")
+    ours, timed = case.call(LM(decoder), ids.tolist()), case.function(Packed.of(decoder), ids[None, :-1])
+    np.testing.assert_array_equal(ours.token_ids, ids[:-1])
+    assert ours.positions.tolist() == list(range(3, 19))
+    assert ours.layers.shape == timed.gates.tokens[:, :, 0].shape
+    np.testing.assert_array_equal(ours.expert_ids, timed.routes.ids[:, 0])
+    (row,) = list(bench("a model", decoder, cases=["AttnLRP 1 target"], **QUICK))[1:]
+    assert row.call_ms > 0
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from moejax.models import Decoder, Packed, record, unpack
+from moejax.program import Program
 from moejax.relevance.backtrace.nodes import EMBEDDINGS, HEAD, NORM, PARTS
 from moejax.rules import Reading
 
 
-@jax.jit
+@Program
 def values(weights: Decoder | Packed, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> dict[str, Array]:
     """The value at each of the engine's nodes, of the final norm (``"norm"``) and the logits (``"head"``)."""
     decoder = unpack(weights)

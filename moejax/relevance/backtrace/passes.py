@@ -150,6 +150,7 @@ def of_weights(run: Run, weights: Float[np.ndarray, "B T V"]) -> tuple[StepRelev
     out = _read(run, seeds, engine_nodes(run.lm.config.num_layers))
     found = _step(run, out, 0, np.ones(len(batch.ids)), batch.ids.shape[1])
     found.nodes[HEAD][:] = weights
+    assert out.logits is not None
     return found, out.logits[:, -1]
 
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.generation import Generation, generate_tokens
+from moejax.lm import LM
 from moejax.models import Decoder, Packed, unpack
+from moejax.relevance import Continuation, Relevance, explain
 from moejax.relevance.engine import LogitSeeds, Readout, relevance
 from moejax.rules import GIM, AttnLRP, Backtrace, Gates, Plain, Reading, Rule
 
@@ -24,6 +26,7 @@ class Case:
         passes: how often it reads all weights (0: those a token uses, once for each new token).
         targets: of each backward pass.
         long: runs on the long prompt.
+        call: what a user calls for it, with a token more than the function takes.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Case:
     passes: int
     targets: int = 0
     long: bool = False
+    call: Callable[[LM, list[int]], object] | None = None
 
 
 def forward(weights: Decoder | Packed, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B 1 V"], list[Array]]:
@@ -69,6 +73,15 @@ def explanation(rule: Rule, targets: int, *, again: float = 0.0) -> Callable[...
     return run
 
 
+def calling(rule: str, targets: int) -> Callable[[LM, list[int]], Relevance]:
+    """The relevance of the last ``targets`` tokens, as ``explain`` gives it."""
+
+    def call(lm: LM, ids: list[int]) -> Relevance:
+        return explain(lm, ids[:-targets], target=Continuation(ids[-targets:]), rule=rule)
+
+    return call
+
+
 def decoding(new: int) -> Callable[[Packed, Array], Generation]:
     """Greedy continuation by ``new`` tokens, the whole loop on the device."""
 
@@ -82,8 +95,8 @@ def decoding(new: int) -> Callable[[Packed, Array], Generation]:
 CASES = (
     Case("forward", forward, 1),
     Case("gradient", gradient, 2, 1),
-    Case("AttnLRP 1 target", explanation(AttnLRP(), 1), 2, 1),
-    Case("AttnLRP 16 targets", explanation(AttnLRP(), 16), 2, 16),
+    Case("AttnLRP 1 target", explanation(AttnLRP(), 1), 2, 1, call=calling("attnlrp", 1)),
+    Case("AttnLRP 16 targets", explanation(AttnLRP(), 16), 2, 16, call=calling("attnlrp", 16)),
     Case("Backtrace 1 target", explanation(Backtrace(), 1), 2, 1),
     Case("AttnLRP long", explanation(AttnLRP(), 1), 2, 1, long=True),
     Case("AttnLRP long half rematerialised", explanation(AttnLRP(), 1, again=0.5), 2, 1, long=True),

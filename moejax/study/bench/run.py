@@ -13,10 +13,12 @@ import flax
 import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from moejax.errors import MoejaxError
+from moejax.lm import LM
 from moejax.models import Decoder, Packed
+from moejax.program import brief
 from moejax.study.bench.cases import CASES, DECODED, Case, decoding, forward
 from moejax.study.bench.floor import Ceilings, ceilings, floor_ms, median_ms, queued_ms
 
@@ -31,6 +33,8 @@ class Row:
         floor_ms: the least that the machine could take, by its measured limits.
         queued_ms: mean time of a call where calls follow one another and only the last is waited for, which leaves out
             what the host takes to start one; 0 for decoding.
+        call_ms: median wall time of the public function that does it, its results on the host; 0 for what is not timed
+            so.
         targets_per_s: explained targets a second; 0 where nothing is explained.
         compile_s: tracing and compiling.
         cached_s: tracing, and loading the program from the persistent cache.
@@ -44,6 +48,7 @@ class Row:
     ms: float = 0.0
     floor_ms: float = 0.0
     queued_ms: float = 0.0
+    call_ms: float = 0.0
     targets_per_s: float = 0.0
     compile_s: float = 0.0
     cached_s: float = 0.0
@@ -97,13 +102,13 @@ def bench(
     short = max((case.targets for case in chosen), default=1)
     if min(tokens, long_tokens) < short:
         raise MoejaxError(f"a prompt of {min(tokens, long_tokens)} tokens is too short to explain its last {short}.")
-    limits, packed = ceilings(), Packed.of(decoder)
+    limits, lm = ceilings(), LM(decoder)
     yield heading(name, decoder, limits)
     for case in chosen:
         length = long_tokens if case.long else tokens
-        prompt = jax.random.randint(jax.random.key(1), (1, length), 0, decoder.config.vocab_size)
+        ids = jax.random.randint(jax.random.key(1), (1, length + 1), 0, decoder.config.vocab_size)
         try:
-            yield _row(case, decoder, packed, prompt, limits, repeats)
+            yield _row(case, lm, ids, limits, repeats)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -121,8 +126,9 @@ def _chosen(words: Sequence[str]) -> list[Case]:
     return [case for case in CASES if case.name in meant]
 
 
-def _row(case: Case, decoder: Decoder, packed: Packed, prompt: Array, limits: Ceilings, repeats: int) -> Row:
-    length = prompt.shape[1]
+def _row(case: Case, lm: LM, ids: Int[Array, "1 T1"], limits: Ceilings, repeats: int) -> Row:
+    """All but the last of ``ids`` are the prompt."""
+    decoder, packed, prompt, length = lm.decoder, lm.packed, ids[:, :-1], ids.shape[1] - 1
     run, compile_s, cached_s = _compiled(case.function, packed, prompt)
     memory = run.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -134,6 +140,7 @@ def _row(case: Case, decoder: Decoder, packed: Packed, prompt: Array, limits: Ce
         # the prompt's own pass chooses the first token
         first = jax.jit(decoding(1)).lower(packed, prompt).compile()
         ms = (ms - median_ms(partial(first, packed, prompt), repeats)) / DECODED
+    called = median_ms(partial(case.call, lm, ids[0].tolist()), repeats) if case.call else 0.0
     load = _largest_load(run(packed, prompt)[1], decoder.config.num_experts) if case.function is forward else None
     return Row(
         case.name,
@@ -141,6 +148,7 @@ def _row(case: Case, decoder: Decoder, packed: Packed, prompt: Array, limits: Ce
         ms=ms,
         floor_ms=floor_ms(decoder, case, length, limits),
         queued_ms=queued,
+        call_ms=called,
         targets_per_s=case.targets / ms * 1e3,
         compile_s=compile_s,
         cached_s=cached_s,
@@ -152,7 +160,7 @@ def _row(case: Case, decoder: Decoder, packed: Packed, prompt: Array, limits: Ce
 def _compiled(function: Callable, packed: Packed, prompt: Array) -> tuple[Any, float, float]:
     """The compiled program, and the seconds that it took, traced and compiled, and traced and found in a cache."""
     program, times = None, []
-    with _persistent_cache():
+    with _persistent_cache(), brief:
         for _ in range(2):
             # nothing that was traced or compiled before
             jax.clear_caches()
