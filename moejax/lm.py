@@ -157,7 +157,9 @@ class LM:
         if len(prompts) == 0:
             raise PromptError("there are no prompts to continue.")
         pad_id = self.config.pad_id if pad_id is None else pad_id
-        tokens, valid = left_pad([np.array(self.encode(p), np.int32) for p in prompts], pad_id)
+        rows = [self.encode(p) for p in prompts]
+        width = shared_length(self.config, max(map(len, rows)), gates)
+        tokens, valid = left_pad(rows, width, pad_id)
         return generate_tokens(
             self.packed,
             tokens,
@@ -217,14 +219,38 @@ class LM:
         return self.tokenizer
 
 
-def left_pad(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+def roomy(length: int) -> int:
+    """``length`` or somewhat more: one of so few that most prompts find their program compiled.
+
+    Powers of two up to 64, since few tokens take as long as 64, and from there on four to a doubling.
+    """
+    step = max(16, 1 << (length - 1).bit_length()) // (1 if length <= 64 else 8)
+    return -(-length // step) * step
+
+
+def shared_length(config: Config, length: int, gates: Gates | None) -> int:
+    """What prompts of ``length`` tokens may be padded to, so that others share their program (:func:`roomy`).
+
+    No more than they are where padding would count: if sequences compete, or if gates hold for single tokens.
+    """
+    by_token = any(gate.shape[2:3] > (1,) for gate in jax.tree.leaves(gates))
+    return length if by_token or config.couples_sequences else roomy(length)
+
+
+def left_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """Rows of unequal length, aligned at their ends, and where they hold real tokens."""
-    width = max(len(row) for row in rows)
+    tokens, valid = np.full((len(rows), width), pad_id, np.int32), np.zeros((len(rows), width), bool)
+    for out, real, row in zip(tokens, valid, rows, strict=True):
+        out[width - len(row) :], real[width - len(row) :] = row, True
+    return jnp.asarray(tokens), jnp.asarray(valid)
+
+
+def right_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> Int[Array, "B T"]:
+    """Rows of unequal length, aligned at their beginnings: no token sees the padding behind it."""
     tokens = np.full((len(rows), width), pad_id, np.int32)
     for out, row in zip(tokens, rows, strict=True):
-        out[width - len(row) :] = row
-    lengths = np.array([len(row) for row in rows])
-    return jnp.asarray(tokens), jnp.asarray(np.arange(width) >= width - lengths[:, None])
+        out[: len(row)] = row
+    return jnp.asarray(tokens)
 
 
 def _until(row: list[int], ends: tuple[int, ...]) -> list[int]:

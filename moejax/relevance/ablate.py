@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError
-from moejax.lm import LM, Prompt
+from moejax.lm import LM, Prompt, right_pad, shared_length
 from moejax.models import Config, Decoder, Hidden, Packed, unpack
 from moejax.models.shares import WHOLE, along, share_out, shares
 from moejax.program import Program
@@ -122,17 +122,18 @@ def ablate(
             of others, a chunk of none.
     """
     question = Question.of(lm, prompt, target)
-    length = question.tokens.shape[1]
+    (ids,), length = question.tokens.tolist(), question.tokens.shape[1]
     interventions = [[c] if isinstance(c, Cell) else list(c) for c in cells]
     knobs = Gates() if gates is None else gates.check(lm.config, question.tokens)
-    at_once = (checked_chunk(chunk) or max(1, _TOKENS_AT_A_TIME // length)) * shares(lm.config.mesh)
+    tokens = right_pad([ids], shared_length(lm.config, length, gates), lm.config.pad_id)
+    at_once = (checked_chunk(chunk) or max(1, _TOKENS_AT_A_TIME // tokens.shape[1])) * shares(lm.config.mesh)
     rows = min(at_once, _rounded(len(interventions)))
     found = []
     switches = _switches(lm.config, length, interventions, how)
     for start in range(0, len(interventions), rows):
         # a last chunk is filled up with passes without a switch, not to compile it anew
         part = {name: _filled(s[start : start + rows], rows) for name, s in switches.items()}
-        intact, changed = _values(lm.packed, question.tokens, question.seeds, part, knobs)
+        intact, changed = _values(lm.packed, tokens, question.seeds, part, knobs)
         found.append((intact, changed))
     parts = [np.asarray(intact, np.float64) - np.asarray(changed, np.float64) for intact, changed in found]
     changes = np.concatenate([np.zeros((0, len(question.aims))), *parts])[: len(interventions)]
@@ -154,7 +155,7 @@ class Question(NamedTuple):
             PromptError: as in :func:`explain`.
         """
         ids, aims = checked_target(target).resolve(lm, lm.encode(prompt))
-        return cls(aims, jnp.asarray(np.array([ids], np.int32)), target.seeds([aims], [0], decoder_dtype(lm)))
+        return cls(aims, jnp.asarray(np.array([ids], np.int32)), target.seeds([aims], decoder_dtype(lm)))
 
 
 def spread(seeds: Seeds, rows: int) -> Seeds:

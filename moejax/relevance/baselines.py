@@ -462,7 +462,7 @@ def _read(lm: LM, question: Question, rule: Activations, nodes: tuple[str, ...] 
         last, one = jnp.full((1, 1), tokens.shape[1] - 1), jnp.ones((1, 1, 1), decoder_dtype(lm))
         seeds = LogitSeeds.of(last, jnp.zeros(one.shape, jnp.int32), one)
     out = relevance(lm.packed, tokens, None, seeds, Gates(), rule=rule, nodes=nodes, joint=True)
-    return jax.tree.map(np.asarray, out)
+    return jax.device_get(out._replace(logits=None))
 
 
 def _scores(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
-from moejax.lm import LM, Prompt, left_pad
+from moejax.lm import LM, Prompt, right_pad, shared_length
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
 from moejax.relevance.ledger import Ledger
@@ -61,8 +61,11 @@ def explain_batch(
     rematerialise: bool | int | None = None,
     max_bytes: int | None = None,
 ) -> list[Relevance]:
-    """:func:`explain` for several prompts as one padded batch; one by one, where gates must fit each, if a layer lets
-    sequences compete.
+    """:func:`explain` for several prompts as one batch, padded behind their ends, where no token sees it; one by one,
+    where gates must fit each, if a layer lets sequences compete.
+
+    Prompts are padded to one of few lengths, so that most find their program compiled (:func:`moejax.lm.roomy`),
+    unless ``gates`` hold for single tokens or ``max_bytes`` is given.
 
     Args:
         target: what to explain; by default the logit of the most likely next token.
@@ -105,10 +108,13 @@ def _together(
     prompts: Sequence[Prompt],
 ) -> list[Relevance]:
     resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
-    tokens, valid = left_pad([np.array(ids, np.int32) for ids, _ in resolved], lm.config.pad_id)
-    offsets = [tokens.shape[1] - len(ids) for ids, _ in resolved]
-    knobs = Gates() if gates is None else gates.check(lm.config, tokens)
-    seeds = target.seeds([aims for _, aims in resolved], offsets, decoder_dtype(lm))
+    rows = [ids for ids, _ in resolved]
+    longest = max(map(len, rows))
+    knobs = Gates() if gates is None else gates.check(lm.config, np.zeros((len(rows), longest), np.int32))
+    # who bounds memory has none for padding
+    width = shared_length(lm.config, longest, gates) if max_bytes is None else longest
+    tokens = right_pad(rows, width, lm.config.pad_id)
+    seeds = target.seeds([aims for _, aims in resolved], decoder_dtype(lm))
     again = _layers(rematerialise, lm.config.num_layers)
     if max_bytes is not None:
         count = 1 if target.joint else max(len(aims) for _, aims in resolved)
@@ -117,7 +123,7 @@ def _together(
     out = relevance(
         lm.packed,
         tokens,
-        valid if any(offsets) else None,
+        None,
         seeds,
         knobs,
         rule=rule,
@@ -127,10 +133,7 @@ def _together(
         rematerialised_layers=again or 0,
     )
     out, likely = jax.device_get((out._replace(logits=None), _likely(out.logits)))
-    return [
-        _result(lm, repr(rule), target, ids, aims, out, likely, row, offset)
-        for row, ((ids, aims), offset) in enumerate(zip(resolved, offsets, strict=True))
-    ]
+    return [_result(lm, repr(rule), target, ids, aims, out, likely, row) for row, (ids, aims) in enumerate(resolved)]
 
 
 def decoder_dtype(lm: LM) -> jnp.dtype:
@@ -185,21 +188,20 @@ def _result(
     out: Readout,
     likely: _Likely,
     row: int,
-    offset: int,
 ) -> Relevance:
     """One batch row of the readout, without its padding."""
-    n, values = len(aims), out.target[row, : len(aims)].astype(np.float64)
+    n, length, values = len(aims), len(token_ids), out.target[row, : len(aims)].astype(np.float64)
     labels = [target.label(lm, aim, out.ids[row, i]) for i, aim in enumerate(aims)]
     if target.joint:
         n, values, labels = 1, values.sum(keepdims=True), [" + ".join(labels)]
-    gates = {f.name: g[:n, :, row, offset:] for f in fields(Gates) if (g := getattr(out.gates, f.name)) is not None}
+    gates = {f.name: g[:n, :, row, :length] for f in fields(Gates) if (g := getattr(out.gates, f.name)) is not None}
     leaks = {name: leak[:n, :, row].astype(np.float64) for name, leak in out.leaks.items()}
     layers = gates["tokens"]
 
     def experts(name: str, slots: Slots | None, count: int) -> ExpertRelevance | None:
         if slots is None:
             return None
-        ids, weights = slots.ids[:, row, offset:], slots.weights[:, row, offset:]
+        ids, weights = slots.ids[:, row, :length], slots.weights[:, row, :length]
         return ExpertRelevance(gates[name], ids, weights, count)
 
     return Relevance(
@@ -215,7 +217,7 @@ def _result(
         feed_forward=experts("slots", out.routes, lm.config.num_experts),
         attention=experts("attention_slots", out.attention_routes, lm.config.num_attention_experts),
         shared=gates.get("shared"),
-        vectors={node: _unpadded(node, vector[:n], row, offset) for node, vector in out.vectors.items()},
+        vectors={node: _unpadded(node, vector[:n], row, length) for node, vector in out.vectors.items()},
         ledger=Ledger(
             target=values,
             tokens=layers[:, 0].sum(-1, dtype=np.float64),
@@ -226,6 +228,6 @@ def _result(
     )
 
 
-def _unpadded(node: str, vector: np.ndarray, row: int, offset: int) -> np.ndarray:
+def _unpadded(node: str, vector: np.ndarray, row: int, length: int) -> np.ndarray:
     """One sequence's part of the relevance at a node, without what belongs to padding."""
-    return vector[:, row, :, offset:, offset:] if node.startswith("edges.") else vector[:, row, offset:]
+    return vector[:, row, :, :length, :length] if node.startswith("edges.") else vector[:, row, :length]

@@ -54,22 +54,16 @@ class Target(ABC):
             PromptError: a named token is several tokens, an id or a position is out of range.
         """
 
-    def seeds(self, rows: list[list[Aim]], offsets: list[int], dtype: DTypeLike) -> Seeds:
-        """The aims of all sequences as arrays.
-
-        Args:
-            rows: the aims of each sequence; those with fewer are filled up with aims at nothing.
-            offsets: how many places of padding stand before each sequence.
-        """
+    def seeds(self, rows: list[list[Aim]], dtype: DTypeLike) -> Seeds:
+        """The aims of each sequence as arrays; those with fewer are filled up with aims at nothing."""
         terms = max(len(aim.terms) + len(aim.rivals) for aims in rows for aim in aims)
         count = max(map(len, rows))
         positions, ids = np.zeros((len(rows), count), np.int32), np.zeros((len(rows), count, terms), np.int32)
         signs, rivals = np.zeros(ids.shape, dtype), np.zeros(ids.shape, bool)
         mean, expected = np.zeros((2, *positions.shape), dtype)
-        for row, (aims, offset) in enumerate(zip(rows, offsets, strict=True)):
-            positions[row] = offset
+        for row, aims in enumerate(rows):
             for n, aim in enumerate(aims):
-                positions[row, n] += aim.position
+                positions[row, n] = aim.position
                 mean[row, n], expected[row, n] = aim.mean, aim.expected
                 for j, (token, sign) in enumerate([*aim.terms, *((token, 0.0) for token in aim.rivals)]):
                     ids[row, n, j], signs[row, n, j] = token, sign
@@ -241,8 +235,8 @@ class RouterChoice(Target):
         terms = ((self.expert, 1.0), (self.versus, -1.0))
         return prompt, [Aim(_position(self.position, len(prompt)), terms)]
 
-    def seeds(self, rows: list[list[Aim]], offsets: list[int], dtype: DTypeLike) -> Seeds:
-        logits = super().seeds(rows, offsets, dtype)
+    def seeds(self, rows: list[list[Aim]], dtype: DTypeLike) -> Seeds:
+        logits = super().seeds(rows, dtype)
         assert isinstance(logits, LogitSeeds)
         return RoutingSeeds(logits.positions, logits.ids, logits.signs, self.layer, self.attention)
 
@@ -270,8 +264,8 @@ class Direction(Target):
             )
         return prompt, [Aim(_position(self.position, len(prompt)), ())]
 
-    def seeds(self, rows: list[list[Aim]], offsets: list[int], dtype: DTypeLike) -> Seeds:
-        positions = [[aim.position + offset for aim in aims] for aims, offset in zip(rows, offsets, strict=True)]
+    def seeds(self, rows: list[list[Aim]], dtype: DTypeLike) -> Seeds:
+        positions = [[aim.position for aim in aims] for aims in rows]
         directions = jnp.broadcast_to(jnp.asarray(self.vector, dtype), (len(rows), 1, np.size(self.vector)))
         return StreamSeeds(jnp.asarray(positions, jnp.int32), directions, self.layer)
 

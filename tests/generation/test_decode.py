@@ -71,7 +71,7 @@ def test_tokens_behind_the_end_are_padding(ending: moejax.LM, greedy: list[list[
 
 def test_no_forward_pass_follows_the_last_token(toy_lm: moejax.LM) -> None:
     """All slots of the cache are written: those of the prompt and of every new token but the last."""
-    tokens, valid = left_pad([np.array(prompt) for prompt in PROMPTS], PAD)
+    tokens, valid = left_pad(PROMPTS, max(map(len, PROMPTS)), PAD)
     call = decode._Call(toy_lm.packed, tokens, valid, np.arange(len(tokens)), jax.random.key(0), Sampling(), Reading())
     plan = decode.Plan(NEW, (), PAD, return_scores=False)
     state = decode._jit_decode(call, decode._jit_prefill(call, plan), plan, NEW, NEW)

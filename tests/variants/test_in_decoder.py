@@ -208,3 +208,16 @@ def test_prompts_are_explained_apart(name: str, factor: float | None) -> None:
     for found, prompt in zip(moejax.explain_batch(lm, prompts), prompts, strict=True):
         want = explain(lm, prompt)
         np.testing.assert_allclose(found.tokens, want.tokens, rtol=0, atol=1e-5 * np.abs(want.tokens).max())
+        # nor are they padded to a common length, since padding competes too
+        np.testing.assert_allclose(want.ledger.target, lm([prompt])[0, -1].max(), rtol=1e-5)
+
+
+@coupled
+def test_a_prompt_is_continued_as_it_is(name: str, factor: float | None) -> None:
+    """Without padding, which would compete with it; so is what ``Backtrace`` runs."""
+    lm = coupled_lm(name, factor)
+    best = [int(lm([prompt])[0, -1].argmax()) for prompt in (PROMPT, PROMPT[:3])]
+    assert [lm.generate_ids([prompt], max_new_tokens=1)[0] for prompt in (PROMPT, PROMPT[:3])] == [[b] for b in best]
+    task = {"task": "generation", "max_new_tokens": 1, "return_relevance": False}
+    run = moejax.Backtrace(model=lm).run_task
+    assert run(inputs=[PROMPT], **task)["generated_ids"][0, -1] == best[0]

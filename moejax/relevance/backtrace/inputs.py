@@ -1,7 +1,7 @@
 """What a user hands over as inputs: texts or token ids, from torch, numpy, JAX or plain lists, padded on any side."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,15 +9,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from moejax.errors import PromptError
-from moejax.lm import LM, left_pad
+from moejax.lm import LM, left_pad, roomy
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids in the columns in which they were given, and which of them are no padding."""
+    """Token ids in the columns in which they were given, and which of them are no padding.
+
+    ``tight`` batches are padded no further than to the longest row, since the model's layers would notice.
+    """
 
     ids: Int[np.ndarray, "B T"]
     valid: Bool[np.ndarray, "B T"]
+    tight: bool = False
 
     @property
     def rows(self) -> list[list[int]]:
@@ -31,12 +35,13 @@ class Batch:
 
     @property
     def width(self) -> int:
-        """Length of the longest row, which is that of the padded rows of :meth:`left`."""
-        return int(self.lengths.max())
+        """Length of the padded rows of :meth:`left`, at least that of the longest."""
+        longest = int(self.lengths.max())
+        return longest if self.tight else roomy(longest)
 
     def left(self, pad_id: int) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
         """The rows aligned at their ends, as models read them."""
-        return left_pad([np.array(row, np.int32) for row in self.rows], pad_id)
+        return left_pad(self.rows, self.width, pad_id)
 
     @cached_property
     def places(self) -> Int[np.ndarray, "B T"]:
@@ -46,19 +51,20 @@ class Batch:
 
     def in_columns(self, x: Shaped[np.ndarray, "B W *s"], columns: int) -> Shaped[np.ndarray, "B T *s"]:
         """Values of the rows of :meth:`left` in the first ``columns`` columns as given; zero at padding."""
-        if self.valid.all():
+        if self.valid.all() and x.shape[1] == self.valid.shape[1]:
             return x[:, :columns]
         ended = np.concatenate([x, np.zeros_like(x[:, :1])], axis=1)
         return ended[np.arange(len(x))[:, None], self.places[:, :columns]]
 
     def repeated(self, times: int) -> "Batch":
         """Every row so many times, side by side."""
-        return Batch(self.ids.repeat(times, axis=0), self.valid.repeat(times, axis=0))
+        return replace(self, ids=self.ids.repeat(times, axis=0), valid=self.valid.repeat(times, axis=0))
 
     def followed_by(self, ids: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"]) -> "Batch":
         """These columns and behind them ``ids``, of which ``lengths`` are no padding."""
         valid = np.arange(ids.shape[1]) < lengths[:, None]
-        return Batch(np.concatenate([self.ids, ids], axis=1), np.concatenate([self.valid, valid], axis=1))
+        ids, valid = np.concatenate([self.ids, ids], axis=1), np.concatenate([self.valid, valid], axis=1)
+        return replace(self, ids=ids, valid=valid)
 
 
 def to_numpy(values: Any) -> np.ndarray:
@@ -112,7 +118,7 @@ def _checked(ids: np.ndarray, valid: np.ndarray, lm: LM, bos_id: int | None) -> 
     if valid.size == 0 or not valid.any(1).all():
         raise PromptError("a prompt is empty: there is no token to predict from.")
     lm.check(ids[valid])
-    return Batch(ids.astype(np.int64), valid)
+    return Batch(ids.astype(np.int64), valid, tight=lm.config.couples_sequences)
 
 
 def _padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -81,9 +81,10 @@ def _generate(lm: LM, prompts: Batch, question: Question) -> Outcome:
     settings = question.settings
     options = settings.for_generation(lm, question.temperature)
     if question.max_length is not None:
-        room = question.max_length - prompts.width
+        longest = int(prompts.lengths.max())
+        room = question.max_length - longest
         if room < 1:
-            raise PromptError(f"a prompt of {prompts.width} tokens leaves no room in max_length={question.max_length}.")
+            raise PromptError(f"a prompt of {longest} tokens leaves no room in max_length={question.max_length}.")
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
     made = lm.generate_tokens(prompts.rows, return_scores=question.return_scores, **options)
     lengths = np.asarray(made.lengths).astype(np.int64)
@@ -166,7 +167,7 @@ def layer_outputs(lm: LM, batch: Batch) -> tuple[dict[str, np.ndarray], dict[str
     What enters holds the mask too, as ``"attention_mask"``.
     """
     tokens, valid = batch.left(lm.config.pad_id)
-    found = jax.tree.map(np.asarray, capture.values(lm.packed, tokens, valid))
+    found = jax.device_get(capture.values(lm.packed, tokens, valid))
     columns = {name: batch.in_columns(x, batch.ids.shape[1]) for name, x in found.items()}
     entering, leaving = capture.by_node(columns, batch.ids, lm.config.num_layers)
     return entering | {"attention_mask": batch.valid.astype(np.int64)}, leaving
