@@ -1,10 +1,10 @@
 """``jax.jit`` for what runs a whole model, without what makes its programs wait and nobody reads.
 
-JAX attaches to every operation the lines of Python that led to it, a hundred frames of them, more than half of which
-are a notebook's. XLA formats all of that anew whenever it loads a program, also from the persistent cache: a third to
-a half of the time for loading 48 layers. What an operation belongs to, its name says (``jit(relevance)/jvp(..)``).
-And Python's collector goes through millions of new objects of traces, none of which is garbage yet: a fifth of the
-time for tracing and lowering.
+JAX attaches to every operation the lines of Python that led to it, up to a hundred frames, a notebook's own among
+them. XLA formats all of that anew whenever it loads a program, also from the persistent cache: a third of the time
+that loading takes. What an operation belongs to, its name says (``jit(relevance)/jvp(..)``). And Python's collector
+goes through the many new objects of a trace, hardly any of which is garbage yet: a fifth of the time for tracing and
+lowering.
 """
 
 import gc

@@ -122,10 +122,10 @@ def ablate(
             of others, a chunk of none.
     """
     question = Question.of(lm, prompt, target)
-    (ids,), length = question.tokens.tolist(), question.tokens.shape[1]
+    length = len(question.ids)
     interventions = [[c] if isinstance(c, Cell) else list(c) for c in cells]
-    knobs = Gates() if gates is None else gates.check(lm.config, question.tokens)
-    tokens = right_pad([ids], shared_length(lm.config, length, gates), lm.config.pad_id)
+    knobs = Gates() if gates is None else gates.check(lm.config, question.ids)
+    tokens = question.tokens(lm, gates)
     at_once = (checked_chunk(chunk) or max(1, _TOKENS_AT_A_TIME // tokens.shape[1])) * shares(lm.config.mesh)
     rows = min(at_once, _rounded(len(interventions)))
     found = []
@@ -141,21 +141,25 @@ def ablate(
 
 
 class Question(NamedTuple):
-    """A target resolved for one prompt."""
+    """A target resolved for one prompt: the sequence to run, and what to ask of it."""
 
+    ids: list[int]
     aims: list[Aim]
-    tokens: Int[Array, "1 T"]
     seeds: Seeds
 
     @classmethod
     def of(cls, lm: LM, prompt: Prompt, target: Target) -> "Question":
-        """The sequence to run and the seeds in it.
+        """Resolve it.
 
         Raises:
             PromptError: as in :func:`explain`.
         """
         ids, aims = checked_target(target).resolve(lm, lm.encode(prompt))
-        return cls(aims, jnp.asarray(np.array([ids], np.int32)), target.seeds([aims], decoder_dtype(lm)))
+        return cls(ids, aims, target.seeds([aims], decoder_dtype(lm)))
+
+    def tokens(self, lm: LM, gates: Gates | None = None) -> Int[Array, "1 W"]:
+        """The sequence, padded behind its end if others can share its program then."""
+        return right_pad([self.ids], shared_length(lm.config, len(self.ids), gates), lm.config.pad_id)
 
 
 def spread(seeds: Seeds, rows: int) -> Seeds:

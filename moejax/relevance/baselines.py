@@ -115,10 +115,12 @@ def integrated_gradients(
     refuse_half(lm.decoder)
     refuse_wrong_sums()
     question = Question.of(lm, prompt, target)
-    path, knobs = _path(lm, question, over)
+    length, tokens = len(question.ids), question.tokens(lm)
+    path, knobs = _path(lm, tokens, over)
     if steps < 1 or (baseline is not None and over != "embeddings"):
         raise MoejaxError(f"steps={steps} must be positive, and a baseline is for embeddings only.")
-    start = _start(lm, question, baseline)
+    start = _start(lm, length, baseline)
+    start = jnp.pad(start, ((0, tokens.shape[1] - length), (0, 0)))
     rows, points = min(checked_chunk(chunk) or steps, steps), (np.arange(steps) + 0.5) / steps
     slopes, ends, ids = dict.fromkeys(knobs, np.zeros(())), np.zeros((2, 0)), np.zeros((0, 0), int)
     for first in range(0, steps, rows):
@@ -127,10 +129,9 @@ def integrated_gradients(
         scales = np.pad(np.array([1.0, 0.0, *here]), (0, rows - len(here)), constant_values=1.0)
         counts = np.pad(np.full(len(here), 1 / steps), (2, rows - len(here)))
         scaled = {name: ones * jnp.asarray(scales).reshape(-1, *[1] * (ones.ndim - 2)) for name, ones in knobs.items()}
-        found, *rest = _slopes(
-            lm.packed, question.tokens, question.seeds, start, scaled, jnp.asarray(counts), path=path
-        )
-        slopes = {name: slopes[name] + np.asarray(slope, np.float64) for name, slope in found.items()}
+        found, *rest = _slopes(lm.packed, tokens, question.seeds, start, scaled, jnp.asarray(counts), path=path)
+        # without padding
+        slopes = {name: slopes[name] + np.asarray(slope, np.float64)[:, :, :length] for name, slope in found.items()}
         ends, ids = np.asarray(rest[0], np.float64), np.asarray(rest[1])
     slopes = {name: _of_target(slope, target) for name, slope in slopes.items()}
     fields: dict[str, Any] = {name: slope for name, slope in slopes.items() if name in ("heads", "shared")}
@@ -167,20 +168,20 @@ _PATHS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
 }
 
 
-def _path(lm: LM, question: Question, over: str) -> tuple[Path, dict[str, Float[Array, "L 1 T ..."]]]:
+def _path(lm: LM, tokens: Int[Array, "1 T"], over: str) -> tuple[Path, dict[str, Float[Array, "L 1 T ..."]]]:
     """How to run a point of the path, and the ones that it scales."""
     if over not in _PATHS:
         raise MoejaxError(f"over={over!r} is unknown; choose from {', '.join(_PATHS)}.")
     path, names = _PATHS[over]
-    ones = Gates.ones(lm.config, question.tokens)
+    ones = Gates.ones(lm.config, tokens)
     knobs = {name: g for name in names if (g := getattr(ones, name)) is not None}
     if not knobs:
         raise MoejaxError("every layer of this model is dense: there are no gates of experts.")
     return path, knobs if over != "embeddings" else {"tokens": knobs["tokens"][:1]}
 
 
-def _start(lm: LM, question: Question, baseline: Any) -> Float[Array, "T D"]:
-    size = (question.tokens.shape[1], lm.config.model_dim)
+def _start(lm: LM, length: int, baseline: Any) -> Float[Array, "T D"]:
+    size = (length, lm.config.model_dim)
     if baseline is not None and np.shape(baseline) not in (size, size[1:]):
         raise MoejaxError(f"a baseline of shape {list(np.shape(baseline))} for embeddings of shape {list(size)}.")
     return jnp.broadcast_to(jnp.asarray(0.0 if baseline is None else baseline, decoder_dtype(lm)), size)
@@ -352,7 +353,7 @@ def rollout(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
     """
     question = Question.of(lm, prompt, target)
     out = _read(lm, question, Activations(), tuple(f"edges.{layer}" for layer in range(lm.config.num_layers)))
-    rows = np.eye(question.tokens.shape[1])
+    rows = np.eye(len(question.ids))
     for layer in range(lm.config.num_layers):
         mixed = np.asarray(out.vectors[f"edges.{layer}"][0, 0], np.float64).mean(0) + np.eye(len(rows))
         rows = mixed / mixed.sum(-1, keepdims=True) @ rows
@@ -457,26 +458,26 @@ BASELINES: Mapping[str, Baseline] = {
 
 def _read(lm: LM, question: Question, rule: Activations, nodes: tuple[str, ...] = ()) -> Readout:
     """One backward pass that every layer takes part in, whatever the target; on the host."""
-    tokens, seeds = question.tokens, question.seeds
+    seeds, length = question.seeds, len(question.ids)
     if not isinstance(seeds, LogitSeeds):
-        last, one = jnp.full((1, 1), tokens.shape[1] - 1), jnp.ones((1, 1, 1), decoder_dtype(lm))
+        last, one = jnp.full((1, 1), length - 1), jnp.ones((1, 1, 1), decoder_dtype(lm))
         seeds = LogitSeeds.of(last, jnp.zeros(one.shape, jnp.int32), one)
-    out = relevance(lm.packed, tokens, None, seeds, Gates(), rule=rule, nodes=nodes, joint=True)
-    return jax.device_get(out._replace(logits=None))
+    out = relevance(lm.packed, question.tokens(lm), None, seeds, Gates(), rule=rule, nodes=nodes, joint=True)
+    return jax.device_get(out._replace(logits=None)).cut(length)
 
 
 def _scores(
     lm: LM, question: Question, target: Target, ids: np.ndarray, method: str, unit: str, **fields: Any
 ) -> Scores:
-    aims, token_ids = question.aims, np.asarray(question.tokens[0])
+    aims, token_ids = question.aims, question.ids
     labels = [target.label(lm, aim, ids[n]) for n, aim in enumerate(aims)]
     return Scores(
         method=method,
         unit=unit,
         labels=[" + ".join(labels)] if target.joint else labels,
         positions=np.array([aim.position for aim in (aims[-1:] if target.joint else aims)]),
-        token_ids=token_ids,
-        pieces=lm.pieces(token_ids.tolist()),
+        token_ids=np.array(token_ids),
+        pieces=lm.pieces(token_ids),
         **fields,
     )
 

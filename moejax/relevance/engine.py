@@ -169,6 +169,22 @@ class Readout(NamedTuple):
     routes: Slots | None
     attention_routes: Slots | None
 
+    def cut(self, length: int) -> "Readout":
+        """Without the padding behind so many tokens."""
+
+        def routed(slots: Slots | None) -> Slots | None:
+            return None if slots is None else Slots(slots.ids[:, :, :length], slots.weights[:, :, :length])
+
+        def vector(node: str, v: Any) -> Any:
+            return v[..., :length, :length] if node.startswith("edges.") else v[:, :, :length]
+
+        return self._replace(
+            gates=jax.tree.map(lambda g: g[:, :, :, :length], self.gates),
+            vectors={node: vector(node, v) for node, v in self.vectors.items()},
+            routes=routed(self.routes),
+            attention_routes=routed(self.attention_routes),
+        )
+
 
 @partial(Program, static_argnames=("rule", "chunk", "nodes", "joint", "rematerialised_layers"))
 def relevance(

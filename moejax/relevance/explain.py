@@ -70,7 +70,8 @@ def explain_batch(
     Args:
         target: what to explain; by default the logit of the most likely next token.
         rule: how relevance propagates, or the name of a rule in ``moejax.rules.RULES``.
-        gates: interventions that hold during the pass; they must broadcast over the batch.
+        gates: interventions that hold during the pass; they must broadcast over the batch. Tokens are counted from a
+            prompt's beginning.
         nodes: where to read the relevance of every number, as ``"feed_forward.3"`` or ``"neurons.0"``; the names are
             those of ``moejax.relevance.NODES``, with the layer. Read them from ``vectors`` of the result.
         chunk: how many targets a device propagates at a time, to bound memory; all by default.
@@ -133,7 +134,10 @@ def _together(
         rematerialised_layers=again or 0,
     )
     out, likely = jax.device_get((out._replace(logits=None), _likely(out.logits)))
-    return [_result(lm, repr(rule), target, ids, aims, out, likely, row) for row, (ids, aims) in enumerate(resolved)]
+    return [
+        _result(lm, repr(rule), target, ids, aims, out.cut(len(ids)), likely, row)
+        for row, (ids, aims) in enumerate(resolved)
+    ]
 
 
 def decoder_dtype(lm: LM) -> jnp.dtype:
@@ -189,19 +193,19 @@ def _result(
     likely: _Likely,
     row: int,
 ) -> Relevance:
-    """One batch row of the readout, without its padding."""
-    n, length, values = len(aims), len(token_ids), out.target[row, : len(aims)].astype(np.float64)
+    """One batch row of the readout."""
+    n, values = len(aims), out.target[row, : len(aims)].astype(np.float64)
     labels = [target.label(lm, aim, out.ids[row, i]) for i, aim in enumerate(aims)]
     if target.joint:
         n, values, labels = 1, values.sum(keepdims=True), [" + ".join(labels)]
-    gates = {f.name: g[:n, :, row, :length] for f in fields(Gates) if (g := getattr(out.gates, f.name)) is not None}
+    gates = {f.name: g[:n, :, row] for f in fields(Gates) if (g := getattr(out.gates, f.name)) is not None}
     leaks = {name: leak[:n, :, row].astype(np.float64) for name, leak in out.leaks.items()}
     layers = gates["tokens"]
 
     def experts(name: str, slots: Slots | None, count: int) -> ExpertRelevance | None:
         if slots is None:
             return None
-        ids, weights = slots.ids[:, row, :length], slots.weights[:, row, :length]
+        ids, weights = slots.ids[:, row], slots.weights[:, row]
         return ExpertRelevance(gates[name], ids, weights, count)
 
     return Relevance(
@@ -217,7 +221,7 @@ def _result(
         feed_forward=experts("slots", out.routes, lm.config.num_experts),
         attention=experts("attention_slots", out.attention_routes, lm.config.num_attention_experts),
         shared=gates.get("shared"),
-        vectors={node: _unpadded(node, vector[:n], row, length) for node, vector in out.vectors.items()},
+        vectors={node: vector[:n, row] for node, vector in out.vectors.items()},
         ledger=Ledger(
             target=values,
             tokens=layers[:, 0].sum(-1, dtype=np.float64),
@@ -226,8 +230,3 @@ def _result(
         ),
         candidates=[likely.of(lm, row, n) for n in range(len(aims) - n, len(aims))],
     )
-
-
-def _unpadded(node: str, vector: np.ndarray, row: int, length: int) -> np.ndarray:
-    """One sequence's part of the relevance at a node, without what belongs to padding."""
-    return vector[:, row, :, :length, :length] if node.startswith("edges.") else vector[:, row, :length]

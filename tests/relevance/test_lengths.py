@@ -1,12 +1,14 @@
 """Prompts of many lengths share few programs, and padding changes nothing."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax import LM, Cell, Gates, Token, ablate, explain
+from moejax import LM, Cell, Gates, Token, ablate, baselines, explain
 from moejax.generation import decode
 from moejax.lm import roomy
 from moejax.relevance import explain_batch
@@ -19,6 +21,8 @@ from .toy import PROMPT, L, T, make_lm
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 AIM = Token(11)
+# by these names there are functions
+ablate_room, explain_room = (sys.modules[f"moejax.relevance.{name}"] for name in ("ablate", "explain"))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,28 @@ def test_interventions(lm):
     assert _values.jitted._cache_size() == before
     with pytest.raises(IndexError, match="token 7 is out of range: there are 7"):
         ablate(lm, PROMPT, cells=[Cell.token(T)], target=AIM)
+
+
+@pytest.mark.parametrize("name", sorted(baselines.BASELINES))
+def test_baselines(lm, monkeypatch, name):
+    """Each finds of the tokens alone what it finds of padded ones, for which there is a program already."""
+    method = baselines.BASELINES[name]
+    method(lm, PROMPT[:3], target=AIM)
+    before = relevance.jitted._cache_size() + baselines._slopes.jitted._cache_size()
+    got = method(lm, PROMPT, target=AIM)
+    assert relevance.jitted._cache_size() + baselines._slopes.jitted._cache_size() == before
+    for module in (ablate_room, explain_room):
+        monkeypatch.setattr(module, "shared_length", lambda config, length, gates: length)
+    want = method(lm, PROMPT, target=AIM)
+    assert (got.method, got.labels, got.pieces) == (want.method, want.labels, want.pieces)
+    for part in ("tokens", "heads", "shared", "gap"):
+        ours, theirs = getattr(got, part), getattr(want, part)
+        assert (ours is None) == (theirs is None), part
+        if ours is not None:
+            np.testing.assert_allclose(ours, theirs, **CLOSE, err_msg=part)
+    if got.feed_forward is not None:
+        np.testing.assert_array_equal(got.feed_forward.ids, want.feed_forward.ids)
+        np.testing.assert_allclose(got.feed_forward.slots, want.feed_forward.slots, **CLOSE)
 
 
 def test_generation(lm):
