@@ -102,7 +102,13 @@ def test_interventions(lm):
         ablate(lm, PROMPT, cells=[Cell.token(T)], target=AIM)
 
 
-@pytest.mark.parametrize("name", sorted(baselines.BASELINES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("integrated-gates", "rollout") else pytest.mark.slow)
+        for name in sorted(baselines.BASELINES)
+    ],
+)
 def test_baselines(lm, monkeypatch, name):
     """Each finds of the tokens alone what it finds of padded ones, for which there is a program already."""
     method = baselines.BASELINES[name]
