@@ -218,6 +218,6 @@ def test_a_prompt_is_continued_as_it_is(name: str, factor: float | None) -> None
     lm = coupled_lm(name, factor)
     best = [int(lm([prompt])[0, -1].argmax()) for prompt in (PROMPT, PROMPT[:3])]
     assert [lm.generate_ids([prompt], max_new_tokens=1)[0] for prompt in (PROMPT, PROMPT[:3])] == [[b] for b in best]
-    task = {"task": "generation", "max_new_tokens": 1, "return_relevance": False}
     run = moejax.Backtrace(model=lm).run_task
-    assert run(inputs=[PROMPT], **task)["generated_ids"][0, -1] == best[0]
+    (scores,) = run(task="multi-class classification", inputs=[PROMPT], return_scores=True)["scores_trace"]
+    np.testing.assert_allclose(scores, lm(ROW)[:, -1], rtol=1e-5, atol=1e-5)

@@ -73,7 +73,7 @@ def explanation(rule: Rule, targets: int, *, again: float = 0.0) -> Callable[...
     return run
 
 
-def calling(rule: str, targets: int) -> Callable[[LM, list[int]], Relevance]:
+def calling(rule: Rule, targets: int) -> Callable[[LM, list[int]], Relevance]:
     """The relevance of the last ``targets`` tokens, as ``explain`` gives it."""
 
     def call(lm: LM, ids: list[int]) -> Relevance:
@@ -95,8 +95,8 @@ def decoding(new: int) -> Callable[[Packed, Array], Generation]:
 CASES = (
     Case("forward", forward, 1),
     Case("gradient", gradient, 2, 1),
-    Case("AttnLRP 1 target", explanation(AttnLRP(), 1), 2, 1, call=calling("attnlrp", 1)),
-    Case("AttnLRP 16 targets", explanation(AttnLRP(), 16), 2, 16, call=calling("attnlrp", 16)),
+    Case("AttnLRP 1 target", explanation(AttnLRP(), 1), 2, 1, call=calling(AttnLRP(), 1)),
+    Case("AttnLRP 16 targets", explanation(AttnLRP(), 16), 2, 16, call=calling(AttnLRP(), 16)),
     Case("Backtrace 1 target", explanation(Backtrace(), 1), 2, 1),
     Case("AttnLRP long", explanation(AttnLRP(), 1), 2, 1, long=True),
     Case("AttnLRP long half rematerialised", explanation(AttnLRP(), 1, again=0.5), 2, 1, long=True),
