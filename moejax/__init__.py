@@ -2,6 +2,7 @@
 
 from moejax import rules, xla
 from moejax.checkpoints import convert, export, get_model_config, list_supported_models
+from moejax.dlbacktrace import Backtrace
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
 from moejax.layers import MoeArgs, MoeLayer, get_moe, register_moe
 from moejax.lm import LM, load
@@ -24,7 +25,6 @@ from moejax.relevance import (
     explain,
     explain_batch,
 )
-from moejax.relevance.backtrace import Backtrace
 from moejax.rules import Gates
 
 __version__ = "0.1.0"

@@ -16,8 +16,8 @@ from moejax.checkpoints import find, load_folder, load_torch, read_config
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, Sampling, generate_tokens
-from moejax.models import Config, Decoder, Packed, Rules, unpack
-from moejax.models.shares import WHOLE, along, over_sequences, share_out, with_sequences
+from moejax.models import Config, Decoder, FlatDecoder, Rules, unflatten
+from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, shard_map_data, split
 from moejax.program import Program
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
@@ -27,12 +27,12 @@ Prompts = Sequence[Prompt] | Int[Array | np.ndarray, "B T"]
 
 
 @Program
-def _logits(weights: Packed, tokens: Array, valid: Array | None, gates: Gates) -> Array:
-    def run(weights: Packed, tokens: Array, valid: Array | None, gates: Gates) -> Array:
-        return unpack(weights)(tokens, valid=valid, reading=Reading(gates=gates))
+def _logits(weights: FlatDecoder, tokens: Array, valid: Array | None, gates: Gates) -> Array:
+    def run(weights: FlatDecoder, tokens: Array, valid: Array | None, gates: Gates) -> Array:
+        return unflatten(weights)(tokens, valid=valid, reading=Reading(gates=gates))
 
-    placed = WHOLE, along(0), along(0), with_sequences(gates)
-    return share_out(run, over_sequences(weights.config), (weights, tokens, valid, gates), placed, along(0))
+    placed = REPLICATED, split(0), split(0), gate_specs(gates)
+    return shard_map_data(run, batch_mesh(weights.config), (weights, tokens, valid, gates), placed, split(0))
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class LM:
         return self.decoder.config
 
     @cached_property
-    def packed(self) -> Packed:
+    def flat(self) -> FlatDecoder:
         """The decoder as compiled functions take it at the least cost."""
-        return Packed.of(self.decoder)
+        return FlatDecoder.of(self.decoder)
 
     def __call__(
         self,
@@ -81,7 +81,7 @@ class LM:
         if tokens.ndim != 2 or (valid is not None and valid.shape not in (tokens.shape, (1, tokens.shape[1]))):
             shapes = tokens.shape if valid is None else f"{tokens.shape} with `valid` of shape {valid.shape}"
             raise PromptError(f"token ids of shape {shapes}: both are [B T].")
-        return _logits(self.packed, tokens, valid, Gates() if gates is None else gates.check(self.config, tokens))
+        return _logits(self.flat, tokens, valid, Gates() if gates is None else gates.check(self.config, tokens))
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
@@ -158,10 +158,10 @@ class LM:
             raise PromptError("there are no prompts to continue.")
         pad_id = self.config.pad_id if pad_id is None else pad_id
         rows = [self.encode(p) for p in prompts]
-        width = shared_length(self.config, max(map(len, rows)), gates)
+        width = padded_length(self.config, max(map(len, rows)), gates)
         tokens, valid = left_pad(rows, width, pad_id)
         return generate_tokens(
-            self.packed,
+            self.flat,
             tokens,
             valid,
             jax.random.key(seed),
@@ -219,7 +219,7 @@ class LM:
         return self.tokenizer
 
 
-def roomy(length: int) -> int:
+def bucket_length(length: int) -> int:
     """``length`` or somewhat more: one of so few that most prompts find their program compiled.
 
     Powers of two up to 64, since few tokens take as long as 64, and from there on four to a doubling.
@@ -228,13 +228,13 @@ def roomy(length: int) -> int:
     return -(-length // step) * step
 
 
-def shared_length(config: Config, length: int, gates: Gates | None) -> int:
-    """What prompts of ``length`` tokens may be padded to, so that others share their program (:func:`roomy`).
+def padded_length(config: Config, length: int, gates: Gates | None) -> int:
+    """What prompts of ``length`` tokens may be padded to, so that others share their program (:func:`bucket_length`).
 
     No more than they are where padding would count: if sequences compete, or if gates hold for single tokens.
     """
     by_token = any(gate.shape[2:3] > (1,) for gate in jax.tree.leaves(gates))
-    return length if by_token or config.couples_sequences else roomy(length)
+    return length if by_token or config.couples_sequences else bucket_length(length)
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:

@@ -22,7 +22,7 @@ R = TypeVar("R")
 _FRAMES = "jax_traceback_in_locations_limit"
 
 
-class _Brief:
+class _FastTracing:
     """A context in which programs are made without frames and collections; many threads may be in it."""
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class _Brief:
                     gc.enable()
 
 
-brief = _Brief()
-"""``with brief: ..`` makes programs of one's own as :class:`Program` does."""
+fast_tracing = _FastTracing()
+"""``with fast_tracing: ..`` makes programs of one's own as :class:`Program` does."""
 
 
 class Program(Generic[P, R]):
@@ -60,10 +60,10 @@ class Program(Generic[P, R]):
         update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        with brief:
+        with fast_tracing:
             return self.jitted(*args, **kwargs)
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
         """As that of a function under ``jax.jit``."""
-        with brief:
+        with fast_tracing:
             return self.jitted.lower(*args, **kwargs)

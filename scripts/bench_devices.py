@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import EXPERT, EXPERT_TENSOR, TENSOR
-from moejax.models import Decoder, Packed, Rules, shard
+from moejax.models import Decoder, FlatDecoder, Rules, shard
 from moejax.rules import AttnLRP, Rule
 from moejax.study.bench import published, random_decoder
 from moejax.study.bench.cases import decoding, explanation, forward
@@ -61,10 +61,10 @@ def difference(ours: object, theirs: object) -> float:
     return float(np.max([np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30) for a, b in pairs]))
 
 
-def relevances(rule: Rule, targets: int = 1) -> Callable[[Packed, jax.Array], tuple]:
+def relevances(rule: Rule, targets: int = 1) -> Callable[[FlatDecoder, jax.Array], tuple]:
     """Relevance at the gates, targets, logits and ids of all experts; the ledger's entries, near zero, are left out."""
 
-    def run(weights: Packed, tokens: jax.Array) -> tuple:
+    def run(weights: FlatDecoder, tokens: jax.Array) -> tuple:
         found = explanation(rule, targets)(weights, tokens)
         routes = [r.ids for r in (found.routes, found.attention_routes) if r is not None]
         return found.gates, found.target, found.logits, jnp.concatenate(routes, axis=-1)
@@ -113,7 +113,7 @@ def main() -> None:
             if args.toy:  # whose vocabulary is a prime number
                 rules = {name: axis for name, axis in rules.items() if name != "vocab"}
             placed = shard(decoder, jax.make_mesh(tuple(axes.values()), tuple(axes)), rules)
-        weights = Packed.of(placed)
+        weights = FlatDecoder.of(placed)
         for name, (function, given) in chosen.items():
             ms, compiling, result = timed(lambda f=function, w=weights, t=given: f(w, t), args.repeats)
             if spread is None:

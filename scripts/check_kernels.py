@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from bench_devices import difference
 
-from moejax.models import Config, Packed
+from moejax.models import Config, FlatDecoder
 from moejax.ops.attention import choice
 from moejax.ops.experts import hopper, packed
 from moejax.relevance.engine import Readout, Slots
-from moejax.rules import AttnLRP, Backtrace, Gates, Rule
+from moejax.rules import AttnLRP, Gates, Proportional, Rule
 from moejax.study.bench import published, random_decoder
 from moejax.study.bench.cases import explanation
 
@@ -55,7 +55,7 @@ def kernels(model: str) -> Kernels:
     return {"experts": in_mxfp4 if model.endswith("-packed") else full, "attention": attention}
 
 
-def relevance(weights: Packed, tokens: jax.Array, chosen: Gates, *, rule: Rule, targets: int) -> Found:
+def relevance(weights: FlatDecoder, tokens: jax.Array, chosen: Gates, *, rule: Rule, targets: int) -> Found:
     """The ledger's entries, near zero, are left out."""
     found: Readout = explanation(rule, targets)(weights, tokens, chosen)
     slots, ids = by_expert(found.gates.slots, found.routes)
@@ -74,7 +74,7 @@ def by_expert(slots: jax.Array | None, routes: Slots | None) -> tuple[jax.Array 
 
 def only(config: Config, found: Found) -> Gates:
     """Gates by which a token may be routed to the experts found, and to no others."""
-    counts = {"choices": config.num_experts, "attention_choices": config.num_attention_experts}
+    counts = {"selectable": config.num_experts, "attention_selectable": config.num_attention_experts}
     routes = zip(counts.items(), found.routes, strict=False)
     return Gates(**{name: jax.nn.one_hot(ids, count).sum(-2) for (name, count), ids in routes})
 
@@ -86,11 +86,11 @@ def apart(ours: Found, theirs: Found) -> float:
 
 def every(config: Config, tokens: jax.Array) -> Gates:
     ones = Gates.ones(config, tokens)
-    return Gates(choices=ones.experts, attention_choices=ones.attention_experts)
+    return Gates(selectable=ones.experts, attention_selectable=ones.attention_experts)
 
 
 def compiled(
-    function: Callable, arguments: tuple[Packed, jax.Array, Gates], kernels: Kernels, without: str | None = None
+    function: Callable, arguments: tuple[FlatDecoder, jax.Array, Gates], kernels: Kernels, without: str | None = None
 ) -> Callable[..., Any]:
     jax.clear_caches()
     with ExitStack() as stack:
@@ -112,10 +112,10 @@ def main() -> None:
     args = parser.parse_args()
     config, used = published(args.model), kernels(args.model)
     config = replace(config, blocks=config.blocks[: args.layers])
-    weights = Packed.of(random_decoder(config))
+    weights = FlatDecoder.of(random_decoder(config))
     exact = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, weights)
     tokens = jax.random.randint(jax.random.key(0), (1, args.tokens), 0, config.vocab_size)
-    cases = {"AttnLRP, 3 targets": (AttnLRP(), 3), "Backtrace": (Backtrace(), 1)}
+    cases = {"AttnLRP, 3 targets": (AttnLRP(), 3), "Backtrace": (Proportional(), 1)}
     for name, (rule, targets) in cases.items():
         function = partial(relevance, rule=rule, targets=targets)
         arguments = weights, tokens, every(config, tokens)

@@ -11,9 +11,9 @@ from beartype import BeartypeConf, FrozenDict, beartype
 # JAX rebuilds these from leaves that are no arrays yet (placeholders, avals) or that have grown an axis under ``vmap``,
 # and calls their constructors to do so.
 PYTREE_CONSTRUCTORS = {
-    "moejax.models.packed.Packed.__init__",
+    "moejax.models.flat.FlatDecoder.__init__",
     "moejax.ops.experts.assignment.Assignment.__init__",
-    "moejax.models.packed.Packed.tree_flatten",
+    "moejax.models.flat.FlatDecoder.tree_flatten",
     "moejax.ops.mxfp4.MXFP4.__init__",
     "moejax.relevance.engine.LogitSeeds.__init__",
     "moejax.relevance.engine.RoutingSeeds.__init__",

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Array, Float
 
-from moejax.ops.experts import Assignment, collect, grouped_matmul, spread
+from moejax.ops.experts import Assignment, grouped_matmul, permute, unpermute
 
 LOADS = {"uneven": (11, 0, 37, 5), "one expert": (0, 0, 0, 18), "nobody": (0, 0, 0, 0)}
 """Slots of each of four experts."""
@@ -22,5 +22,5 @@ def expert_matmul(
     if implementation is not None:
         a, by_expert = assignment, implementation != "gather"
         assignment = Assignment.of(a.ids, a.rank, a.load, by_expert=by_expert, complete=a.complete, mesh=a.mesh)
-    rows = grouped_matmul(spread(x, assignment), weight, assignment, implementation=implementation)
-    return collect(rows, assignment)
+    rows = grouped_matmul(permute(x, assignment), weight, assignment, implementation=implementation)
+    return unpermute(rows, assignment)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax.program import Program, brief
+from moejax.program import Program, fast_tracing
 
 _FRAMES = "jax_traceback_in_locations_limit"
 
@@ -51,12 +51,12 @@ def test_the_last_thread_to_leave_restores():
     entered, leave = threading.Event(), threading.Event()
 
     def other():
-        with brief:
+        with fast_tracing:
             entered.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with brief:
+    with fast_tracing:
         thread.start()
         assert entered.wait(10)
     # the other thread is still in it
@@ -72,7 +72,7 @@ def test_what_was_set_before_is_set_again(frames, collects):
     if not collects:
         gc.disable()
     try:
-        with brief, brief:
+        with fast_tracing, fast_tracing:
             assert getattr(jax.config, _FRAMES) == 0
         assert getattr(jax.config, _FRAMES) == frames
         assert gc.isenabled() == collects

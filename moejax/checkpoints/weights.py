@@ -113,7 +113,7 @@ class DecoderWeights:
         fields = {key: value for key, value in self.hugging_face.items() if key != MARK}
         kind = family(fields.get("model_type"))
         config = kind.config(fields)
-        if (pack(config) if self.decoder.config.is_packed else config) != self.decoder.config.over(None):
+        if (pack(config) if self.decoder.config.is_packed else config) != self.decoder.config.on_mesh(None):
             raise ConfigError(
                 "the Hugging Face config is not that of the decoder; what is written would not be read back."
             )

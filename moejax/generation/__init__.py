@@ -2,6 +2,6 @@
 
 from moejax.generation.decode import generate_tokens
 from moejax.generation.sampling import Sampling
-from moejax.generation.turn import Generation
+from moejax.generation.step import Generation
 
 __all__ = ["Generation", "Sampling", "generate_tokens"]

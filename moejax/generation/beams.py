@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.generation.sampling import Sampling
-from moejax.generation.turn import Generation, Plan, Turn, lengths, put
+from moejax.generation.step import Generation, Plan, Turn, lengths, put
 
 # What takes a beam out of the running; finite, so that an order remains among those that are out.
 _OUT = -1e9

@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray
 
 from moejax.errors import MoejaxError
 from moejax.generation.beams import Beams
-from moejax.generation.draws import Draws
+from moejax.generation.sampled_rows import Draws
 from moejax.generation.sampling import Sampling
-from moejax.generation.turn import Generation, Plan, Turn
-from moejax.models import Cache, Decoder, Packed, unpack
-from moejax.models.shares import WHOLE, agreed, along, over_sequences, share_out, with_sequences
+from moejax.generation.step import Generation, Plan, Turn
+from moejax.models import Cache, Decoder, FlatDecoder, unflatten
+from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, max_over_devices, shard_map_data, split
 from moejax.program import Program
 from moejax.rules import Reading
 
@@ -25,7 +25,7 @@ from moejax.rules import Reading
 class _Call(NamedTuple):
     """What stays the same over all steps; ``numbers`` are those of the prompts."""
 
-    weights: Decoder | Packed
+    weights: Decoder | FlatDecoder
     tokens: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
     numbers: Int[Array | np.ndarray, " B"]
@@ -43,7 +43,7 @@ class _State(NamedTuple):
 
 
 def generate_tokens(
-    weights: Decoder | Packed,
+    weights: Decoder | FlatDecoder,
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     key: PRNGKeyArray,
@@ -86,7 +86,7 @@ def generate_tokens(
     return _timed(call, plan, max_time)
 
 
-def _check_words(sampling: Sampling, weights: Decoder | Packed) -> None:
+def _check_words(sampling: Sampling, weights: Decoder | FlatDecoder) -> None:
     worst = max((max(word) for word in sampling.bad_words), default=-1)
     if worst >= 0 and worst >= (size := weights.config.vocab_size):
         raise MoejaxError(f"bad_words holds token id {worst}, outside the vocabulary of {size}.")
@@ -94,7 +94,7 @@ def _check_words(sampling: Sampling, weights: Decoder | Packed) -> None:
 
 def _prefill(call: _Call, plan: Plan) -> _State:
     """Read the prompts and choose the first token. The last token to be chosen needs no slot: none follows it."""
-    decoder, rows = unpack(call.weights), call.sampling.rows
+    decoder, rows = unflatten(call.weights), call.sampling.rows
     batch, prompt = call.tokens.shape
     cache = decoder.empty_cache(batch, prompt + plan.max_new_tokens - 1)
     reading = _during(call.reading, lambda gate: gate[:, :, :prompt])
@@ -108,7 +108,7 @@ def _prefill(call: _Call, plan: Plan) -> _State:
 
 def _decode(call: _Call, state: _State, plan: Plan, until: Int[Array, ""] | int, limit: Int[Array, ""] | int) -> _State:
     """Go on until ``until`` tokens or until no row can; at ``limit`` tokens every row ends."""
-    decoder, rows = unpack(call.weights), call.sampling.rows
+    decoder, rows = unflatten(call.weights), call.sampling.rows
     prompt = call.tokens.shape[1]
     # gates that differ by prompt hold for each of its rows
     gates = jax.tree.map(lambda g: g if g.shape[1] == 1 else jnp.repeat(g, rows, axis=1), call.reading.gates)
@@ -116,7 +116,7 @@ def _decode(call: _Call, state: _State, plan: Plan, until: Int[Array, ""] | int,
 
     def unfinished(state: _State) -> Array:
         more = (state.step < until) & ~state.choice.finished(call.sampling)
-        return agreed(more.astype(jnp.int32)) > 0
+        return max_over_devices(more.astype(jnp.int32)) > 0
 
     def step(state: _State) -> _State:
         parents = state.choice.parents
@@ -192,9 +192,9 @@ def _whole(call: _Call, plan: Plan) -> Generation:
         limit = plan.max_new_tokens
         return _result(call, _decode(call, _prefill(call, plan), plan, limit, limit), plan)
 
-    reading = replace(jax.tree.map(lambda _: WHOLE, call.reading), gates=with_sequences(call.reading.gates))
-    placed = _Call(WHOLE, along(0), along(0), along(0), WHOLE, WHOLE, reading)
-    return share_out(run, over_sequences(call.weights.config), (call,), (placed,), along(0))
+    reading = replace(jax.tree.map(lambda _: REPLICATED, call.reading), gates=gate_specs(call.reading.gates))
+    placed = _Call(REPLICATED, split(0), split(0), split(0), REPLICATED, REPLICATED, reading)
+    return shard_map_data(run, batch_mesh(call.weights.config), (call,), (placed,), split(0))
 
 
 # The same in parts. A part's state is the next one's to overwrite, so that there is one cache only.

@@ -8,13 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moejax.layers.attention import Attention, AttentionConfig, Context, KeyValue
-from moejax.layers.mixture_attention import MixtureAttention, MixtureAttentionConfig
-from moejax.layers.mlp import MLP, MLPConfig
-from moejax.layers.moe import MoE, MoEConfig
-from moejax.layers.moe_layer import MoeLayer, Ran
+from moejax.layers.attention.grouped_query import Attention, AttentionConfig, Context, KeyValue
+from moejax.layers.attention.mixture import MixtureAttention, MixtureAttentionConfig
+from moejax.layers.feed_forward.dense import MLP, MLPConfig
+from moejax.layers.feed_forward.mixture import MoE, MoEConfig
+from moejax.layers.feed_forward.moe_layer import MoeLayer, Ran
+from moejax.layers.feed_forward.registry import RegisteredConfig
 from moejax.layers.norm import RMSNorm
-from moejax.layers.registry import RegisteredConfig
 from moejax.routing import Routing
 from moejax.rules import Reading
 

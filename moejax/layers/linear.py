@@ -18,7 +18,7 @@ def matmul(x: Float[Array, "*b D"], weight: Float[Array, "*m D"]) -> Float[Array
     return jnp.tensordot(x, weight, (-1, -1))
 
 
-def wide_matmul(x: Float[Array, "*b D"], weight: Float[Array, "M D"]) -> Float[Array, "*b M"]:
+def matmul_f32_accum(x: Float[Array, "*b D"], weight: Float[Array, "M D"]) -> Float[Array, "*b M"]:
     """``x @ weight.T`` with the result left in the accumulator's float32 (or wider, if the inputs are)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum("...d,md->...m", x, weight, preferred_element_type=wide)

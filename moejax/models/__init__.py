@@ -3,7 +3,7 @@
 from moejax.models.config import Config
 from moejax.models.decoder import Cache, Decoder, Hidden
 from moejax.models.families import FAMILIES, family
-from moejax.models.packed import Packed, unpack
+from moejax.models.flat import FlatDecoder, unflatten
 from moejax.models.recording import record
 from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, exchanging, shard, shardings
 
@@ -15,13 +15,13 @@ __all__ = [
     "Cache",
     "Config",
     "Decoder",
+    "FlatDecoder",
     "Hidden",
-    "Packed",
     "Rules",
     "exchanging",
     "family",
     "record",
     "shard",
     "shardings",
-    "unpack",
+    "unflatten",
 ]

@@ -122,7 +122,7 @@ class Config:
 
         return replace(self, blocks=tuple(map(packed, self.blocks)))
 
-    def over(self, experts: Mesh | None, sharing: Mesh | None = None) -> Self:
+    def on_mesh(self, experts: Mesh | None, sharing: Mesh | None = None) -> Self:
         """The same architecture, its ``experts`` over the axis ``expert`` of a mesh, and with a mesh for sharing."""
 
         def placed(part: Any) -> Any:

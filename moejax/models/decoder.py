@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax.layers import Block, Context, KeyValue, RMSNorm, Routes
-from moejax.layers.linear import normal, wide_matmul
+from moejax.layers.linear import matmul_f32_accum, normal
 from moejax.models.config import Config
 from moejax.rules import Reading
 
@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
         reading: Reading = Reading(),
     ) -> Float[Array, "B *s V"]:
         """Final norm and head, the product accumulated and left in float32."""
-        return reading.linear(wide_matmul, self.norm(stream, reading.at(-1)), self.output_embedding)
+        return reading.linear(matmul_f32_accum, self.norm(stream, reading.for_layer(-1)), self.output_embedding)
 
     @property
     def output_embedding(self) -> Float[Array, "V D"]:

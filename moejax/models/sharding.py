@@ -1,7 +1,7 @@
 """A decoder over several devices: logical axes of its leaves, and rules that lay them on the axes of a mesh.
 
 The compiled functions stay as they are: weights carry their placement, XLA derives that of everything else, but for
-experts (:mod:`moejax.ops.experts.exchange`) and what is independent (:mod:`moejax.models.shares`).
+experts (:mod:`moejax.ops.experts.expert_parallel`) and what is independent (:mod:`moejax.models.data_parallel`).
 """
 
 import re
@@ -13,9 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moejax.errors import ConfigError
 from moejax.layers import RegisteredConfig
 from moejax.models.config import Config
+from moejax.models.data_parallel import DATA
 from moejax.models.decoder import Decoder
-from moejax.models.shares import DATA
-from moejax.ops.target import AXIS
+from moejax.ops.device import AXIS
 
 Axes = tuple[str | None, ...]
 """Logical name of each axis of a leaf; ``None`` is never split."""
@@ -145,7 +145,7 @@ def exchanging(decoder: Decoder, placed: Mapping[str, NamedSharding]) -> Decoder
     split = any(s.spec[0] == AXIS for path, s in placed.items() if by_expert(path))
     # where weights lie along it, that axis is not one of copies
     shared = mesh is not None and DATA in mesh.axis_names and not any(DATA in s.spec for s in placed.values())
-    config = decoder.config.over(mesh if split or mesh is None else _renamed(mesh), mesh if shared else None)
+    config = decoder.config.on_mesh(mesh if split or mesh is None else _renamed(mesh), mesh if shared else None)
     return jax.tree.unflatten(jax.tree.structure(Decoder.abstract(config)), jax.tree.leaves(decoder))
 
 

@@ -42,7 +42,7 @@ class MXFP4:
 
     def flat(self) -> Self:
         """All axes between the first and the last merged, still packed."""
-        merge = lambda a, kept: a.reshape(len(a), -1, *a.shape[a.ndim - kept :])  # noqa: E731
+        merge = lambda a, kept: a.reshape(len(a), -1, *a.shape[a.ndim - kept :])
         return type(self)(merge(self.blocks, 2), merge(self.scales, 1))
 
     def __abs__(self) -> Self:

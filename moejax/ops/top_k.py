@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.target import in_shard_map, takes_triton
+from moejax.ops.device import in_shard_map, takes_triton
 
 _ROWS = 8
 """Of a program."""

@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError
-from moejax.lm import LM, Prompt, right_pad, shared_length
-from moejax.models import Config, Decoder, Hidden, Packed, unpack
-from moejax.models.shares import WHOLE, along, share_out, shares
+from moejax.lm import LM, Prompt, padded_length, right_pad
+from moejax.models import Config, Decoder, FlatDecoder, Hidden, unflatten
+from moejax.models.data_parallel import REPLICATED, num_shards, shard_map_data, split
 from moejax.program import Program
-from moejax.relevance.engine import Aimed, LogitSeeds, Seeds, checked_chunk
+from moejax.relevance.engine import LogitSeeds, Seeds, TargetValues, checked_chunk
 from moejax.relevance.explain import decoder_dtype
 from moejax.relevance.result import Relevance
-from moejax.relevance.targets import Aim, Argmax, Target, checked_target
+from moejax.relevance.targets import Argmax, Target, TargetTerms, checked_target
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import HOW, check_index
 
@@ -124,16 +124,16 @@ def ablate(
     question = Question.of(lm, prompt, target)
     length = len(question.ids)
     interventions = [[c] if isinstance(c, Cell) else list(c) for c in cells]
-    knobs = Gates() if gates is None else gates.check(lm.config, question.ids)
+    held = Gates() if gates is None else gates.check(lm.config, question.ids)
     tokens = question.tokens(lm, gates)
-    at_once = (checked_chunk(chunk) or max(1, _TOKENS_AT_A_TIME // tokens.shape[1])) * shares(lm.config.mesh)
+    at_once = (checked_chunk(chunk) or max(1, _TOKENS_AT_A_TIME // tokens.shape[1])) * num_shards(lm.config.mesh)
     rows = min(at_once, _rounded(len(interventions)))
     found = []
     switches = _switches(lm.config, length, interventions, how)
     for start in range(0, len(interventions), rows):
         # a last chunk is filled up with passes without a switch, not to compile it anew
         part = {name: _filled(s[start : start + rows], rows) for name, s in switches.items()}
-        intact, changed = _values(lm.packed, tokens, question.seeds, part, knobs)
+        intact, changed = _values(lm.flat, tokens, question.seeds, part, held)
         found.append((intact, changed))
     parts = [np.asarray(intact, np.float64) - np.asarray(changed, np.float64) for intact, changed in found]
     changes = np.concatenate([np.zeros((0, len(question.aims))), *parts])[: len(interventions)]
@@ -144,7 +144,7 @@ class Question(NamedTuple):
     """A target resolved for one prompt: the sequence to run, and what to ask of it."""
 
     ids: list[int]
-    aims: list[Aim]
+    aims: list[TargetTerms]
     seeds: Seeds
 
     @classmethod
@@ -159,7 +159,7 @@ class Question(NamedTuple):
 
     def tokens(self, lm: LM, gates: Gates | None = None) -> Int[Array, "1 W"]:
         """The sequence, padded behind its end if others can share its program then."""
-        return right_pad([self.ids], shared_length(lm.config, len(self.ids), gates), lm.config.pad_id)
+        return right_pad([self.ids], padded_length(lm.config, len(self.ids), gates), lm.config.pad_id)
 
 
 def spread(seeds: Seeds, rows: int) -> Seeds:
@@ -169,26 +169,32 @@ def spread(seeds: Seeds, rows: int) -> Seeds:
 
 @Program
 def _values(
-    weights: Packed, tokens: Int[Array, "1 T"], seeds: Seeds, switches: dict[str, Int[Array, "M J 3"]], knobs: Gates
+    weights: FlatDecoder,
+    tokens: Int[Array, "1 T"],
+    seeds: Seeds,
+    switches: dict[str, Int[Array, "M J 3"]],
+    held: Gates,
 ) -> tuple[Float[Array, "1 N"], Float[Array, "M N"]]:
     """The targets' values without and with each intervention; the intact pass says what the best tokens are."""
 
     def run(
-        weights: Packed, tokens: Array, seeds: Seeds, switches: dict[str, Array], knobs: Gates
+        weights: FlatDecoder, tokens: Array, seeds: Seeds, switches: dict[str, Array], held: Gates
     ) -> tuple[Array, Array]:
-        decoder = unpack(weights)
+        decoder = unflatten(weights)
         # the first row is the intact pass
         switches = {
             name: jnp.pad(s, [(1, 0), (0, 0), (0, 0)], constant_values=_NOWHERE) for name, s in switches.items()
         }
         rows = len(next(iter(switches.values())))
         tokens, seeds = jnp.broadcast_to(tokens, (rows, tokens.shape[1])), spread(seeds, rows)
-        reading = Reading(gates=_gates(decoder.config, tokens, switches).over(knobs))
+        reading = Reading(gates=_gates(decoder.config, tokens, switches).times(held))
         values = read_as_first(seeds, decoder, hidden_apart(decoder, tokens, reading), reading)[1]
         return values[:1], values[1:]
 
-    placed = WHOLE, WHOLE, WHOLE, along(0), WHOLE
-    return share_out(run, weights.config.mesh, (weights, tokens, seeds, switches, knobs), placed, (WHOLE, along(0)))
+    placed = REPLICATED, REPLICATED, REPLICATED, split(0), REPLICATED
+    return shard_map_data(
+        run, weights.config.mesh, (weights, tokens, seeds, switches, held), placed, (REPLICATED, split(0))
+    )
 
 
 def hidden_apart(
@@ -211,7 +217,7 @@ def hidden_apart(
 
 def read_as_first(
     seeds: Seeds, decoder: Decoder, hidden: Hidden, reading: Reading
-) -> tuple[Aimed, Float[Array, "M N"]]:
+) -> tuple[TargetValues, Float[Array, "M N"]]:
     """The targets of every row, their tokens those of the first: as they are differentiated, and their values.
 
     ``sum p z`` has the derivative of ``log sum exp z`` with ``p`` held constant; the latter is larger by the entropy.
@@ -229,7 +235,7 @@ def _gates(config: Config, tokens: Array, switches: Mapping[str, Int[Array, "M J
     ones, rows = Gates.ones(config, tokens), jnp.arange(len(tokens))[:, None, None]
     gates = {}
     for name, places in switches.items():
-        gate = ones.like(name)
+        gate = ones.ones_like(name)
         assert gate is not None
         layer, token, index = (places[..., i, None] for i in range(3))
         at = layer, rows, jnp.where(token < 0, jnp.arange(tokens.shape[1]), token), index
@@ -238,7 +244,7 @@ def _gates(config: Config, tokens: Array, switches: Mapping[str, Int[Array, "M J
     return Gates(**gates)
 
 
-def _exact(seeds: LogitSeeds, aimed: Aimed) -> Float[Array, "M N"]:
+def _exact(seeds: LogitSeeds, aimed: TargetValues) -> Float[Array, "M N"]:
     named = jnp.take_along_axis(aimed.logits, aimed.ids, axis=-1)
     several = seeds.rivals.any(-1)
     of_rivals = _entropy(jnp.where(seeds.rivals | ~several[..., None], named, -jnp.inf)) * several

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
-from moejax.models import Decoder, Packed, unpack
+from moejax.models import Decoder, FlatDecoder, unflatten
 from moejax.program import Program
 from moejax.relevance.ablate import Question, hidden_apart, read_as_first, spread
 from moejax.relevance.engine import LogitSeeds, Readout, Seeds, Slots, checked_chunk, refuse_half, relevance
@@ -116,20 +116,22 @@ def integrated_gradients(
     refuse_wrong_sums()
     question = Question.of(lm, prompt, target)
     length, tokens = len(question.ids), question.tokens(lm)
-    path, knobs = _path(lm, tokens, over)
+    path, interventions = _path(lm, tokens, over)
     if steps < 1 or (baseline is not None and over != "embeddings"):
         raise MoejaxError(f"steps={steps} must be positive, and a baseline is for embeddings only.")
     start = _start(lm, length, baseline)
     start = jnp.pad(start, ((0, tokens.shape[1] - length), (0, 0)))
     rows, points = min(checked_chunk(chunk) or steps, steps), (np.arange(steps) + 0.5) / steps
-    slopes, ends, ids = dict.fromkeys(knobs, np.zeros(())), np.zeros((2, 0)), np.zeros((0, 0), int)
+    slopes, ends, ids = dict.fromkeys(interventions, np.zeros(())), np.zeros((2, 0)), np.zeros((0, 0), int)
     for first in range(0, steps, rows):
         here = points[first : first + rows]
         # the intact pass, the path's beginning, then as many steps in every chunk, the last of which may count nothing
         scales = np.pad(np.array([1.0, 0.0, *here]), (0, rows - len(here)), constant_values=1.0)
         counts = np.pad(np.full(len(here), 1 / steps), (2, rows - len(here)))
-        scaled = {name: ones * jnp.asarray(scales).reshape(-1, *[1] * (ones.ndim - 2)) for name, ones in knobs.items()}
-        found, *rest = _slopes(lm.packed, tokens, question.seeds, start, scaled, jnp.asarray(counts), path=path)
+        scaled = {
+            name: ones * jnp.asarray(scales).reshape(-1, *[1] * (ones.ndim - 2)) for name, ones in interventions.items()
+        }
+        found, *rest = _slopes(lm.flat, tokens, question.seeds, start, scaled, jnp.asarray(counts), path=path)
         # without padding
         slopes = {name: slopes[name] + np.asarray(slope, np.float64)[:, :, :length] for name, slope in found.items()}
         ends, ids = np.asarray(rest[0], np.float64), np.asarray(rest[1])
@@ -151,14 +153,18 @@ Path = Callable[[Decoder, Array, Array, dict[str, Array]], tuple[Array | None, R
 """What enters the first layer in place of the tokens' embeddings, and the gates."""
 
 
-def _scaled_embeddings(decoder: Decoder, tokens: Array, start: Array, knobs: dict[str, Array]) -> tuple[Array, Reading]:
+def _scaled_embeddings(
+    decoder: Decoder, tokens: Array, start: Array, interventions: dict[str, Array]
+) -> tuple[Array, Reading]:
     """From ``start`` to the tokens' embeddings."""
     way = decoder.embedding[tokens] - start.astype(decoder.embedding.dtype)
-    return start.astype(way.dtype) + gate(way, knobs["tokens"][0][..., None]), Reading()
+    return start.astype(way.dtype) + gate(way, interventions["tokens"][0][..., None]), Reading()
 
 
-def _scaled_gates(decoder: Decoder, tokens: Array, start: Array, knobs: dict[str, Array]) -> tuple[None, Reading]:
-    return None, Reading(gates=Gates(**knobs))
+def _scaled_gates(
+    decoder: Decoder, tokens: Array, start: Array, interventions: dict[str, Array]
+) -> tuple[None, Reading]:
+    return None, Reading(gates=Gates(**interventions))
 
 
 _PATHS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
@@ -174,10 +180,10 @@ def _path(lm: LM, tokens: Int[Array, "1 T"], over: str) -> tuple[Path, dict[str,
         raise MoejaxError(f"over={over!r} is unknown; choose from {', '.join(_PATHS)}.")
     path, names = _PATHS[over]
     ones = Gates.ones(lm.config, tokens)
-    knobs = {name: g for name in names if (g := getattr(ones, name)) is not None}
-    if not knobs:
+    interventions = {name: g for name in names if (g := getattr(ones, name)) is not None}
+    if not interventions:
         raise MoejaxError("every layer of this model is dense: there are no gates of experts.")
-    return path, knobs if over != "embeddings" else {"tokens": knobs["tokens"][:1]}
+    return path, interventions if over != "embeddings" else {"tokens": interventions["tokens"][:1]}
 
 
 def _start(lm: LM, length: int, baseline: Any) -> Float[Array, "T D"]:
@@ -189,26 +195,26 @@ def _start(lm: LM, length: int, baseline: Any) -> Float[Array, "T D"]:
 
 @partial(Program, static_argnames="path")
 def _slopes(
-    weights: Packed,
+    weights: FlatDecoder,
     tokens: Int[Array, "1 T"],
     seeds: Seeds,
     start: Float[Array, "T D"],
-    knobs: dict[str, Float[Array, "L M T ..."]],
+    interventions: dict[str, Float[Array, "L M T ..."]],
     counts: Float[Array, " M"],
     *,
     path: Path,
 ) -> tuple[dict[str, Float[Array, "N L T ..."]], Float[Array, "2 N"], Int[Array, "N J"]]:
-    """Derivatives by the knobs, summed over the rows as they count; values of the first two rows; the tokens meant."""
-    decoder, rows = unpack(weights), len(counts)
+    """Derivatives by the interventions, summed over the rows as they count; values of the first two rows; the tokens meant."""
+    decoder, rows = unflatten(weights), len(counts)
     tokens, seeds = jnp.broadcast_to(tokens, (rows, tokens.shape[1])), spread(seeds, rows)
 
-    def targets(knobs: dict[str, Array]) -> tuple[Array, tuple[Array, Array]]:
-        embedded, reading = path(decoder, tokens, start, knobs)
+    def targets(interventions: dict[str, Array]) -> tuple[Array, tuple[Array, Array]]:
+        embedded, reading = path(decoder, tokens, start, interventions)
         hidden = hidden_apart(decoder, tokens, reading, embedded)
         aimed, exact = read_as_first(seeds, decoder, hidden, reading)
         return aimed.target, (exact[:2], aimed.ids[0])
 
-    target, pull, (values, ids) = jax.vjp(targets, knobs, has_aux=True)
+    target, pull, (values, ids) = jax.vjp(targets, interventions, has_aux=True)
     seeded = jnp.eye(target.shape[1], dtype=target.dtype)[:, None] * counts.astype(target.dtype)[:, None]
     (slopes,) = jax.vmap(pull)(seeded)
     return {name: slope.sum(2) for name, slope in slopes.items()}, values, ids
@@ -462,7 +468,7 @@ def _read(lm: LM, question: Question, rule: Activations, nodes: tuple[str, ...] 
     if not isinstance(seeds, LogitSeeds):
         last, one = jnp.full((1, 1), length - 1), jnp.ones((1, 1, 1), decoder_dtype(lm))
         seeds = LogitSeeds.of(last, jnp.zeros(one.shape, jnp.int32), one)
-    out = relevance(lm.packed, question.tokens(lm), None, seeds, Gates(), rule=rule, nodes=nodes, joint=True)
+    out = relevance(lm.flat, question.tokens(lm), None, seeds, Gates(), rule=rule, nodes=nodes, joint=True)
     return jax.device_get(out._replace(logits=None)).cut(length)
 
 

@@ -11,9 +11,9 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
-from moejax.layers.linear import wide_matmul
-from moejax.models import Config, Decoder, Hidden, Packed, unpack
-from moejax.models.shares import WHOLE, along, share_out, shares, with_sequences
+from moejax.layers.linear import matmul_f32_accum
+from moejax.models import Config, Decoder, FlatDecoder, Hidden, unflatten
+from moejax.models.data_parallel import REPLICATED, gate_specs, num_shards, shard_map_data, split
 from moejax.program import Program
 from moejax.routing import Routing
 from moejax.rules import Gates, Reading, Rule
@@ -26,7 +26,7 @@ BEST = -1
 """Stands for the token with the largest logit, known only after the forward pass."""
 
 
-class Aimed(NamedTuple):
+class TargetValues(NamedTuple):
     """Values of the targets, the tokens that were meant, and the logits at their positions."""
 
     target: Float[Array, "B N"]
@@ -43,7 +43,7 @@ class Seeds(Protocol):
         """N."""
         ...
 
-    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
+    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
         """The targets' values, to be differentiated; ``reading`` is that of the whole pass."""
         ...
 
@@ -77,22 +77,22 @@ class LogitSeeds:
     def num_targets(self) -> int:
         return self.positions.shape[1]
 
-    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
+    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
         stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
         logits = stop_gradient(decoder.logits(stream))
         ids = jnp.where(self.ids == BEST, jnp.argmax(logits, axis=-1, keepdims=True), self.ids)
         named = jnp.take_along_axis(logits, ids, axis=-1)
         signs = jnp.where(self.rivals, -jax.nn.softmax(named, axis=-1, where=self.rivals), self.signs)
-        last = reading.at(-1)
+        last = reading.for_layer(-1)
         normed = decoder.norm(stream, last)
         if not self.dense:
             # only the head's rows that a seed names take part in the backward pass
             rows = last.linear(_rows, normed, decoder.output_embedding[ids])
-            return Aimed((rows * signs).sum(-1), ids, logits)
+            return TargetValues((rows * signs).sum(-1), ids, logits)
         background = self.mean[..., None] / logits.shape[-1] + self.expected[..., None] * jax.nn.softmax(logits)
         one_hot = jax.nn.one_hot(ids, logits.shape[-1], dtype=logits.dtype)
-        every = last.linear(wide_matmul, normed, decoder.output_embedding)
-        return Aimed((every * ((one_hot * signs[..., None]).sum(-2) - background)).sum(-1), ids, logits)
+        every = last.linear(matmul_f32_accum, normed, decoder.output_embedding)
+        return TargetValues((every * ((one_hot * signs[..., None]).sum(-2) - background)).sum(-1), ids, logits)
 
 
 @jax.tree_util.register_dataclass
@@ -110,16 +110,16 @@ class RoutingSeeds:
     def num_targets(self) -> int:
         return self.positions.shape[1]
 
-    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
+    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
         routes = hidden.routing[self.layer]
         routing = routes.attention if self.attention else routes.feed_forward
         assert routing is not None
         # the router's operation, which its logits have entered, ends here for the target
-        logits = reading.at(self.layer % len(hidden.routing)).leave("router", routing.logits)
+        logits = reading.for_layer(self.layer % len(hidden.routing)).ledger_out("router", routing.logits)
         scores = jnp.take_along_axis(logits, self.positions[..., None], axis=1)
         target = (jnp.take_along_axis(scores, self.ids, axis=-1) * self.signs).sum(-1)
         stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
-        return Aimed(target, self.ids, stop_gradient(decoder.logits(stream)))
+        return TargetValues(target, self.ids, stop_gradient(decoder.logits(stream)))
 
 
 @jax.tree_util.register_dataclass
@@ -135,16 +135,16 @@ class StreamSeeds:
     def num_targets(self) -> int:
         return self.positions.shape[1]
 
-    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> Aimed:
+    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
         stream = hidden.stream
         if self.layer < len(hidden.entering):
             # as the layer itself reads it; what leaves the last has passed there already
-            own = reading.at(self.layer)
+            own = reading.for_layer(self.layer)
             stream = own.tap("stream", own.gate("tokens", hidden.entering[self.layer]))
         at = jnp.take_along_axis(stream, self.positions[..., None], axis=1).astype(self.directions.dtype)
         last = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
         ids = jnp.zeros((*self.positions.shape, 0), jnp.int32)
-        return Aimed((at * self.directions).sum(-1), ids, stop_gradient(decoder.logits(last)))
+        return TargetValues((at * self.directions).sum(-1), ids, stop_gradient(decoder.logits(last)))
 
 
 class Slots(NamedTuple):
@@ -188,11 +188,11 @@ class Readout(NamedTuple):
 
 @partial(Program, static_argnames=("rule", "chunk", "nodes", "joint", "rematerialised_layers"))
 def relevance(
-    weights: Decoder | Packed,
+    weights: Decoder | FlatDecoder,
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"] | None,
     seeds: Seeds,
-    knobs: Gates,
+    interventions: Gates,
     *,
     rule: Rule,
     chunk: int | None = None,
@@ -207,7 +207,7 @@ def relevance(
 
     Args:
         valid: tokens that are not padding; ``None``, which saves time, where none is.
-        knobs: interventions that hold during the pass.
+        interventions: interventions that hold during the pass.
         chunk: how many seeds a device propagates at a time at most, over one and the same forward pass; all by
             default.
         nodes: where to read the relevance of every number (:data:`NODES`), as ``"attention.3"``.
@@ -221,22 +221,22 @@ def relevance(
     """
     refuse_wrong_sums()
     read = partial(_read, rule=rule, chunk=chunk, nodes=nodes, joint=joint, rematerialised_layers=rematerialised_layers)
-    config, arguments, seen = weights.config, (weights, tokens, valid, seeds, knobs), None
-    if shares(config.mesh) > 1:
+    config, arguments, seen = weights.config, (weights, tokens, valid, seeds, interventions), None
+    if num_shards(config.mesh) > 1:
         seen = jnp.arange(1 if joint else seeds.num_targets, dtype=jnp.int32)
     if seen is None or _by_sequence(config, len(tokens), len(seen)):
-        placed = WHOLE, along(0), along(0), along(0), with_sequences(knobs), WHOLE
+        placed = REPLICATED, split(0), split(0), split(0), gate_specs(interventions), REPLICATED
         # their axes in what is found
-        found = Readout(along(2), along(2), along(1), along(0), along(0), along(0), along(1), along(1))
+        found = Readout(split(2), split(2), split(1), split(0), split(0), split(0), split(1), split(1))
     else:
-        placed = WHOLE, WHOLE, WHOLE, WHOLE, WHOLE, along(0)
-        found = Readout(along(0), along(0), along(0), WHOLE, WHOLE, WHOLE, WHOLE, WHOLE)
-    return share_out(read, config.mesh, (*arguments, seen), placed, found)
+        placed = REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED, split(0)
+        found = Readout(split(0), split(0), split(0), REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED)
+    return shard_map_data(read, config.mesh, (*arguments, seen), placed, found)
 
 
 def per_device(config: Config, sequences: int, seeds: int) -> tuple[int, int]:
     """How many sequences :func:`relevance` gives to a device, and how many seeds of each."""
-    devices = shares(config.mesh)
+    devices = num_shards(config.mesh)
     if _by_sequence(config, sequences, seeds):
         return -(-sequences // devices), seeds
     return sequences, -(-seeds // devices)
@@ -244,17 +244,17 @@ def per_device(config: Config, sequences: int, seeds: int) -> tuple[int, int]:
 
 def _by_sequence(config: Config, sequences: int, seeds: int) -> bool:
     """Whether devices share sequences, not seeds: whichever leaves each with fewer passes."""
-    devices = shares(config.mesh)
+    devices = num_shards(config.mesh)
     passes = -(-sequences // devices) * (1 + seeds), sequences * (1 + -(-seeds // devices))
     return passes[0] <= passes[1] and not config.couples_sequences
 
 
 def _read(
-    weights: Decoder | Packed,
+    weights: Decoder | FlatDecoder,
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"] | None,
     seeds: Seeds,
-    knobs: Gates,
+    interventions: Gates,
     seen: Int[Array, " N"] | None,
     *,
     rule: Rule,
@@ -264,7 +264,7 @@ def _read(
     rematerialised_layers: int,
 ) -> Readout:
     """Relevance for the seeds of the numbers ``seen``, by default all, as one device computes it."""
-    decoder = unpack(weights)
+    decoder = unflatten(weights)
     refuse_half(decoder)
     dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
     # summed once for all in the end: a sum over tokens is two more kernels wherever it stands
@@ -274,7 +274,7 @@ def _read(
     taps = {node: jnp.ones(node_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
 
     def targets(gates: Gates, probes: dict[str, Array], taps: dict[str, Array]) -> tuple[Array, tuple]:
-        reading = Reading(rule, gates.over(knobs), probes, _counted_from_the_end(taps, decoder.config))
+        reading = Reading(rule, gates.times(interventions), probes, _counted_from_the_end(taps, decoder.config))
         again = rematerialised_layers
         hidden = decoder.hidden(tokens, valid=valid, reading=reading, rematerialised_layers=again)
         target, ids, logits = seeds.read(decoder, hidden, reading)

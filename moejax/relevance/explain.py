@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
-from moejax.lm import LM, Prompt, right_pad, shared_length
+from moejax.lm import LM, Prompt, padded_length, right_pad
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
-from moejax.relevance.targets import Aim, Argmax, Target, checked_target
+from moejax.relevance.targets import Argmax, Target, TargetTerms, checked_target
 from moejax.rules import Gates, Rule, by_name
 
 _CANDIDATES = 5
@@ -64,7 +64,7 @@ def explain_batch(
     """:func:`explain` for several prompts as one batch, padded behind their ends, where no token sees it; one by one,
     where gates must fit each, if a layer lets sequences compete.
 
-    Prompts are padded to one of few lengths, so that most find their program compiled (:func:`moejax.lm.roomy`),
+    Prompts are padded to one of few lengths, so that most find their program compiled (:func:`moejax.lm.bucket_length`),
     unless ``gates`` hold for single tokens or ``max_bytes`` is given.
 
     Args:
@@ -111,9 +111,9 @@ def _together(
     resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
     rows = [ids for ids, _ in resolved]
     longest = max(map(len, rows))
-    knobs = Gates() if gates is None else gates.check(lm.config, np.zeros((len(rows), longest), np.int32))
+    interventions = Gates() if gates is None else gates.check(lm.config, np.zeros((len(rows), longest), np.int32))
     # who bounds memory has none for padding
-    width = shared_length(lm.config, longest, gates) if max_bytes is None else longest
+    width = padded_length(lm.config, longest, gates) if max_bytes is None else longest
     tokens = right_pad(rows, width, lm.config.pad_id)
     seeds = target.seeds([aims for _, aims in resolved], decoder_dtype(lm))
     again = _layers(rematerialise, lm.config.num_layers)
@@ -122,11 +122,11 @@ def _together(
         mine, count = per_device(lm.config, len(tokens), count)
         chunk, again = _footprint(lm, tokens[:mine], nodes).arrange(count, max_bytes, chunk, again)
     out = relevance(
-        lm.packed,
+        lm.flat,
         tokens,
         None,
         seeds,
-        knobs,
+        interventions,
         rule=rule,
         chunk=chunk,
         nodes=nodes,
@@ -188,7 +188,7 @@ def _result(
     rule: str,
     target: Target,
     token_ids: list[int],
-    aims: list[Aim],
+    aims: list[TargetTerms],
     out: Readout,
     likely: _Likely,
     row: int,

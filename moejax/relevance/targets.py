@@ -22,7 +22,7 @@ TokenName = str | SupportsIndex
 
 
 @dataclass(frozen=True)
-class Aim:
+class TargetTerms:
     """One target: the sum over ``terms`` of sign times logit, at ``position``, less what it is compared with.
 
     Attributes:
@@ -47,14 +47,14 @@ class Target(ABC):
     """Whether the aims are one target, their sum."""
 
     @abstractmethod
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
         """The token ids of the forward pass (the prompt, perhaps continued) and the targets read from it.
 
         Raises:
             PromptError: a named token is several tokens, an id or a position is out of range.
         """
 
-    def seeds(self, rows: list[list[Aim]], dtype: DTypeLike) -> Seeds:
+    def seeds(self, rows: list[list[TargetTerms]], dtype: DTypeLike) -> Seeds:
         """The aims of each sequence as arrays; those with fewer are filled up with aims at nothing."""
         terms = max(len(aim.terms) + len(aim.rivals) for aims in rows for aim in aims)
         count = max(map(len, rows))
@@ -72,7 +72,7 @@ class Target(ABC):
         placed = jax.device_put((positions, ids, signs, rivals, mean, expected))
         return LogitSeeds(*placed, dense=bool(mean.any() or expected.any()))
 
-    def label(self, lm: "LM", aim: Aim, ids: np.ndarray) -> str:
+    def label(self, lm: "LM", aim: TargetTerms, ids: np.ndarray) -> str:
         """What the aim is, for people; ``ids`` are its tokens, the best one filled in."""
         pieces = lm.pieces(ids[: len(aim.terms) + len(aim.rivals)].tolist())
         named = [f"{'-' if sign < 0 else '+'} {p!r}" for p, (_, sign) in zip(pieces, aim.terms, strict=False)]
@@ -114,8 +114,8 @@ class Argmax(Target):
 
     position: int = -1
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
-        return prompt, [Aim(_position(self.position, len(prompt)), ((BEST, 1.0),))]
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
+        return prompt, [TargetTerms(_position(self.position, len(prompt)), ((BEST, 1.0),))]
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Token(Target):
     token: TokenName
     position: int = -1
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
-        return prompt, [Aim(_position(self.position, len(prompt)), ((_token_id(lm, self.token), 1.0),))]
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
+        return prompt, [TargetTerms(_position(self.position, len(prompt)), ((_token_id(lm, self.token), 1.0),))]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Contrast(Target):
     other: TokenName | Sequence[TokenName]
     position: int = -1
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
         position, token = _position(self.position, len(prompt)), _token_id(lm, self.token)
         given = np.asarray(self.other, object)
         others = [_token_id(lm, other) for other in given.ravel()]
@@ -148,8 +148,8 @@ class Contrast(Target):
             raise PromptError(f"a contrast needs two tokens; {self.token!r} stands on both sides, or nothing on one.")
         if given.ndim:
             # each counts once, however often it is named
-            return prompt, [Aim(position, ((token, 1.0),), rivals=tuple(dict.fromkeys(others)))]
-        return prompt, [Aim(position, ((token, 1.0), (others[0], -1.0)))]
+            return prompt, [TargetTerms(position, ((token, 1.0),), rivals=tuple(dict.fromkeys(others)))]
+        return prompt, [TargetTerms(position, ((token, 1.0), (others[0], -1.0)))]
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,10 @@ class MeanContrast(Target):
     token: TokenName
     position: int = -1
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
-        return prompt, [Aim(_position(self.position, len(prompt)), ((_token_id(lm, self.token), 1.0),), mean=1.0)]
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
+        return prompt, [
+            TargetTerms(_position(self.position, len(prompt)), ((_token_id(lm, self.token), 1.0),), mean=1.0)
+        ]
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,10 @@ class LogProbability(Target):
     token: TokenName
     position: int = -1
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
-        return prompt, [Aim(_position(self.position, len(prompt)), ((_token_id(lm, self.token), 1.0),), expected=1.0)]
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
+        return prompt, [
+            TargetTerms(_position(self.position, len(prompt)), ((_token_id(lm, self.token), 1.0),), expected=1.0)
+        ]
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class Continuation(Target):
 
     answer: str | Sequence[int]
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
         answer = self.answer
         ids = lm.need_tokenizer().encode(answer, special=False) if isinstance(answer, str) else list(answer)
         if not ids:
@@ -194,7 +198,7 @@ class Generated(Target):
 
     max_new_tokens: int = 10
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
         new = lm.generate_ids([prompt], max_new_tokens=self.max_new_tokens)[0]
         # an immediate end of text generates nothing; the end token itself is then what there is to explain
         return _teacher_forced(prompt, new) if new else Argmax().resolve(lm, prompt)
@@ -207,9 +211,9 @@ class Span(Target):
     answer: str | Sequence[int]
     joint = True
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
         ids, aims = Continuation(self.answer).resolve(lm, prompt)
-        return ids, [Aim(aim.position, aim.terms, expected=1.0) for aim in aims]
+        return ids, [TargetTerms(aim.position, aim.terms, expected=1.0) for aim in aims]
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ class RouterChoice(Target):
     position: int = -1
     attention: bool = False
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
         block = lm.config.blocks[self.layer] if -lm.config.num_layers <= self.layer < lm.config.num_layers else None
         router = getattr(block and (block.attention if self.attention else block.feed_forward), "router", None)
         if router is None:
@@ -233,14 +237,14 @@ class RouterChoice(Target):
         if self.expert == self.versus or not all(0 <= e < router.num_experts for e in (self.expert, self.versus)):
             raise PromptError(f"experts {self.expert} and {self.versus} must be two of {router.num_experts}.")
         terms = ((self.expert, 1.0), (self.versus, -1.0))
-        return prompt, [Aim(_position(self.position, len(prompt)), terms)]
+        return prompt, [TargetTerms(_position(self.position, len(prompt)), terms)]
 
-    def seeds(self, rows: list[list[Aim]], dtype: DTypeLike) -> Seeds:
+    def seeds(self, rows: list[list[TargetTerms]], dtype: DTypeLike) -> Seeds:
         logits = super().seeds(rows, dtype)
         assert isinstance(logits, LogitSeeds)
         return RoutingSeeds(logits.positions, logits.ids, logits.signs, self.layer, self.attention)
 
-    def label(self, lm: "LM", aim: Aim, ids: np.ndarray) -> str:
+    def label(self, lm: "LM", aim: TargetTerms, ids: np.ndarray) -> str:
         return f"layer {self.layer}: expert {self.expert} - expert {self.versus}"
 
 
@@ -256,23 +260,23 @@ class Direction(Target):
     layer: int
     position: int = -1
 
-    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[Aim]]:
+    def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
         if np.shape(self.vector) != (lm.config.model_dim,) or not 0 <= self.layer <= lm.config.num_layers:
             raise PromptError(
                 f"a direction of shape {np.shape(self.vector)} at layer {self.layer}: the stream has "
                 f"{lm.config.model_dim} numbers, and layers 0 to {lm.config.num_layers}."
             )
-        return prompt, [Aim(_position(self.position, len(prompt)), ())]
+        return prompt, [TargetTerms(_position(self.position, len(prompt)), ())]
 
-    def seeds(self, rows: list[list[Aim]], dtype: DTypeLike) -> Seeds:
+    def seeds(self, rows: list[list[TargetTerms]], dtype: DTypeLike) -> Seeds:
         positions = [[aim.position for aim in aims] for aims in rows]
         directions = jnp.broadcast_to(jnp.asarray(self.vector, dtype), (len(rows), 1, np.size(self.vector)))
         return StreamSeeds(jnp.asarray(positions, jnp.int32), directions, self.layer)
 
-    def label(self, lm: "LM", aim: Aim, ids: np.ndarray) -> str:
+    def label(self, lm: "LM", aim: TargetTerms, ids: np.ndarray) -> str:
         return f"stream {self.layer} along a direction"
 
 
-def _teacher_forced(prompt: list[int], answer: list[int]) -> tuple[list[int], list[Aim]]:
-    aims = [Aim(len(prompt) - 1 + i, ((token, 1.0),)) for i, token in enumerate(answer)]
+def _teacher_forced(prompt: list[int], answer: list[int]) -> tuple[list[int], list[TargetTerms]]:
+    aims = [TargetTerms(len(prompt) - 1 + i, ((token, 1.0),)) for i, token in enumerate(answer)]
     return prompt + answer[:-1], aims

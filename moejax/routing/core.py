@@ -37,8 +37,8 @@ def route(
     *,
     score: Score,
     weigh: Weigh,
-    choices: Float[Array, "*b E"] | None = None,
-    shares: Float[Array, "*b E"] | None = None,
+    selectable: Float[Array, "*b E"] | None = None,
+    weight_factors: Float[Array, "*b E"] | None = None,
     adjust: Adjust | None = None,
     top_k: TopK = jax.lax.top_k,
 ) -> Routing:
@@ -47,23 +47,23 @@ def route(
     Args:
         adjust: what the selection looks at, from the scores: a bias added, groups left out (``routing.selection``).
             The weights are those of the scores all the same.
-        choices: an expert at zero is selected only where no other is left; scores stay those of all.
-        shares: factors of the selected experts' weights, which are then scaled to their former sum.
+        selectable: an expert at zero is selected only where no other is left; scores stay those of all.
+        weight_factors: factors of the selected experts' weights, which are then scaled to their former sum.
         top_k: finds the best, as ``jax.lax.top_k`` does.
     """
     scores = score(logits)
-    if choices is None and adjust is None:
+    if selectable is None and adjust is None:
         selected, ids = top_k(scores, num_selected)
     else:
         seen = scores if adjust is None else jax.lax.stop_gradient(adjust(scores))
-        if choices is not None:
+        if selectable is not None:
             # those of groups that are left out come before those that are closed
-            seen = jnp.where(choices > 0, jnp.maximum(seen, jnp.finfo(seen.dtype).min), -jnp.inf)
+            seen = jnp.where(selectable > 0, jnp.maximum(seen, jnp.finfo(seen.dtype).min), -jnp.inf)
         ids = top_k(seen, num_selected)[1]
         selected = jnp.take_along_axis(scores, ids, axis=-1)
     weights = weigh(selected)
-    if shares is not None:
-        weights = keep_sum(weights, jnp.take_along_axis(shares, ids, axis=-1))
+    if weight_factors is not None:
+        weights = keep_sum(weights, jnp.take_along_axis(weight_factors, ids, axis=-1))
     return Routing(logits, scores, ids, weights)
 
 

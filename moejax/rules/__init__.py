@@ -1,10 +1,10 @@
 """Rules for cotangents, gates on what a model computes, and the reading that bundles both."""
 
 from moejax.rules.attnlrp import CPLRP, AttnLRP
-from moejax.rules.backtrace import Backtrace
 from moejax.rules.gamma import Gamma
 from moejax.rules.gates import Gates
 from moejax.rules.gim import GIM
+from moejax.rules.proportional import Proportional
 from moejax.rules.reading import Reading
 from moejax.rules.registry import RULES, by_name
 from moejax.rules.rule import Plain, Rule
@@ -14,10 +14,10 @@ __all__ = [
     "GIM",
     "RULES",
     "AttnLRP",
-    "Backtrace",
     "Gamma",
     "Gates",
     "Plain",
+    "Proportional",
     "Reading",
     "Rule",
     "by_name",

@@ -52,10 +52,10 @@ class Gates:
         attention_experts, attention_slots: as ``experts`` and ``slots``, for mixtures of attention experts.
         shared: a shared expert's contribution to a token.
         attention, feed_forward: all that a layer's attention, or its feed-forward part, writes for a token.
-        shares: an expert's routing weight, made up for by those of the token's other experts: their sum is kept.
-        choices: an expert that a token may be routed to; at zero the next best takes its place. Where fewer are left
+        routing_weights: an expert's routing weight, made up for by those of the token's other experts: their sum is kept.
+        selectable: an expert that a token may be routed to; at zero the next best takes its place. Where fewer are left
             than a token is routed to, the best of those at zero run too.
-        attention_shares, attention_choices: as ``shares`` and ``choices``, for mixtures of attention experts.
+        attention_routing_weights, attention_selectable: as ``routing_weights`` and ``selectable``, for mixtures of attention experts.
     """
 
     tokens: Float[Array, "L+1 B T"] | None = None
@@ -67,14 +67,14 @@ class Gates:
     shared: Float[Array, "L B T N"] | None = None
     attention: Float[Array, "L B T"] | None = None
     feed_forward: Float[Array, "L B T"] | None = None
-    shares: Float[Array, "L B T E"] | None = None
-    choices: Float[Array, "L B T E"] | None = None
-    attention_shares: Float[Array, "L B T E"] | None = None
-    attention_choices: Float[Array, "L B T E"] | None = None
+    routing_weights: Float[Array, "L B T E"] | None = None
+    selectable: Float[Array, "L B T E"] | None = None
+    attention_routing_weights: Float[Array, "L B T E"] | None = None
+    attention_selectable: Float[Array, "L B T E"] | None = None
 
     @classmethod
     def ones(cls, config: _Sizes, tokens: TokenIds) -> Self:
-        """Gates that change nothing, as knobs for ``tokens``: by expert id, none by slot.
+        """Gates that change nothing, as interventions for ``tokens``: by expert id, none by slot.
 
         Those on whole parts of a layer and on the routing stay ``None`` until a ``drop_..`` sets them.
         """
@@ -109,17 +109,17 @@ class Gates:
                 raise MoejaxError(f"gates on {name} of shape {list(gate.shape)} do not fit {list(shape)}.")
         return self
 
-    def at(self, layer: int) -> Self:
+    def for_layer(self, layer: int) -> Self:
         """The gates of one layer: every field without its first axis."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: g[layer if len(g) > 1 else 0] for k, g in parts.items() if g is not None})
 
-    def over(self, knobs: "Gates | None") -> Self:
-        """These gates times ``knobs``, field by field: readouts and interventions in one pass."""
-        if knobs is None:
+    def times(self, interventions: "Gates | None") -> Self:
+        """These gates times ``interventions``, field by field: readouts and interventions in one pass."""
+        if interventions is None:
             return self
         mine = {f.name: getattr(self, f.name) for f in fields(self)}
-        theirs = {f.name: getattr(knobs, f.name) for f in fields(knobs)}
+        theirs = {f.name: getattr(interventions, f.name) for f in fields(interventions)}
         return replace(self, **{k: _product(mine[k], theirs[k]) for k in mine})
 
     def drop_expert(
@@ -175,12 +175,12 @@ class Gates:
         return replace(self, **{name: gate.at[(layer, slice(None), where, *last)].set(value)})
 
     def _field(self, name: str) -> Array:
-        gate = self.like(name)
+        gate = self.ones_like(name)
         if gate is None:
             raise ValueError(f"these gates have no {name!r}; start from Gates.ones(config, tokens).")
         return gate
 
-    def like(self, name: str) -> Array | None:
+    def ones_like(self, name: str) -> Array | None:
         """The field, or the ones that it would be in gates that have its kin."""
         gate = getattr(self, name)
         kin = None if gate is not None or name not in _ALIKE else getattr(self, _ALIKE[name])
@@ -189,16 +189,16 @@ class Gates:
         return jnp.ones_like(kin[: max(1, len(kin) - 1)] if _ALIKE[name] == "tokens" else kin)
 
 
-HOW = {"zero": "experts", "renormalise": "shares", "replace": "choices"}
+HOW = {"zero": "experts", "renormalise": "routing_weights", "replace": "selectable"}
 """Ways to switch an expert off, and the field of :class:`Gates` that does it."""
 
 _ALIKE = {
     "attention": "tokens",
     "feed_forward": "tokens",
-    "shares": "experts",
-    "choices": "experts",
-    "attention_shares": "attention_experts",
-    "attention_choices": "attention_experts",
+    "routing_weights": "experts",
+    "selectable": "experts",
+    "attention_routing_weights": "attention_experts",
+    "attention_selectable": "attention_experts",
 }
 """Fields that :meth:`Gates.ones` leaves out, and a field of the same shape (the tokens' without its last layer)."""
 

@@ -20,12 +20,12 @@ class Reading:
 
     Attributes:
         rule: what differs from calculus on the way back (static).
-        gates: multiplicative gates, of all layers, or of one layer after :meth:`at`.
+        gates: multiplicative gates, of all layers, or of one layer after :meth:`for_layer`.
         probes: zeros under ledger names, for each layer and token; the sum of their cotangents is what operations of
             that name fail to conserve, ``R(outputs) - R(inputs)``. What follows the last layer has other tokens, and
             books at the first.
         taps: ones of a node's whole shape under its name (``"attention.3"``: that of layer 3; without the layer after
-            :meth:`at`); the cotangent of a tap is the relevance of every number at the node.
+            :meth:`for_layer`); the cotangent of a tap is the relevance of every number at the node.
     """
 
     rule: Rule = field(default=Plain(), metadata={"static": True})
@@ -33,19 +33,19 @@ class Reading:
     probes: dict[str, Float[Array, "L+1 B T"]] = field(default_factory=dict)
     taps: dict[str, Float[Array, "..."]] = field(default_factory=dict)
 
-    def at(self, layer: int) -> Self:
+    def for_layer(self, layer: int) -> Self:
         """The reading of one layer; -1 is what follows the last."""
         probes = {k: p[layer] if layer >= 0 else p[layer][:, 0] for k, p in self.probes.items()}
         names = {k: k.rpartition(".") for k in self.taps}
         taps = {names[k][0]: tap for k, tap in self.taps.items() if names[k][2] == str(layer)}
-        return replace(self, gates=self.gates.at(layer), probes=probes, taps=taps)
+        return replace(self, gates=self.gates.for_layer(layer), probes=probes, taps=taps)
 
     def by_layer(self, layers: int) -> list[Self]:
-        """:meth:`at` of each layer, and of what follows the last one."""
+        """:meth:`for_layer` of each layer, and of what follows the last one."""
         # each array is cut once, into a tuple that is indexed as it was: cut after cut takes JAX a fifth of its tracing
         gates, probes = jax.tree.map(jnp.unstack, (self.gates, self.probes))
         cut = replace(self, gates=gates, probes=probes)
-        return [cut.at(i) for i in (*range(layers), -1)]
+        return [cut.for_layer(i) for i in (*range(layers), -1)]
 
     def rearranged(
         self, by_row: Callable[[Float[Array, "B T K *s"]], Float[Array, "P *s"]], slots: tuple[int, int, int]
@@ -83,24 +83,24 @@ class Reading:
         experts = getattr(self.gates, name)
         return None if experts is None else jnp.broadcast_to(experts, (*batch, experts.shape[-1]))
 
-    def enter(self, name: str, x: Float[Array, "B *s"]) -> Float[Array, "B *s"]:
+    def ledger_in(self, name: str, x: Float[Array, "B *s"]) -> Float[Array, "B *s"]:
         """``x`` as an input of the operation that the ledger books under ``name``."""
         return self._probe(name, x, -1.0)
 
-    def leave(self, name: str, x: Float[Array, "B *s"]) -> Float[Array, "B *s"]:
+    def ledger_out(self, name: str, x: Float[Array, "B *s"]) -> Float[Array, "B *s"]:
         """``x`` as the output of the operation that the ledger books under ``name``."""
         return self._probe(name, x, 1.0)
 
     def _probe(self, name: str, x: Array, sign: float) -> Array:
-        return probe(x, self.probes[name], sign) if self.books(name) else x
+        return probe(x, self.probes[name], sign) if self.is_booked(name) else x
 
-    def books(self, name: str) -> bool:
+    def is_booked(self, name: str) -> bool:
         """Whether relevance that operations of that name do not conserve is booked."""
         return name in self.probes
 
     def book(self, name: str, operation: Callable[..., Array], *inputs: Array) -> Array:
         """``operation(*inputs)``, with the relevance that it does not conserve booked under ``name``."""
-        return self.leave(name, operation(*(self.enter(name, x) for x in inputs)))
+        return self.ledger_out(name, operation(*(self.ledger_in(name, x) for x in inputs)))
 
     def add_bias(self, x: Float[Array, "B *s M"], bias: Float[Array, "..."] | None) -> Float[Array, "B *s M"]:
         """``x + bias``, with the relevance that the bias takes booked under ``bias``; a missing bias adds nothing."""
@@ -122,4 +122,4 @@ class Reading:
         return self.rule.linear(matmul, x, weight, bias, slope)
 
     def _booked(self, bias: Array, shape: tuple[int, ...]) -> Array:
-        return self.leave("bias", jnp.broadcast_to(bias, shape))
+        return self.ledger_out("bias", jnp.broadcast_to(bias, shape))

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from moejax.errors import MoejaxError
 from moejax.rules.attnlrp import CPLRP, AttnLRP
-from moejax.rules.backtrace import Backtrace
 from moejax.rules.gamma import Gamma
 from moejax.rules.gim import GIM
+from moejax.rules.proportional import Proportional
 from moejax.rules.rule import Plain, Rule
 
 RULES: Mapping[str, Rule] = {
@@ -17,8 +17,8 @@ RULES: Mapping[str, Rule] = {
     "cplrp": CPLRP(),
     "gim": GIM(),
     "gamma": Gamma(),
-    "backtrace": Backtrace(),
-    "backtrace-masked": Backtrace(saturation=True),
+    "backtrace": Proportional(),
+    "backtrace-masked": Proportional(saturation=True),
     "plain": Plain(),
 }
 """Every rule with its defaults, and its variants."""

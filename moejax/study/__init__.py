@@ -3,7 +3,7 @@
 from moejax.study.analysis import Analysis, analyse
 from moejax.study.compare import LayerChange, compare
 from moejax.study.data import Batch, Documents, Windows
-from moejax.study.probe import Probe, drop_top
+from moejax.study.drop_top import Probe, drop_top
 from moejax.study.result import LayerStatistics, RoutingStatistics
 from moejax.study.similarity import Similarity, similarities
 

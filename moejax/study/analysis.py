@@ -7,13 +7,13 @@ from typing import Any
 
 from moejax.errors import MoejaxError
 from moejax.lm import LM
+from moejax.study.accumulate import accumulate, mean
+from moejax.study.accumulators import Kind, LossSums, id_space, measure, mixtures
 from moejax.study.compare import LayerChange, compare
 from moejax.study.data import Windows
-from moejax.study.probe import Probe, drop_top, possible_probes
+from moejax.study.drop_top import Probe, drop_top, possible_probes
 from moejax.study.result import RoutingStatistics, plain, routing_statistics
 from moejax.study.similarity import similarities
-from moejax.study.stream import accumulate, mean
-from moejax.study.sums import Kind, LossSums, id_space, measure, mixtures
 
 _NUMBERS = 1 << 26
 """Counts by token id that are kept without being asked for."""
@@ -94,7 +94,7 @@ def analyse(
     sample = replace(windows, limit=min(probe_tokens, windows.limit or probe_tokens))
     names = windows.documents.names
     changes = None if against is None else compare(lm, against, windows, progress=progress)
-    run = partial(measure, lm.packed, groups=max(1, len(names)), by_token=by_token, outputs=outputs)
+    run = partial(measure, lm.flat, groups=max(1, len(names)), by_token=by_token, outputs=outputs)
     sums = accumulate(run, windows, "routing", progress)
     statistics: dict[Kind, RoutingStatistics] = {
         kind: routing_statistics(found, sums.mixtures[kind], bool(names), similarities(lm.decoder, kind))

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError
 from moejax.lm import LM
-from moejax.models import Packed, unpack
+from moejax.models import FlatDecoder, unflatten
 from moejax.program import Program
 from moejax.routing.statistics import token_overlap
+from moejax.study.accumulate import accumulate
+from moejax.study.accumulators import KINDS, Kind, mixtures
 from moejax.study.data import Batch, Windows
-from moejax.study.stream import accumulate
-from moejax.study.sums import KINDS, Kind, mixtures
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def compare(lm: LM, other: LM, windows: Windows, *, progress: bool = False) -> d
                 f"{lm.name} and {other.name} are no two checkpoints of a model: {mine.num_layers} and "
                 f"{theirs.num_layers} layers" + (f", other {kind} experts in layer {layers[0]}." if layers else ".")
             )
-    sums = accumulate(partial(_measure, lm.packed, other.packed), windows, "comparing", progress)
+    sums = accumulate(partial(_measure, lm.flat, other.flat), windows, "comparing", progress)
     return {kind: _changes([m.layer for m in found], sums[kind]) for kind, found in here.items()}
 
 
@@ -71,8 +71,8 @@ def _changes(layers: list[int], sums: _Overlap) -> list[LayerChange]:
 
 
 @Program
-def _measure(weights: Packed, other: Packed, batch: Batch) -> dict[Kind, _Overlap]:
-    both = [unpack(w).hidden(batch.tokens, valid=batch.valid).routing for w in (weights, other)]
+def _measure(weights: FlatDecoder, other: FlatDecoder, batch: Batch) -> dict[Kind, _Overlap]:
+    both = [unflatten(w).hidden(batch.tokens, valid=batch.valid).routing for w in (weights, other)]
     found = {}
     for kind in KINDS:
         pairs = [(getattr(a, kind), getattr(b, kind)) for a, b in zip(*both, strict=True)]

@@ -31,7 +31,7 @@ def output_similarity(
     experts = mixture.experts
     count, slots = experts.output.shape[0], routing.ids.shape[-1]
     computes = (routing.weights != 0) & (routing.ids < count)
-    assignment = assign(jnp.where(computes, routing.ids, count).reshape(-1, slots), count, nowhere=True)
+    assignment = assign(jnp.where(computes, routing.ids, count).reshape(-1, slots), count, allow_unassigned=True)
     normed = block.feed_forward_norm(middle, Reading())
     outputs = experts(normed[:, :, None], assignment, Reading())
     return token_diversity(outputs, computes)

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moejax.routing import statistics as s
+from moejax.study.accumulators import Mixture, RoutingSums
 from moejax.study.similarity import Similarity
-from moejax.study.sums import Mixture, RoutingSums
 
 LEAST = 32
 """Slots below which a token id does not count for specialisation: small samples look specialised by chance."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from moejax.models import Decoder
 from moejax.ops.mxfp4 import MXFP4
 from moejax.routing.statistics import expert_similarity, mean_cosine
-from moejax.study.sums import Kind, mixtures
+from moejax.study.accumulators import Kind, mixtures
 
 _STACKED = ("experts.input", "experts.output", "query", "output")
 """Matrices of a mixture's experts, stacked on their first axis: feed-forward, and attention's."""

@@ -1,4 +1,4 @@
-"""Packed token corpora, texts of files, and random windows of them."""
+"""FlatDecoder token corpora, texts of files, and random windows of them."""
 
 import json
 from dataclasses import dataclass

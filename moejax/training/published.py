@@ -25,8 +25,8 @@ def as_published(config: Config, source: Mapping[str, Any]) -> tuple[Config, dic
             found = family(candidate["model_type"]).config(candidate)
         except ConfigError:
             continue
-        if found.over(None, config.mesh) == replace(config, model_type=found.model_type):
-            return found.over(None, config.mesh), candidate
+        if found.on_mesh(None, config.mesh) == replace(config, model_type=found.model_type):
+            return found.on_mesh(None, config.mesh), candidate
     return config, None
 
 

@@ -18,11 +18,11 @@ from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, MoejaxError
 from moejax.models import Decoder
 from moejax.program import Program
-from moejax.training.checkpoint import Checkpoints
 from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus, find_text
 from moejax.training.logs import Log
 from moejax.training.losses import cross_entropy
+from moejax.training.state_store import Checkpoints
 from moejax.training.step import TrainState, TrainSteps, make_train_steps
 
 Row = dict[str, Any]

@@ -79,7 +79,7 @@ def make_train_steps(
         if accumulate == 1:
             return gradient(decoder, batch_windows, key)
         parts = batch_windows.reshape(accumulate, -1, batch_windows.shape[-1])
-        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(decoder, *part)), None)  # noqa: E731
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(decoder, *part)), None)
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, decoder, parts[0], key))
         total, _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))
         return jax.tree.map(lambda x: x / accumulate, total)

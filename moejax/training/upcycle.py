@@ -34,7 +34,7 @@ from moejax.layers import (
     RouterConfig,
     get_moe,
 )
-from moejax.layers.experts import Experts
+from moejax.layers.feed_forward.experts import Experts
 from moejax.layers.linear import Linear, normal
 from moejax.lm import LM
 from moejax.models import Config, Decoder, record
@@ -254,7 +254,7 @@ def _errors(dense: Decoder, sparse: Decoder, chosen: Mapping[str, int], tokens: 
     def error(layer: Any, x: Array, expected: Array) -> Array:
         x = x.astype(dense.embedding.dtype)
         y = layer(x, Reading())[0] if isinstance(layer, MoE) else layer.run(x, mask=valid)[0]
-        size = lambda a: jnp.linalg.norm(jnp.where(valid[..., None], a, 0))  # noqa: E731
+        size = lambda a: jnp.linalg.norm(jnp.where(valid[..., None], a, 0))
         return size(y.astype(expected.dtype) - expected) / size(expected)
 
     return {

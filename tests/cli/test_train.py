@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moejax.layers import registry
+from moejax.layers.feed_forward import registry
 
 OWN = Path(__file__).with_name("own_layer.py")
 MODEL = {

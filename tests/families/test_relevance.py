@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.rules import CPLRP, AttnLRP, Backtrace, Gates, Rule
+from moejax.rules import CPLRP, AttnLRP, Gates, Proportional, Rule
 
 from .build import FAMILIES, loaded, random_batch
 
 RULES = [*moejax.rules.RULES.values(), CPLRP(router="uniform")]
-MAIN = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), Backtrace()]
+MAIN = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), Proportional()]
 # those whose parts differ: plain mixture, shared expert, biases and sinks, experts in attention
 DIFFERENT = ["olmoe", "qwen2_moe", "gpt_oss", "jetmoe"]
 

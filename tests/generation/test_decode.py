@@ -72,7 +72,7 @@ def test_tokens_behind_the_end_are_padding(ending: moejax.LM, greedy: list[list[
 def test_no_forward_pass_follows_the_last_token(toy_lm: moejax.LM) -> None:
     """All slots of the cache are written: those of the prompt and of every new token but the last."""
     tokens, valid = left_pad(PROMPTS, max(map(len, PROMPTS)), PAD)
-    call = decode._Call(toy_lm.packed, tokens, valid, np.arange(len(tokens)), jax.random.key(0), Sampling(), Reading())
+    call = decode._Call(toy_lm.flat, tokens, valid, np.arange(len(tokens)), jax.random.key(0), Sampling(), Reading())
     plan = decode.Plan(NEW, (), PAD, return_scores=False)
     state = decode._jit_decode(call, decode._jit_prefill(call, plan), plan, NEW, NEW)
     assert int(state.step) == NEW
@@ -113,7 +113,7 @@ def test_a_row_draws_the_same_whatever_follows_it(toy_lm: moejax.LM) -> None:
 
 def test_keys_of_either_kind_draw_the_same(toy_lm: moejax.LM, toy_tokens: np.ndarray) -> None:
     tokens, valid = jnp.asarray(toy_tokens), jnp.ones(toy_tokens.shape, bool)
-    draw = partial(generate_tokens, toy_lm.packed, tokens, valid, max_new_tokens=6, sampling=Sampling(temperature=1.0))
+    draw = partial(generate_tokens, toy_lm.flat, tokens, valid, max_new_tokens=6, sampling=Sampling(temperature=1.0))
     np.testing.assert_array_equal(draw(jax.random.PRNGKey(3)).tokens, draw(jax.random.key(3)).tokens)
 
 

@@ -9,7 +9,8 @@ import pytest
 
 import moejax
 from moejax import ConfigError, MoeArgs, MoeLayer, get_moe, register_moe
-from moejax.layers import MLP, Activation, MLPConfig, registry
+from moejax.layers import MLP, Activation, MLPConfig
+from moejax.layers.feed_forward import registry
 
 from .toy import D, E, K, O
 

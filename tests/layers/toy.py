@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import MoeLayer, get_moe
-from moejax.layers.registry import registered
+from moejax.layers.feed_forward.registry import registered
 
 from .reference import ALPHA, BETA, GROUPS, KEPT_GROUPS, LIBMOE, PUBLISHED, REWARD, SCALE
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from moejax.ops import target as targets
+from moejax.ops import device as targets
 from moejax.ops.experts import hopper, hopper_packed
 
 

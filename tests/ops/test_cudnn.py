@@ -49,12 +49,12 @@ def on_a_cpu(monkeypatch):
 def test_equals_blocks(sunk, window):
     """Values and gradients, of one cotangent and of several."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
     operands = [normal(B, T, heads, C) for heads in (H, G, G)] + [jnp.linspace(-1, 2, H, dtype=jnp.bfloat16)] * sunk
     received = normal(3, B, T, H, C)
 
     def both(run):
-        read = lambda q, k, v, *sinks: run(q, k, v, None, sinks=sinks[0] if sinks else None)  # noqa: E731
+        read = lambda q, k, v, *sinks: run(q, k, v, None, sinks=sinks[0] if sinks else None)
         out, pull = jax.vjp(read, *operands)
         return out, pull(received[0]), jax.vmap(pull)(received)
 

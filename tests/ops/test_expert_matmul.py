@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from slots import expert_matmul
 
-from moejax.ops.experts import assign, grouped_matmul, matmul, spread
+from moejax.ops.experts import assign, grouped_matmul, matmul, permute
 from moejax.ops.experts.matmul import capacities
 
 D, M, N = 9, 5, 3
@@ -151,7 +151,7 @@ def test_no_weight_gradient_where_none_is_asked_for(monkeypatch, by_expert):
     ids = jnp.array([[0, 2], [2, 1], [3, 0]])
     x, weight, _ = map(jnp.asarray, operands(np.asarray(ids), 4, shared=False))
     assignment = assign(ids, 4, by_expert=by_expert)
-    rows = spread(x, assignment)
+    rows = permute(x, assignment)
     # as a layer is: compiled apart, the weights one of its arguments
     product = jax.jit(lambda x, weight: grouped_matmul(x, weight, assignment).sum())
     jax.grad(product)(rows, weight)
@@ -165,7 +165,7 @@ def test_gradient_of_the_gradient():
 
     @jax.jit
     def both(x, weight, ids, cotangent):
-        product = lambda x: expert_matmul(x, weight, assign(ids, 40), implementation="padded")  # noqa: E731
+        product = lambda x: expert_matmul(x, weight, assign(ids, 40), implementation="padded")
         y, pull = jax.vjp(product, x)
         return y, jax.vjp(lambda c: pull(c)[0], cotangent)[1](x)[0]
 
@@ -222,7 +222,7 @@ def test_cotangent_may_be_a_numpy_array(implementation):
     ids = ids_with_load(7, 2, 6, 5)
     x, weight, cotangents = (np.asarray(a, np.float32) for a in operands(ids, 6, shared=True))
     assignment = assign(jnp.asarray(ids), 6)
-    product = lambda x: expert_matmul(x, jnp.asarray(weight), assignment, implementation=implementation)  # noqa: E731
+    product = lambda x: expert_matmul(x, jnp.asarray(weight), assignment, implementation=implementation)
     (dx,) = jax.vjp(product, jnp.asarray(x))[1](cotangents[0])
     np.testing.assert_allclose(dx, by_loop(x, weight, ids, cotangents)[1][0], rtol=1e-5, atol=1e-5)
 

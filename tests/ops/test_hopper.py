@@ -67,9 +67,7 @@ def test_cotangents_share_the_weights():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(N, rows, D)), jnp.bfloat16)
     weight = jnp.asarray(rng.normal(size=(E, D, M)), jnp.bfloat16)
-    product = lambda x: hopper.matmul(  # noqa: E731
-        x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter()
-    )
+    product = lambda x: hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter())
     together = np.asarray(jax.vmap(product)(x), np.float64)
     for e, (start, count) in enumerate(zip(first, load, strict=True)):
         want = np.asarray(x, np.float64)[:, start : start + count] @ np.asarray(weight[e], np.float64)
@@ -86,7 +84,7 @@ def test_weights_in_a_batch():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(rows, D)), jnp.bfloat16)
     weights = jnp.asarray(rng.normal(size=(2, E, D, M)), jnp.bfloat16)
-    product = lambda weight: hopper.matmul(  # noqa: E731
+    product = lambda weight: hopper.matmul(
         x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter()
     )
     for n, y in enumerate(jax.vmap(product)(weights)):

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
-from moejax.ops import target as targets
-from moejax.ops.experts import assign, assignment, places, rows, spread
+from moejax.ops import device as targets
+from moejax.ops.device import generation, target
+from moejax.ops.experts import assign, assignment, permute, places, rows
 from moejax.ops.experts.copies import copies
-from moejax.ops.target import generation, target
 
 INTERPRET = generation(target()) < 8
 
@@ -77,7 +77,7 @@ def taken(monkeypatch) -> list[str]:
     monkeypatch.setattr(targets, "target", lambda *_: gpu)
     for module, name in ((assignment, "places"), (rows, "copies")):
         own = getattr(module, name)
-        note = lambda *args, own=own, name=name, **options: names.append(name) or own(*args, **options, interpret=True)  # noqa: E731
+        note = lambda *args, own=own, name=name, **options: names.append(name) or own(*args, **options, interpret=True)
         monkeypatch.setattr(module, name, note)
     return names
 
@@ -87,14 +87,14 @@ def test_who_takes_the_kernels(taken, monkeypatch):
     ids = ids_of(6, 2, 4, 0.0)
     x, found = jnp.ones((6, 1, 3)), plainly(ids, 4)
     jax.eval_shape(lambda ids: assign(ids, 4), ids)
-    jax.eval_shape(lambda x: spread(x, found, copied=True), x)
+    jax.eval_shape(lambda x: permute(x, found, copied=True), x)
     assert taken == ["places", "copies"]
     mesh = Mesh(np.array(jax.devices()[:1] * 2), ("tensor",))
-    for options in ({"nowhere": True}, {"by_expert": False}, {"mesh": mesh}):
+    for options in ({"allow_unassigned": True}, {"by_expert": False}, {"mesh": mesh}):
         jax.eval_shape(lambda ids, options=options: assign(ids, 4, **options), ids)
     jax.eval_shape(lambda ids: assign(ids, 4, by_expert=True), ids[:0])
-    jax.eval_shape(lambda x: spread(x, found), x)
-    jax.eval_shape(lambda x: spread(x, found, copied=True), jnp.ones((6, 2, 3)))
+    jax.eval_shape(lambda x: permute(x, found), x)
+    jax.eval_shape(lambda x: permute(x, found, copied=True), jnp.ones((6, 2, 3)))
     one = Mesh(np.array(jax.devices()[:1]), ("expert",))
     spec = PartitionSpec("expert")
     each = jax.shard_map(lambda ids: assign(ids, 4).slot, mesh=one, in_specs=spec, out_specs=spec)
@@ -110,5 +110,5 @@ def test_a_program_for_the_cpu_is_what_it_was():
     ids = ids_of(6, 2, 4, 0.0)
     found, x = jax.jit(lambda ids: assign(ids, 4))(ids), jnp.ones((6, 1, 3))
     jax.tree.map(np.testing.assert_array_equal, found, plainly(ids, 4))
-    text = jax.jit(lambda ids, x: spread(x, assign(ids, 4), copied=True)).lower(ids, x).as_text()
+    text = jax.jit(lambda ids, x: permute(x, assign(ids, 4), copied=True)).lower(ids, x).as_text()
     assert "while" not in text, "nor has it a loop of Pallas's interpreter"

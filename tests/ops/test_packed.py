@@ -12,7 +12,7 @@ from matrices import BOTH_WAYS, close, normal, weights, wide
 from slots import LOADS, rows_of
 
 from moejax.ops import mxfp4
-from moejax.ops.experts import assign, collect, grouped_matmul, hopper, packed, spread
+from moejax.ops.experts import assign, grouped_matmul, hopper, packed, permute, unpermute
 from moejax.ops.mxfp4 import MXFP4
 
 E, D, M, N = 4, 96, 80, 3
@@ -67,9 +67,7 @@ def test_cotangents_share_the_weights(by_expert):
     first, rows = rows_of(load) if by_expert else (np.arange(3, dtype=np.int32), 3)
     expert = None if by_expert else jnp.array([3, 1, 3])
     x, weight = normal(N, rows, M), weights(E, M, D)
-    product = lambda x: packed.matmul(  # noqa: E731
-        x, weight, expert, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, True
-    )
+    product = lambda x: packed.matmul(x, weight, expert, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, True)
     together = wide(jax.vmap(product)(x))
     for n, (start, count) in enumerate(zip(first, load, strict=True)):
         matrix = wide(weight)[n if expert is None else int(expert[n])]
@@ -84,9 +82,7 @@ def test_weights_in_a_batch():
     """Nothing here asks for it, but ``vmap`` may: one product after the other."""
     first, rows = rows_of((3, 0, 0, 18))
     x, both = normal(rows, D), weights(2, E, M, D)
-    product = lambda weight: packed.matmul(  # noqa: E731
-        x, weight, None, jnp.asarray(first), jnp.array([3, 0, 0, 18]), False, True
-    )
+    product = lambda weight: packed.matmul(x, weight, None, jnp.asarray(first), jnp.array([3, 0, 0, 18]), False, True)
     for y, matrices in zip(jax.vmap(product)(both), wide(both), strict=True):
         close(wide(y)[first[3] : first[3] + 18], wide(x)[first[3] : first[3] + 18] @ matrices[3].T)
 
@@ -95,7 +91,7 @@ def test_weights_in_a_batch():
 def test_experts_in_a_batch():
     """Of two tokens that are decoded apart; the matrices are not copied for each."""
     x, weight, expert = normal(2, 1, D), weights(E, M, D), jnp.array([[3], [1]])
-    product = lambda x, expert: packed.matmul(x, weight, expert, jnp.arange(1), jnp.ones(1, int), False, True)  # noqa: E731
+    product = lambda x, expert: packed.matmul(x, weight, expert, jnp.arange(1), jnp.ones(1, int), False, True)
     for n, y in enumerate(jax.vmap(product)(x, expert)):
         close(wide(y), wide(x)[n] @ wide(weight)[int(expert[n, 0])].T)
     assert f"u8[2,{E}," not in str(jax.make_jaxpr(jax.vmap(product))(x, expert))
@@ -115,10 +111,10 @@ def test_in_the_grouped_product(by_expert):
     """Taken by default, for rows in either order; two axes of outputs; the gradient; slots that go nowhere."""
     ids = jnp.array([[0, 3], [1, E], [3, 0]])
     weight, x = weights(E, 2, M // 2, D), normal(3, 1, D)
-    slots = assign(ids, E, nowhere=True, by_expert=by_expert)
+    slots = assign(ids, E, allow_unassigned=True, by_expert=by_expert)
 
     def product(x, implementation=None):
-        return collect(grouped_matmul(spread(x, slots), weight, slots, implementation=implementation), slots)
+        return unpermute(grouped_matmul(permute(x, slots), weight, slots, implementation=implementation), slots)
 
     other = "hopper" if by_expert else "gather"
     assert "pallas_call" in str(jax.make_jaxpr(product)(x))

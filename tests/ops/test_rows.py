@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.layers.experts import Experts, combine
-from moejax.layers.glu import GLU
-from moejax.ops.experts import assign, collect, matmul, spread
-from moejax.rules import AttnLRP, Backtrace, Gates, Reading
+from moejax.layers.feed_forward.activation import GLU
+from moejax.layers.feed_forward.experts import Experts, combine
+from moejax.ops.experts import assign, matmul, permute, unpermute
+from moejax.rules import AttnLRP, Gates, Proportional, Reading
 from moejax.rules.rule import Rule
 
 B, T, K, E, D, F, WIDTH = 2, 5, 3, 6, 7, 4, 9
@@ -51,11 +51,11 @@ def test_the_copies_are_each_other_transposed(width, limit):
     assignment = assignment if limit is None else assignment.limited(limit)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(B * T, width, D)), jnp.float32)
-    slots = collect(spread(x, assignment), assignment)
+    slots = unpermute(permute(x, assignment), assignment)
     goes = np.asarray(assignment.rank >= 0)[..., None]
     np.testing.assert_array_equal(slots, np.where(goes, np.broadcast_to(x, slots.shape), 0))
     received = jnp.asarray(rng.normal(size=slots.shape), jnp.float32)
-    (dx,) = jax.vjp(lambda x: collect(spread(x, assignment), assignment), x)[1](received)
+    (dx,) = jax.vjp(lambda x: unpermute(permute(x, assignment), assignment), x)[1](received)
     want = np.where(goes, received, 0)
     np.testing.assert_allclose(dx, want.sum(1, keepdims=True) if width == 1 else want, rtol=1e-6)
 
@@ -78,13 +78,13 @@ def everything(experts: Experts, x, weights, ids, rule: Rule, limit: int | None)
 
 
 @pytest.mark.parametrize(
-    "rule", [Rule(), AttnLRP(), Backtrace(saturation=True)], ids=["calculus", "attnlrp", "backtrace"]
+    "rule", [Rule(), AttnLRP(), Proportional(saturation=True)], ids=["calculus", "attnlrp", "backtrace"]
 )
 @pytest.mark.parametrize("limit", [None, 2])
 def test_rows_without_a_slot_may_hold_anything(monkeypatch, rule, limit):
     """The kernel leaves them as it finds the memory: here they are not numbers, in every product."""
     rng = np.random.default_rng(0)
-    some = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    some = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     experts = Experts(some(E, 2, F, D), some(E, WIDTH, F), some(E, 2, F), some(E, WIDTH), GLU(limit=1.0, offset=1.0))
     x, weights, ids = some(B, T, D), some(B, T, K), jnp.asarray(some_ids(3, 2.0)).reshape(B, T, K)
     want = everything(experts, x, weights, ids, rule, limit)
@@ -106,6 +106,6 @@ def test_combine_takes_the_sum_it_is_given():
     rng = np.random.default_rng(0)
     outputs, weights = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, T, K, D), (B, T, K)))
     ids = jnp.asarray(some_ids(0, 0.0)).reshape(B, T, K)
-    for rule in (AttnLRP(), AttnLRP("proportional"), Backtrace()):
+    for rule in (AttnLRP(), AttnLRP("proportional"), Proportional()):
         alone = combine(outputs, weights, ids, Reading(rule))
         np.testing.assert_allclose(combine(outputs, weights, ids, Reading(rule), total=lambda y: 2 * y), 2 * alone)

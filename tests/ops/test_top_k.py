@@ -12,10 +12,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moejax import get_moe
 from moejax.layers import RouterConfig
-from moejax.layers.router import Router
-from moejax.ops import target as targets
+from moejax.layers.feed_forward.router import Router
+from moejax.ops import device as targets
 from moejax.ops import top_k
-from moejax.ops.target import generation, target
+from moejax.ops.device import generation, target
 from moejax.rules import Reading
 
 INTERPRET = generation(target()) < 8
@@ -46,7 +46,7 @@ def taken(monkeypatch) -> list[tuple[int, ...]]:
 
 
 def test_derivatives_are_those_of_the_selected(taken, monkeypatch):
-    kernel = lambda x, *, cuda, default: cuda(x)  # noqa: E731
+    kernel = lambda x, *, cuda, default: cuda(x)
     monkeypatch.setattr(top_k.lax, "platform_dependent", kernel)
     scores, weights = (jnp.asarray(a, jnp.float32) for a in np.random.default_rng(0).normal(size=(2, 2, 3, 7)))
     own, plain = (lambda x, f=f: f(x, 3)[0] ** 2 * weights[..., :3] for f in (top_k.top_k, jax.lax.top_k))

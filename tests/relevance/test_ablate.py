@@ -10,7 +10,7 @@ import pytest
 
 from moejax import LM, Argmax, Contrast, Direction, Gates, LogProbability, MoejaxError, Span, Token, ablate, explain
 from moejax.layers import BlockConfig, MixtureAttentionConfig, MoEConfig, RouterConfig
-from moejax.layers.mlp import MLPConfig
+from moejax.layers.feed_forward.dense import MLPConfig
 from moejax.models import Config, family
 from moejax.relevance import Cell
 from moejax.relevance.baselines import integrated_gradients
@@ -97,7 +97,9 @@ class TestExperts:
         gates = np.ones((LAYERS, 2 * len(cells), T, E))
         for row, (layer, t, k) in enumerate(cells):
             gates[layer, [2 * row, 2 * row + 1], t, read.ids[layer, t, k]] += [step, -step]
-        logits = np.asarray(lm(jnp.tile(ROW, (2 * len(cells), 1)), gates=Gates(shares=jnp.asarray(gates))))[:, 5]
+        logits = np.asarray(lm(jnp.tile(ROW, (2 * len(cells), 1)), gates=Gates(routing_weights=jnp.asarray(gates))))[
+            :, 5
+        ]
         values = logits[:, 11] - logits[:, 60]
         share = read.weights / read.weights.sum(-1, keepdims=True)
         want = np.array([(read.drop_renormalise()[0] * (1 - share))[cell] for cell in cells])
@@ -141,7 +143,7 @@ class TestCells:
     def test_parts_of_a_layer(self):
         lm, every = toy(), [(1, t) for t in range(T)]
         got = ablate(lm, PROMPT, cells=[Cell.attention(1), Cell.feed_forward(1), Cell.attention(1, 4)], target=AIM)
-        heads = lambda tokens: {(1, t, h) for t in tokens for h in range(H)}  # noqa: E731
+        heads = lambda tokens: {(1, t, h) for t in tokens for h in range(H)}
         experts = {(*at, e) for at in every for e in range(E)}
         want = [change(lm, heads=heads(range(T))), change(lm, experts=experts), change(lm, heads=heads([4]))]
         np.testing.assert_allclose(got[:, 0], want, **EXACT)
@@ -323,12 +325,12 @@ class TestRoute:
         algebra = {"score": SCORES[score], "weigh": WEIGHTS[weigh]}
         plain, wide = route(logits, K, **algebra), route(logits, K + 1, **algebra)
         out = jnp.ones((5, E)).at[jnp.arange(5), plain.ids[:, 1]].set(0)
-        replaced = route(logits, K, choices=out, **algebra)
+        replaced = route(logits, K, selectable=out, **algebra)
         np.testing.assert_array_equal(replaced.ids, np.asarray(wide.ids)[:, [0, 2, 3]])
         scores = jnp.take_along_axis(plain.scores, replaced.ids, axis=-1)
         np.testing.assert_allclose(replaced.weights, WEIGHTS[weigh](scores), rtol=1e-12)
         np.testing.assert_array_equal(replaced.scores, plain.scores)
-        shared = route(logits, K, shares=out, **algebra)
+        shared = route(logits, K, weight_factors=out, **algebra)
         np.testing.assert_array_equal(shared.ids, plain.ids)
         assert not np.asarray(shared.weights[:, 1]).any()
         np.testing.assert_allclose(shared.weights.sum(-1), plain.weights.sum(-1), rtol=1e-12)
@@ -339,9 +341,14 @@ class TestRoute:
     def test_closed_after_groups_that_are_left_out(self):
         """Which come first where too few are left in the groups that a token may choose from."""
         logits = jnp.asarray([[3.0, 2.0, 1.0, 0.5]])
-        adjust = lambda scores: jnp.where(jnp.arange(4) < 2, scores, -jnp.inf)  # noqa: E731
+        adjust = lambda scores: jnp.where(jnp.arange(4) < 2, scores, -jnp.inf)
         found = route(
-            logits, 2, score=SCORES["softmax"], weigh=WEIGHTS["raw"], adjust=adjust, choices=jnp.array([[0.0, 1, 1, 1]])
+            logits,
+            2,
+            score=SCORES["softmax"],
+            weigh=WEIGHTS["raw"],
+            adjust=adjust,
+            selectable=jnp.array([[0.0, 1, 1, 1]]),
         )
         np.testing.assert_array_equal(found.ids, [[1, 2]])
 
@@ -392,12 +399,14 @@ class TestErrors:
         lm, ones = toy(), Gates.ones(toy().config, ROW)
         other = ones.drop_expert(0, 0, how="replace").drop_attention(1)
         assert other.check(lm.config, ROW) is other
-        wrong = [replace(other, choices=other.choices[..., 1:]), replace(other, attention=jnp.ones((L, 1, T)))]
-        for gates, name in zip(wrong, ("choices", "attention"), strict=True):
+        wrong = [replace(other, selectable=other.selectable[..., 1:]), replace(other, attention=jnp.ones((L, 1, T)))]
+        for gates, name in zip(wrong, ("selectable", "attention"), strict=True):
             with pytest.raises(MoejaxError, match=f"gates on {name} of shape"):
                 ablate(lm, PROMPT, cells=[Cell.token(0)], gates=gates)
-        with pytest.raises(MoejaxError, match="gates on attention_shares, of which this model has none"):
-            ablate(lm, PROMPT, cells=[Cell.token(0)], gates=Gates(attention_shares=jnp.ones((LAYERS, 1, T, E))))
+        with pytest.raises(MoejaxError, match="gates on attention_routing_weights, of which this model has none"):
+            ablate(
+                lm, PROMPT, cells=[Cell.token(0)], gates=Gates(attention_routing_weights=jnp.ones((LAYERS, 1, T, E)))
+            )
 
     def test_token_out_of_vocabulary(self):
         with pytest.raises(MoejaxError, match="outside the vocabulary"):

@@ -119,15 +119,15 @@ class TestSwitchedOff:
 def test_relevance_of_an_edited_pass(rule):
     """Gates given to ``explain`` hold during the pass: target, relevance and ledger are those of the edited model."""
     lm = toy("plain")
-    knobs = Gates.ones(lm.config, ROW).drop_head(0, 2).drop_token(1)
+    interventions = Gates.ones(lm.config, ROW).drop_head(0, 2).drop_token(1)
     edits = Edits(set(), {(0, t, 2) for t in range(T)}, {(0, 1)})
     for layer in range(LAYERS):
-        knobs = knobs.drop_expert(layer, 3)
+        interventions = interventions.drop_expert(layer, 3)
         edits.experts |= {(layer, t, 3) for t in range(T)}
-    ours = explain(lm, PROMPT, target=Token(11, 4), rule=rule, gates=knobs)
+    ours = explain(lm, PROMPT, target=Token(11, 4), rule=rule, gates=interventions)
     want = reference(lm, edits).explain(4, {11: 1.0}, **options(rule))
     np.testing.assert_allclose(ours.ledger.target, [want.target], rtol=1e-12)
-    np.testing.assert_allclose(ours.ledger.target, lm(ROW, gates=knobs)[0, 4, 11], rtol=1e-12)
+    np.testing.assert_allclose(ours.ledger.target, lm(ROW, gates=interventions)[0, 4, 11], rtol=1e-12)
     for got, wanted in ((ours.layers, want.layers), (ours.experts, want.experts), (ours.heads, want.heads)):
         np.testing.assert_allclose(got[0], wanted, rtol=1e-10, atol=1e-10)
     assert (ours.expert_ids == 3).any()

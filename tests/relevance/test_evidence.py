@@ -127,7 +127,7 @@ class TestSameNumbers:
         tokens = jnp.asarray([row + [1] * (T - len(row)) for row in rows], jnp.int32)
         lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
         seeds = LogitSeeds.of(lengths[:, None] - 1, jnp.full((2, 1, 1), 11, jnp.int32), jnp.ones((2, 1, 1)))
-        out = relevance(lm.packed, tokens, jnp.arange(T) < lengths[:, None], seeds, Gates(), rule=AttnLRP())
+        out = relevance(lm.flat, tokens, jnp.arange(T) < lengths[:, None], seeds, Gates(), rule=AttnLRP())
         np.testing.assert_allclose(out.gates.tokens[:, :, 0, :length], want.layers, **CLOSE)
         np.testing.assert_allclose(out.gates.slots[:, :, 0, :length], want.experts, **CLOSE)
         np.testing.assert_allclose(out.gates.heads[:, :, 0, :length], want.heads, **CLOSE)
@@ -353,7 +353,7 @@ def read_windows(lm: LM, rule: str, rank: int = 0) -> list[tuple[np.ndarray, Exp
     """Relevance of tokens and experts of every window, for the token that the trained model predicts, or a worse."""
     tokens, best = jnp.asarray(windows()), jnp.asarray((-last_logits()).argsort(-1)[:, rank])[:, None, None]
     seeds = LogitSeeds.of(jnp.full((len(tokens), 1), tokens.shape[1] - 1), best, jnp.ones(best.shape))
-    out = relevance(lm.packed, tokens, jnp.ones(tokens.shape, bool), seeds, Gates(), rule=RULES[rule])
+    out = relevance(lm.flat, tokens, jnp.ones(tokens.shape, bool), seeds, Gates(), rule=RULES[rule])
     slots, ids, weights = (np.asarray(x) for x in (out.gates.slots, out.routes.ids, out.routes.weights))
     experts = [
         ExpertRelevance(slots[:, :, row], ids[:, row], weights[:, row], lm.config.num_experts)

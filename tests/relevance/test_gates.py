@@ -1,4 +1,4 @@
-"""Gates as knobs: what they broadcast to, how they combine, and that a wrong index is an error."""
+"""Gates as interventions: what they broadcast to, how they combine, and that a wrong index is an error."""
 
 from dataclasses import fields
 
@@ -128,10 +128,10 @@ class TestCombining:
         readout = Gates.readout(lm.config, TOKENS)
         assert readout.experts is None
         assert readout.slots.shape == (L, B, T, K)
-        knobs = random_gates("L")
-        both = readout.over(knobs)
-        np.testing.assert_array_equal(both.tokens, readout.tokens * knobs.tokens)
-        np.testing.assert_array_equal(both.experts, knobs.experts)
+        interventions = random_gates("L")
+        both = readout.times(interventions)
+        np.testing.assert_array_equal(both.tokens, readout.tokens * interventions.tokens)
+        np.testing.assert_array_equal(both.experts, interventions.experts)
         np.testing.assert_array_equal(both.slots, readout.slots)
         assert readout.over(None) is readout
         np.testing.assert_array_equal(readout.over(Gates()).heads, readout.heads)

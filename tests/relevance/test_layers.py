@@ -110,7 +110,7 @@ def test_heads_partition_attention(rule, variant):
 
     @jax.jit
     def run(layer, x, heads, probes):
-        forward = lambda x, h, p: layer(x, context, None, Reading(rule, Gates(heads=h), p))[0]  # noqa: E731
+        forward = lambda x, h, p: layer(x, context, None, Reading(rule, Gates(heads=h), p))[0]
         y, pull = jax.vjp(forward, x, heads, probes)
         return y, *pull(cotangent)
 
@@ -127,7 +127,7 @@ def test_heads_partition_attention(rule, variant):
 def test_reading_of_one_layer_takes_its_row():
     gates = Gates(tokens=normal(4, B, T), experts=normal(3, B, T, E), heads=normal(1, B, T, H))
     reading = Reading(AttnLRP(), gates, {"bias": normal(4, B, T)})
-    at = reading.at(2)
+    at = reading.for_layer(2)
     np.testing.assert_array_equal(at.gates.tokens, gates.tokens[2])
     np.testing.assert_array_equal(at.gates.experts, gates.experts[2])
     np.testing.assert_array_equal(at.gates.heads, gates.heads[0], err_msg="one row serves all layers")

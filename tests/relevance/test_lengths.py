@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moejax import LM, Cell, Gates, Token, ablate, baselines, explain
 from moejax.generation import decode
-from moejax.lm import roomy
+from moejax.lm import bucket_length
 from moejax.relevance import explain_batch
 from moejax.relevance.ablate import _values
 from moejax.relevance.engine import relevance
@@ -32,15 +32,15 @@ def lm() -> LM:
 
 @given(st.integers(1, 100_000))
 def test_a_quarter_at_most_and_four_to_a_doubling(length):
-    found = roomy(length)
-    assert roomy(found) == found
+    found = bucket_length(length)
+    assert bucket_length(found) == found
     assert length <= found
     if length > 64:
         assert found < 1.25 * length
-        assert len({roomy(n) for n in range(length, 2 * length, max(1, length // 64))}) <= 5
+        assert len({bucket_length(n) for n in range(length, 2 * length, max(1, length // 64))}) <= 5
     else:
         assert found in (16, 32, 64)
-    assert {n: roomy(n) for n in (512, 4096)} == {512: 512, 4096: 4096}, "what is measured is not padded"
+    assert {n: bucket_length(n) for n in (512, 4096)} == {512: 512, 4096: 4096}, "what is measured is not padded"
 
 
 def unpadded(lm: LM, ids: list[int], target=AIM, gates: Gates | None = None, **options):
@@ -48,7 +48,7 @@ def unpadded(lm: LM, ids: list[int], target=AIM, gates: Gates | None = None, **o
     ids, aims = target.resolve(lm, ids)
     seeds = target.seeds([aims], decoder_dtype(lm))
     tokens = jnp.asarray([ids], jnp.int32)
-    return relevance(lm.packed, tokens, None, seeds, gates or Gates(), rule=AttnLRP(), **options)
+    return relevance(lm.flat, tokens, None, seeds, gates or Gates(), rule=AttnLRP(), **options)
 
 
 class TestExplain:
@@ -117,7 +117,7 @@ def test_baselines(lm, monkeypatch, name):
     got = method(lm, PROMPT, target=AIM)
     assert relevance.jitted._cache_size() + baselines._slopes.jitted._cache_size() == before
     for module in (ablate_room, explain_room):
-        monkeypatch.setattr(module, "shared_length", lambda config, length, gates: length)
+        monkeypatch.setattr(module, "padded_length", lambda config, length, gates: length)
     want = method(lm, PROMPT, target=AIM)
     assert (got.method, got.labels, got.pieces) == (want.method, want.labels, want.pieces)
     for part in ("tokens", "heads", "shared", "gap"):

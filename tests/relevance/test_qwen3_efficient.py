@@ -26,7 +26,7 @@ Pull = Callable[[Array], Any]
 Share = tuple[float, float]
 
 HALVES: Share = (0.5, 0.5)
-WHOLE: Share = (1.0, 1.0)
+REPLICATED: Share = (1.0, 1.0)
 
 
 class Rules(NamedTuple):
@@ -42,7 +42,7 @@ class Rules(NamedTuple):
 
 
 EFFICIENT = Rules()
-CALCULUS = Rules(False, False, False, WHOLE, WHOLE, WHOLE, WHOLE)
+CALCULUS = Rules(False, False, False, REPLICATED, REPLICATED, REPLICATED, REPLICATED)
 
 
 def wide(x: Any) -> Array:
@@ -294,14 +294,14 @@ WRONG = {
     "norms vary": {"norm_constant": False},
     "head norms vary": {"head_norm_constant": False},
     "slope varies": {"slope_constant": False},
-    "both GLU factors whole": {"glu": WHOLE},
+    "both GLU factors whole": {"glu": REPLICATED},
     "all to the GLU's gate": {"glu": (1.0, 0.0)},
     "all to the GLU's up": {"glu": (0.0, 1.0)},
-    "queries and keys whole": {"scores": WHOLE},
-    "pattern and values whole": {"heads": WHOLE},
-    "attention as in calculus": {"scores": WHOLE, "heads": WHOLE},
+    "queries and keys whole": {"scores": REPLICATED},
+    "pattern and values whole": {"heads": REPLICATED},
+    "attention as in calculus": {"scores": REPLICATED, "heads": REPLICATED},
     "pattern constant": {"heads": (0.0, 1.0)},
-    "routing weights and outputs whole": {"mixture": WHOLE},
+    "routing weights and outputs whole": {"mixture": REPLICATED},
     "routing weights constant": {"mixture": (0.0, 1.0)},
     "routing weights constant, outputs half": {"mixture": (0.0, 0.5)},
     "only outputs whole": {"mixture": (0.5, 1.0)},

@@ -7,12 +7,12 @@ import pytest
 from slots import expert_matmul
 
 from moejax.layers import Linear, RMSNorm
-from moejax.layers.linear import wide_matmul
+from moejax.layers.linear import matmul_f32_accum
 from moejax.ops.activation import SLOPES
 from moejax.ops.attention import attention
 from moejax.ops.experts import assign
 from moejax.routing import SCORES, WEIGHTS, route
-from moejax.rules import CPLRP, GIM, AttnLRP, Backtrace, Gamma, Plain, Reading
+from moejax.rules import CPLRP, GIM, AttnLRP, Gamma, Plain, Proportional, Reading
 
 from . import explicit
 
@@ -23,7 +23,7 @@ TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
 LRP = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), CPLRP(router="uniform")]
 ROUTED = [*LRP, AttnLRP(router="gradient"), AttnLRP(router="proportional")]
-OTHERS = [GIM(), GIM(temperature=3.5), Gamma(), Gamma(gamma=1.5), Backtrace(), Backtrace(saturation=True)]
+OTHERS = [GIM(), GIM(temperature=3.5), Gamma(), Gamma(gamma=1.5), Proportional(), Proportional(saturation=True)]
 every_rule = pytest.mark.parametrize("rule", LRP, ids=repr)
 all_of_them = pytest.mark.parametrize("rule", [*LRP, *OTHERS], ids=repr)
 
@@ -48,10 +48,10 @@ def test_rms_norm_is_the_identity(rule):
     np.testing.assert_allclose(passed, received, **TOLERANCE)
 
 
-@pytest.mark.parametrize("rule", [*LRP, Gamma(), Backtrace()], ids=repr)
+@pytest.mark.parametrize("rule", [*LRP, Gamma(), Proportional()], ids=repr)
 @pytest.mark.parametrize("activation", sorted(SLOPES))
 def test_gated_activation(rule, activation):
-    run = lambda g, u: rule.gated(SLOPES[activation], g, u)  # noqa: E731
+    run = lambda g, u: rule.gated(SLOPES[activation], g, u)
     received, passed = relevance(run, normal(T, F, seed=1), normal(T, F, seed=2), normal(T, F, seed=3))
     for ours, want in zip(passed, explicit.swiglu(received), strict=True):
         np.testing.assert_allclose(ours, want, **TOLERANCE)
@@ -107,7 +107,7 @@ def test_attention_with_a_softmax_at_another_temperature(temperature):
 
 
 def test_attention_shared_by_size():
-    received, (of_q, of_k, of_v) = relevance(run_attention(Backtrace()), normal(T, H, C, seed=7), *ATTENTION)
+    received, (of_q, of_k, of_v) = relevance(run_attention(Proportional()), normal(T, H, C, seed=7), *ATTENTION)
     np.testing.assert_allclose(of_v, explicit.attention_by_size(*ATTENTION, received, C**-0.5), **TOLERANCE)
     assert not of_q.any()
     assert not of_k.any()
@@ -157,7 +157,7 @@ def test_clamp_is_the_identity(rule):
 def test_sum_of_the_slots(rule):
     terms = normal(T, K, D)
     received, (passed,) = relevance(rule.combine, normal(T, D, seed=1), terms)
-    if isinstance(rule, Backtrace) or getattr(rule, "router", None) == "proportional":
+    if isinstance(rule, Proportional) or getattr(rule, "router", None) == "proportional":
         want = explicit.by_size(terms, -2, received)
     else:
         want = terms / terms.sum(-2, keepdims=True) * received[:, None]
@@ -192,7 +192,9 @@ def test_linear_gamma(gamma, biased):
 def test_linear_by_size(biased, saturation):
     """No activation follows, so that there is nothing to mask."""
     weight, bias, x, cotangent = normal(F, D), normal(F, seed=1), normal(T, D, seed=2), normal(T, F, seed=3)
-    received, passed = biased_linear(Backtrace(saturation=saturation), bias if biased else None, x, cotangent, weight)
+    received, passed = biased_linear(
+        Proportional(saturation=saturation), bias if biased else None, x, cotangent, weight
+    )
     want = explicit.linear_by_size(x, weight, bias if biased else 0.0, received)
     np.testing.assert_allclose(passed, want, rtol=1e-10, atol=1e-9)
 
@@ -202,11 +204,11 @@ def test_saturation_masks_the_gate_alone(tolerance):
     """Inputs small and large, so that every case of the masks occurs."""
     x = normal(60, 5) * np.geomspace(0.01, 12, 60)[:, None]
     weight, cotangent = normal(2, F, 5, seed=1), normal(60, 2, F, seed=2)
-    product = lambda x, w: jnp.einsum("td,bfd->tbf", x, w)  # noqa: E731
-    rule, slope = Backtrace(saturation=True, tolerance=tolerance), SLOPES["silu"]
-    run = lambda x: rule.linear(product, x, jnp.asarray(weight), slope=slope)  # noqa: E731
+    product = lambda x, w: jnp.einsum("td,bfd->tbf", x, w)
+    rule, slope = Proportional(saturation=True, tolerance=tolerance), SLOPES["silu"]
+    run = lambda x: rule.linear(product, x, jnp.asarray(weight), slope=slope)
     received, (passed,) = relevance(run, cotangent, x)
-    silu = lambda g: g / (1 + np.exp(-g))  # noqa: E731
+    silu = lambda g: g / (1 + np.exp(-g))
     want = explicit.linear_by_size(x, weight[0], 0.0, received[:, 0], silu, tolerance)
     unmasked = explicit.linear_by_size(x, weight[0], 0.0, received[:, 0])
     assert (np.abs(want - unmasked).max(-1) > 1e-3).mean() > 0.1, "masks matter here"
@@ -227,12 +229,14 @@ def test_linear(rule, biased):
 @every_rule
 def test_head_and_expert_products(rule):
     x, weight = normal(T, D), normal(F, D, seed=1)
-    received, (passed,) = relevance(lambda x: rule.linear(wide_matmul, x, jnp.asarray(weight)), normal(T, F, seed=2), x)
+    received, (passed,) = relevance(
+        lambda x: rule.linear(matmul_f32_accum, x, jnp.asarray(weight)), normal(T, F, seed=2), x
+    )
     np.testing.assert_allclose(passed, explicit.linear(x, weight, 0.0, received), rtol=1e-10, atol=1e-9)
 
     experts, ids = normal(E, F, D, seed=3), np.stack([np.roll(range(E), t)[:K] for t in range(T)])
-    product = lambda x, w: expert_matmul(x, w, assign(jnp.asarray(ids), E))  # noqa: E731
-    run = lambda x: rule.linear(product, x, jnp.asarray(experts))  # noqa: E731
+    product = lambda x, w: expert_matmul(x, w, assign(jnp.asarray(ids), E))
+    run = lambda x: rule.linear(product, x, jnp.asarray(experts))
     received, (passed,) = relevance(run, normal(T, K, F, seed=4), x[:, None])
     want = [
         sum(explicit.linear(x[t : t + 1], experts[ids[t, k]], 0.0, received[t : t + 1, k]) for k in range(K))
@@ -243,7 +247,7 @@ def test_head_and_expert_products(rule):
 
 def test_residual_sum_by_size():
     a, b = normal(T, D), normal(T, D, seed=1)
-    received, passed = relevance(Backtrace().add, normal(T, D, seed=2), a, b)
+    received, passed = relevance(Proportional().add, normal(T, D, seed=2), a, b)
     np.testing.assert_allclose(passed, explicit.by_size(np.stack([a, b]), 0, received), **TOLERANCE)
 
 

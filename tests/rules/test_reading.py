@@ -11,7 +11,7 @@ L, B, T, E = 3, 2, 5, 4
 
 def test_by_layer_is_each_layer_of_the_whole() -> None:
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
     # of experts one array for all layers
     gates = Gates(tokens=draw(L + 1, B, T), experts=draw(1, B, T, E), attention=draw(L, B, T))
     taps = {"stream.1": draw(B, T), "neurons.0": draw(B, T), "stream.-1": draw(B, T)}
@@ -19,7 +19,7 @@ def test_by_layer_is_each_layer_of_the_whole() -> None:
     cut = whole.by_layer(L)
     assert len(cut) == L + 1
     for layer, found in zip((*range(L), -1), cut, strict=True):
-        want = whole.at(layer)
+        want = whole.for_layer(layer)
         assert jax.tree.structure(found) == jax.tree.structure(want)
         jax.tree.map(np.testing.assert_array_equal, found, want)
     assert set(cut[1].taps) == {"stream"}

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import LM, TENSOR, Continuation, Gates, explain
 from moejax.lm import _logits
-from moejax.models import Packed
+from moejax.models import FlatDecoder
 from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.relevance.result import ExpertRelevance
-from moejax.rules import CPLRP, AttnLRP, Backtrace
+from moejax.rules import CPLRP, AttnLRP, Proportional
 from sharding.tiny import LAYOUTS, VOCABULARY, close, single, spread
 
 FAMILIES = ["gpt_oss", "jetmoe", "olmoe", "qwen3_moe"]
@@ -23,7 +23,7 @@ RULES = {
     "uniform": AttnLRP("uniform"),
     "cp": CPLRP(),
     "proportional": AttnLRP("proportional"),
-    "backtrace": Backtrace(),
+    "backtrace": Proportional(),
 }
 MODELS = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
 # what is not run often because another run shows nearly the same
@@ -56,7 +56,7 @@ def test_logits(family: str, layout: str) -> None:
 
 def test_packed_vectors_stay_split() -> None:
     decoder = spread("gpt_oss", "tensor").decoder
-    packed = Packed.of(decoder)
+    packed = FlatDecoder.of(decoder)
     held = list(zip(packed.arrays, packed.structure.places, strict=True))
     assert all(a.sharding.is_fully_replicated for a, leaves in held if len(leaves) > 1)
     assert {a.sharding.spec for a, _ in held if a.ndim == 1} == {P(None), P(TENSOR["hidden"])}
@@ -148,14 +148,14 @@ def test_no_weights_travel_in_an_explanation(family: str, layout: str) -> None:
     tokens = jnp.ones((1, 3), jnp.int32)
     seeds = LogitSeeds.of(jnp.array([[2]]), jnp.array([[[3]]]), jnp.array([[[1.0]]]))
     model = spread(family, layout)
-    program = relevance.lower(model.packed, tokens, None, seeds, Gates(), rule=AttnLRP("uniform")).compile()
+    program = relevance.lower(model.flat, tokens, None, seeds, Gates(), rule=AttnLRP("uniform")).compile()
     assert max(_messages(program)) < _smallest_part(family, layout)
 
 
 @EVERY_MODEL
 def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> None:
     tokens = jnp.ones((1, 1), jnp.int32)
-    program = _logits.lower(spread(family, layout).packed, tokens, None, Gates()).compile()
+    program = _logits.lower(spread(family, layout).flat, tokens, None, Gates()).compile()
     matrix = _matrices(single(family))[1][0].size
     assert max(_messages(program)) < matrix // LAYOUTS[layout][0].get("tensor", 1)
 
@@ -164,7 +164,7 @@ def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> 
 def test_devices_meet_once_for_a_mixture(family: str) -> None:
     """Every device routes all tokens, so that nothing but the sum over experts is waited for."""
     model = spread(family, "expert")
-    program = _logits.lower(model.packed, jnp.ones((1, 3), jnp.int32), None, Gates()).compile()
+    program = _logits.lower(model.flat, jnp.ones((1, 3), jnp.int32), None, Gates()).compile()
     config = model.decoder.config
     mixtures = sum(block.mixture is not None for block in config.blocks)
     # attention experts meet with the slots of their first product, and with the sums of their second

@@ -10,16 +10,16 @@ from jax.sharding import PartitionSpec
 
 from moejax import LM, Cell, Continuation, Gates, MoejaxError, Relevance, Span, ablate, explain, explain_batch
 from moejax import Backtrace as DLBacktrace
+from moejax.dlbacktrace.propagation import StartWeights
 from moejax.generation import generate_tokens
 from moejax.lm import _logits
-from moejax.models import Packed, shard
-from moejax.models.shares import agreed, along, share_out
-from moejax.ops.target import whole
+from moejax.models import FlatDecoder, shard
+from moejax.models.data_parallel import max_over_devices, shard_map_data, split
+from moejax.ops.device import whole
 from moejax.relevance.ablate import _values
-from moejax.relevance.backtrace.passes import StartWeights
 from moejax.relevance.engine import LogitSeeds, per_device, relevance
 from moejax.relevance.explain import _footprint
-from moejax.rules import AttnLRP, Backtrace
+from moejax.rules import AttnLRP, Proportional
 from moejax.training.upcycle import MixtureSpec, upcycle
 from sharding.test_compute import _messages
 from sharding.tiny import VOCABULARY, WITH_DATA, close, decoder, hugging_face, mesh, random_decoder, single, spread
@@ -124,7 +124,7 @@ def test_gates_of_single_sequences_in_relevance() -> None:
     seeds = LogitSeeds.of(positions, jnp.full((5, 1, 1), 3), jnp.ones((5, 1, 1)))
     gates = Gates(tokens=jnp.ones((3, 5, 23)).at[1, 3, 17].set(0.0))
     ours, theirs = (
-        relevance(m.packed, tokens, None, seeds, gates, rule=Backtrace())
+        relevance(m.flat, tokens, None, seeds, gates, rule=Proportional())
         for m in (spread("olmoe", "data"), single("olmoe"))
     )
     jax.tree.map(close, ours, theirs)
@@ -146,7 +146,7 @@ def test_interventions(family: str, layout: str) -> None:
 
 def test_nothing_is_waited_for() -> None:
     """Devices that share what is independent exchange nothing, neither values nor weights."""
-    weights = spread("olmoe", "data").packed
+    weights = spread("olmoe", "data").flat
     tokens, valid = jnp.ones((4, 9), jnp.int32), jnp.ones((4, 9), bool)
     seeds = LogitSeeds.of(jnp.full((4, 4), 8), jnp.full((4, 4, 1), 3), jnp.ones((4, 4, 1)))
     first = jax.tree.map(lambda leaf: leaf[:1], seeds)
@@ -161,20 +161,20 @@ def test_nothing_is_waited_for() -> None:
 
 def test_a_device_computes_its_share() -> None:
     """As many operations as one device needs for a quarter."""
-    one, four = single("olmoe").packed, spread("olmoe", "data").packed
+    one, four = single("olmoe").flat, spread("olmoe", "data").flat
     tokens = jnp.ones((4, 9), jnp.int32)
     seeds = LogitSeeds.of(jnp.full((4, 8), 8), jnp.full((4, 8, 1), 3), jnp.ones((4, 8, 1)))
 
-    def read(weights: Packed, sequences: int, count: int) -> jax.stages.Lowered:
+    def read(weights: FlatDecoder, sequences: int, count: int) -> jax.stages.Lowered:
         some = jax.tree.map(lambda leaf: leaf[:sequences, :count], seeds)
         return relevance.lower(weights, tokens[:sequences], None, some, Gates(), rule=AttnLRP())
 
-    def generate(weights: Packed, sequences: int) -> jax.stages.Lowered:
+    def generate(weights: FlatDecoder, sequences: int) -> jax.stages.Lowered:
         prompts = tokens[:sequences]
-        run = lambda t, v: generate_tokens(weights, t, v, jax.random.key(0), max_new_tokens=5)  # noqa: E731
+        run = lambda t, v: generate_tokens(weights, t, v, jax.random.key(0), max_new_tokens=5)
         return jax.jit(run).lower(prompts, jnp.ones(prompts.shape, bool))
 
-    def intervene(weights: Packed, count: int) -> jax.stages.Lowered:
+    def intervene(weights: FlatDecoder, count: int) -> jax.stages.Lowered:
         target = jax.tree.map(lambda leaf: leaf[:1, :2], seeds)
         return _values.lower(weights, tokens[:1], target, {"heads": jnp.zeros((count, 1, 3), jnp.int32)}, Gates())
 
@@ -226,7 +226,7 @@ def test_kernels_are_whole_where_devices_share(layout: str) -> None:
         within.append(whole(over))
         return x
 
-    jax.eval_shape(lambda x: share_out(run, over, (x,), (along(0),), along(0)), jnp.zeros(4))
+    jax.eval_shape(lambda x: shard_map_data(run, over, (x,), (split(0),), split(0)), jnp.zeros(4))
     assert within == [layout != "data and tensor"]
     assert not whole(over)
 
@@ -235,7 +235,7 @@ def test_kernels_are_whole_where_devices_share(layout: str) -> None:
 def test_devices_agree_where_they_meet_over_other_axes(layout: str, want: list[int]) -> None:
     """On the largest number; where nothing else is split each goes its own way."""
     over = spread("olmoe", layout).config.mesh
-    run = jax.jit(lambda x: share_out(jax.vmap(agreed), over, (x,), (along(0),), along(0)))
+    run = jax.jit(lambda x: shard_map_data(jax.vmap(max_over_devices), over, (x,), (split(0),), split(0)))
     assert run(jnp.array([3, 1, 4, 2])).tolist() == want
 
 
@@ -243,7 +243,7 @@ def test_devices_agree_where_they_meet_over_other_axes(layout: str, want: list[i
 @pytest.mark.parametrize("layout", ["data and tensor", "both"])
 def test_branches_exchange_within_groups(family: str, layout: str) -> None:
     """Groups of devices choose capacities of their own. A permutation would wait for those that took another branch."""
-    weights, tokens = spread(family, layout).packed, jnp.ones((4, 27), jnp.int32)
+    weights, tokens = spread(family, layout).flat, jnp.ones((4, 27), jnp.int32)
     seeds = LogitSeeds.of(jnp.full((4, 1), 8), jnp.full((4, 1, 1), 3), jnp.ones((4, 1, 1)))
     program = relevance.lower(weights, tokens, None, seeds, Gates(), rule=AttnLRP()).compile().as_text()
     assert program is not None
@@ -258,7 +258,7 @@ def test_devices_that_the_caller_maps_over(layout: str) -> None:
     model, tokens = spread("olmoe", layout), TOKENS[:4]
     seeds = LogitSeeds.of(jnp.full((4, 1), 22), jnp.full((4, 1, 1), 3), jnp.ones((4, 1, 1)))
 
-    def run(weights: Packed, tokens: jax.Array, seeds: LogitSeeds) -> tuple[jax.Array, ...]:
+    def run(weights: FlatDecoder, tokens: jax.Array, seeds: LogitSeeds) -> tuple[jax.Array, ...]:
         read = relevance(weights, tokens, None, seeds, Gates(), rule=AttnLRP())
         new = generate_tokens(weights, tokens, tokens >= 0, jax.random.key(0), max_new_tokens=3)
         return _logits(weights, tokens, None, Gates()), read.target, new.tokens
@@ -272,7 +272,7 @@ def test_devices_that_the_caller_maps_over(layout: str) -> None:
         check_vma=False,
     )
     arguments = jnp.asarray(tokens, jnp.int32), seeds
-    found, want = jax.jit(mine)(model.packed, *arguments), run(single("olmoe").packed, *arguments)
+    found, want = jax.jit(mine)(model.flat, *arguments), run(single("olmoe").flat, *arguments)
     jax.tree.map(close, found, want)
 
 
@@ -292,7 +292,7 @@ def test_sequences_that_compete_stay_together() -> None:
     close(*(ablate(m, PROMPTS[0], cells=cells) for m in (four, one)))
     seeds = LogitSeeds.of(jnp.full((5, 3), 22), jnp.full((5, 3, 1), 3), jnp.ones((5, 3, 1)))
     tokens = jnp.asarray(TOKENS, jnp.int32)
-    read = [relevance(m.packed, tokens, None, seeds, Gates(), rule=AttnLRP()) for m in (four, one)]
+    read = [relevance(m.flat, tokens, None, seeds, Gates(), rule=AttnLRP()) for m in (four, one)]
     jax.tree.map(partial(close, tolerance=1e-4), *read)
 
 
@@ -303,7 +303,7 @@ def test_what_broadcasts_over_sequences() -> None:
     close(ours(TOKENS, valid=valid)[:, 3:], theirs(TOKENS, valid=valid)[:, 3:])
     rows, of_some = jnp.ones((8, 5), jnp.int32), jnp.ones((2, 5), bool)
     with pytest.raises(MoejaxError, match="there are 2, 8: one number or 1"):
-        generate_tokens(ours.packed, rows, of_some, jax.random.key(0), max_new_tokens=2)
+        generate_tokens(ours.flat, rows, of_some, jax.random.key(0), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("task", ["generation", "multi-class classification"])
@@ -323,7 +323,7 @@ def test_one_start_is_one_pass_back() -> None:
     for model in (single("olmoe"), spread("olmoe", "data")):
         start = StartWeights(jnp.arange(9)[None], jnp.ones((1, 9, VOCABULARY)))
         tokens = jnp.asarray(TOKENS[:1, :9], jnp.int32)
-        found = relevance(model.packed, tokens, None, start, Gates(), rule=Backtrace())
+        found = relevance(model.flat, tokens, None, start, Gates(), rule=Proportional())
         assert found.gates.tokens is not None
         assert found.gates.tokens.shape == (1, 3, 1, 9)
 

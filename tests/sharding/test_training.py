@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax.layers import registry
+from moejax.layers.feed_forward import registry
 from moejax.models import Decoder, family, shard
 from moejax.models.sharding import shardings
 from moejax.training import TrainState, make_train_steps

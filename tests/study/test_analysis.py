@@ -19,9 +19,9 @@ from moejax.report.routing_plots import routing_figures
 from moejax.routing import Routing
 from moejax.routing import statistics as s
 from moejax.study import Analysis, Batch, Documents, Windows, analyse, compare, similarities
+from moejax.study.accumulators import Mixture, routing_sums
 from moejax.study.result import random_iou, routing_statistics
 from moejax.study.similarity import Similarity, _products
-from moejax.study.sums import Mixture, routing_sums
 
 V, L, E, K = 53, 2, 9, 5
 # cut into 32 these are windows of three sizes, for each of which the reference is compiled
@@ -151,7 +151,7 @@ def test_batches_and_padding_change_nothing(
     toy_lm: LM, analysis: Analysis, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it matter when the host takes the device's sums."""
-    monkeypatch.setattr("moejax.study.stream._FLUSH", 1)
+    monkeypatch.setattr("moejax.study.accumulate._FLUSH", 1)
     other = analyse(toy_lm, Windows(documents, 32, 4), by_token=True).to_dict()
 
     def same(a: Any, b: Any, path: str) -> None:

@@ -11,7 +11,7 @@ from moejax import MoejaxError
 from moejax.checkpoints.plan import leaf_paths
 from moejax.cli import main
 from moejax.lm import LM
-from moejax.models import Decoder, Packed, family
+from moejax.models import Decoder, FlatDecoder, family
 from moejax.report.bench import heading_lines, row_line
 from moejax.study.bench import CASES, SHAPES, Case, Row, bench, published, random_decoder
 from moejax.study.bench.floor import Ceilings, floor_ms
@@ -37,7 +37,7 @@ class TestFloor:
         return floor_ms(decoder, case, 19, Ceilings(bandwidth, rate))
 
     def test_bytes_and_products(self):
-        nothing = lambda *_: None  # noqa: E731
+        nothing = lambda *_: None
         experts, rest = L * E * 3 * D * F, V * D + D + L * (4 * D * D + 4 * D + E * D)
         total, active = experts + rest, experts * K / E + rest
         assert self.floor(Case("", nothing, 1)) == pytest.approx(2 * total / 1e9 * 1e3)
@@ -128,7 +128,7 @@ def test_what_a_user_calls(decoder):
     """It explains as many targets of as many tokens as the function that is timed beside it."""
     ids = jax.random.randint(jax.random.key(0), (20,), 0, V)
     (case,) = (c for c in CASES if c.name == "AttnLRP 16 targets")
-    ours, timed = case.call(LM(decoder), ids.tolist()), case.function(Packed.of(decoder), ids[None, :-1])
+    ours, timed = case.call(LM(decoder), ids.tolist()), case.function(FlatDecoder.of(decoder), ids[None, :-1])
     np.testing.assert_array_equal(ours.token_ids, ids[:-1])
     assert ours.positions.tolist() == list(range(3, 19))
     assert ours.layers.shape == timed.gates.tokens[:, :, 0].shape

@@ -23,11 +23,11 @@ def by_whole_passes(lm: LM, windows: Windows, dropped: int, refill: bool) -> flo
     (batch,) = windows
     gate = jnp.ones((L, *batch.tokens.shape, E))
     run = jax.jit(lambda gates: lm.decoder.hidden(batch.tokens, valid=batch.valid, reading=Reading(gates=gates)))
-    knobs = lambda: Gates(choices=gate) if refill else Gates(shares=gate)  # noqa: E731
+    interventions = lambda: Gates(selectable=gate) if refill else Gates(routing_weights=gate)
     for layer in range(L):
-        best = run(knobs()).routing[layer].feed_forward.ids[..., :dropped]
+        best = run(interventions()).routing[layer].feed_forward.ids[..., :dropped]
         gate = gate.at[layer].set(1 - jax.nn.one_hot(best, E).sum(-2))
-    hidden = run(knobs())
+    hidden = run(interventions())
     p = np.asarray(jax.nn.log_softmax(lm.decoder.logits(hidden.stream)), np.float64)
     picked = np.take_along_axis(p, np.asarray(batch.targets)[..., None], -1)[..., 0]
     return float(-picked[np.asarray(batch.predicted)].mean())

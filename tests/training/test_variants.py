@@ -15,7 +15,7 @@ import pytest
 
 import moejax
 from moejax import ConfigError, MoejaxError, MoeLayer, register_moe
-from moejax.layers import registry
+from moejax.layers.feed_forward import registry
 from moejax.models import Decoder, family
 from moejax.training import Corpus, LossWeights, TrainState, language_model_loss, make_train_steps
 from moejax.training.config import TrainConfig
@@ -37,7 +37,7 @@ def tokens(corpus_folder: Path) -> jax.Array:
 def decoder(moe: str, **fields: Any) -> Decoder:
     config = family("moejax").config({"model_type": "moejax", "vocab_size": 53, **MODEL, "moe": moe, **fields})
     rng = np.random.default_rng(0)
-    fill = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)  # noqa: E731
+    fill = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
     return jax.tree.map(fill, Decoder.abstract(config))
 
 

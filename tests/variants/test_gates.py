@@ -24,7 +24,7 @@ def run(layer, x, gates):
 
 def ones(layer, **changed) -> Gates:
     """All gates of one layer, that one program serves."""
-    fields = {name: jnp.ones((B, T, layer.num_ids)) for name in ("experts", "choices", "shares")}
+    fields = {name: jnp.ones((B, T, layer.num_ids)) for name in ("experts", "selectable", "routing_weights")}
     return Gates(**fields | {"shared": jnp.ones((B, T, layer.num_shared)) if layer.num_shared else None} | changed)
 
 
@@ -50,12 +50,12 @@ def test_gates(name, compat):
     np.testing.assert_allclose(without, y - term, rtol=1e-10, atol=1e-10)
     np.testing.assert_array_equal(same.routing.ids, ids)
 
-    other = run(layer, x, ones(layer, choices=closed(layer)))[1].routing
+    other = run(layer, x, ones(layer, selectable=closed(layer)))[1].routing
     assert not ((np.asarray(other.ids) == DROPPED) & (np.asarray(other.weights) != 0)).any()
     assert np.asarray(other.weights).any()
     assert np.isfinite(other.weights).all()
 
-    less = run(layer, x, ones(layer, shares=closed(layer)))[1].routing
+    less = run(layer, x, ones(layer, routing_weights=closed(layer)))[1].routing
     np.testing.assert_array_equal(less.ids, ids)
     assert not np.asarray(less.weights)[ids == DROPPED].any()
     # what is left makes up for it; TC-MoE's signed weights and null routes have no such sum

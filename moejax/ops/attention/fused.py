@@ -18,7 +18,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.blocks import in_blocks
-from moejax.ops.target import generation, target
+from moejax.ops.device import generation, target
 
 
 class Kernel(NamedTuple):

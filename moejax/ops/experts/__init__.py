@@ -1,16 +1,16 @@
 """Grouped expert matmul: every routed slot of a token is multiplied by the matrix of its expert."""
 
 from moejax.ops.experts.assignment import Assignment, assign
-from moejax.ops.experts.exchange import OverDevices, over_devices
+from moejax.ops.experts.expert_parallel import SumOverDevices, expert_parallel
 from moejax.ops.experts.matmul import grouped_matmul
-from moejax.ops.experts.rows import collect, spread
+from moejax.ops.experts.rows import permute, unpermute
 
 __all__ = [
     "Assignment",
-    "OverDevices",
+    "SumOverDevices",
     "assign",
-    "collect",
+    "expert_parallel",
     "grouped_matmul",
-    "over_devices",
-    "spread",
+    "permute",
+    "unpermute",
 ]

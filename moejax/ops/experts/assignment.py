@@ -10,8 +10,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from moejax.ops.device import in_shard_map, takes_triton
 from moejax.ops.experts.places import begin, places, rows_for
-from moejax.ops.target import in_shard_map, takes_triton
 
 
 @jax.tree_util.register_dataclass
@@ -91,39 +91,39 @@ def assign(
     ids: Int[Array, "T K"],
     num_experts: int,
     *,
-    nowhere: bool = False,
+    allow_unassigned: bool = False,
     mesh: Mesh | None = None,
     by_expert: bool | None = None,
 ) -> Assignment:
     """Count and rank the slots of each expert. The ids of one token must be distinct, as a top-k selection's are.
 
     Args:
-        nowhere: ids from ``num_experts`` on, which need not be distinct, are slots that go to no expert.
+        allow_unassigned: ids from ``num_experts`` on, which need not be distinct, are slots that go to no expert.
         by_expert: order rows by expert; by default unless there are no more slots than half the experts, for which it
             is cheaper to copy each slot's matrix.
     """
     if by_expert is None:
         by_expert = ids.size > num_experts // 2
-    plain = partial(_assign, num_experts=num_experts, nowhere=nowhere, mesh=mesh, by_expert=by_expert)
-    if by_expert and not nowhere and ids.size and takes_triton(mesh) and not in_shard_map():
-        kernel = lambda ids: Assignment(ids, *places(ids, num_experts), mesh=mesh)  # noqa: E731
+    plain = partial(_assign, num_experts=num_experts, allow_unassigned=allow_unassigned, mesh=mesh, by_expert=by_expert)
+    if by_expert and not allow_unassigned and ids.size and takes_triton(mesh) and not in_shard_map():
+        kernel = lambda ids: Assignment(ids, *places(ids, num_experts), mesh=mesh)
         # a program for the CPU may be traced where there is a GPU
         return lax.platform_dependent(ids, cuda=kernel, default=plain)
     return plain(ids)
 
 
 # layers of equal shapes share one tracing
-@partial(jax.jit, static_argnames=("num_experts", "nowhere", "mesh", "by_expert"))
+@partial(jax.jit, static_argnames=("num_experts", "allow_unassigned", "mesh", "by_expert"))
 def _assign(
-    ids: Int[Array, "T K"], *, num_experts: int, nowhere: bool, mesh: Mesh | None, by_expert: bool
+    ids: Int[Array, "T K"], *, num_experts: int, allow_unassigned: bool, mesh: Mesh | None, by_expert: bool
 ) -> Assignment:
     chosen = (ids[..., None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32)
     until = jnp.cumsum(chosen, axis=0)
-    inside = jnp.minimum(ids, num_experts - 1) if nowhere else ids
+    inside = jnp.minimum(ids, num_experts - 1) if allow_unassigned else ids
     rank = jnp.take_along_axis(until - chosen, inside, axis=1)
-    rank = jnp.where(ids < num_experts, rank, -1) if nowhere else rank
+    rank = jnp.where(ids < num_experts, rank, -1) if allow_unassigned else rank
     load = until[-1] if len(ids) else jnp.zeros(num_experts, jnp.int32)
-    return Assignment.of(inside, rank, load, by_expert=by_expert, complete=not nowhere, mesh=mesh)
+    return Assignment.of(inside, rank, load, by_expert=by_expert, complete=not allow_unassigned, mesh=mesh)
 
 
 def sum_before(counts: Int[Array, " N"]) -> Int[Array, " N"]:

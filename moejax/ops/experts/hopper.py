@@ -15,11 +15,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from moejax.ops.device import generation, target, whole
 from moejax.ops.experts.assignment import Assignment
 from moejax.ops.experts.places import ALIGNED
 from moejax.ops.experts.tiles import cut, nameless, rows_together
 from moejax.ops.mxfp4 import MXFP4
-from moejax.ops.target import generation, target, whole
 
 _UNIT = 64
 """Widths are multiples of it: so many numbers are 128 bytes, what the copy engine swizzles."""

@@ -18,10 +18,10 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Int
 
+from moejax.ops.device import generation, target
 from moejax.ops.experts.places import ALIGNED
 from moejax.ops.experts.tiles import cut, nameless
 from moejax.ops.mxfp4 import BLOCK, MXFP4
-from moejax.ops.target import generation, target
 
 
 class Tiling(NamedTuple):

@@ -122,7 +122,7 @@ def _padded(x: Array, weight: Array | MXFP4, assignment: Assignment, transpose: 
         start = jnp.zeros((len(x), *width), x.dtype)
         return jax.lax.fori_loop(0, -(-assignment.load.max() // capacity), add, start)
 
-    single = lambda capacity, x, weight: one_pass(capacity, x, weight, 0)  # noqa: E731
+    single = lambda capacity, x, weight: one_pass(capacity, x, weight, 0)
     return _by_capacity(single, passes, assignment, x, weight)
 
 
@@ -140,11 +140,11 @@ def _weight_gradient(transpose: bool, x: Array, cotangent: Array, weight: Array,
     def single(capacity: int, x: Array, cotangent: Array, start: Array | int = 0) -> Array:
         places = _places(assignment, capacity, start)
         held = start + jnp.arange(capacity) < assignment.load[:, None]
-        fill = lambda rows: jnp.where(held.reshape(*held.shape, *[1] * (rows.ndim - 1)), take(rows, places), 0)  # noqa: E731
+        fill = lambda rows: jnp.where(held.reshape(*held.shape, *[1] * (rows.ndim - 1)), take(rows, places), 0)
         return jnp.einsum(spec, fill(x), fill(cotangent))
 
     def passes(capacity: int, x: Array, cotangent: Array) -> Array:
-        add = lambda i, total: total + single(capacity, x, cotangent, i * capacity)  # noqa: E731
+        add = lambda i, total: total + single(capacity, x, cotangent, i * capacity)
         return jax.lax.fori_loop(0, -(-assignment.load.max() // capacity), add, jnp.zeros(weight.shape, x.dtype))
 
     return _by_capacity(single, passes, assignment, x, cotangent).astype(weight.dtype)

@@ -16,11 +16,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
+from moejax.ops.device import takes_triton, whole
 from moejax.ops.experts import hopper, hopper_packed
 from moejax.ops.experts.assignment import Assignment
 from moejax.ops.experts.tiles import cut, rows_together
 from moejax.ops.mxfp4 import BLOCK, MXFP4, unpacked_in_turn
-from moejax.ops.target import takes_triton, whole
 
 _MANY = 2048
 """Mean rows of an expert from which on unpacking once takes less time than unpacking in every tile."""

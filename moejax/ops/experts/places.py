@@ -76,7 +76,7 @@ def places(
         gpu.store(slot.at[rest], jnp.zeros_like(rest), mask=rest < begin(before + own, expert + 1))
         load[expert], first[expert] = own, start
 
-    numbers = lambda *shape: jax.ShapeDtypeStruct(shape, wide)  # noqa: E731
+    numbers = lambda *shape: jax.ShapeDtypeStruct(shape, wide)
     # what a profile shows
     body.__name__ = f"places_{count}_of_{experts}"
     run: Any = pl.pallas_call(

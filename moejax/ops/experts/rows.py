@@ -6,22 +6,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.ops.device import in_shard_map, takes_triton
 from moejax.ops.experts.assignment import Assignment, take
 from moejax.ops.experts.copies import copies
-from moejax.ops.target import in_shard_map, takes_triton
 
 
-def spread(x: Float[Array, "T KorOne *D"], assignment: Assignment, *, copied: bool = False) -> Float[Array, "P *D"]:
+def permute(x: Float[Array, "T KorOne *D"], assignment: Assignment, *, copied: bool = False) -> Float[Array, "P *D"]:
     """A row for each slot; ``x`` has one for each, or one that all slots of a token share (second axis 1).
 
     ``copied`` rows are used as they are: XLA could not make the copy a part of anything, so that a kernel may do it.
     """
-    rows: Array = _spread(copied, x, assignment)
+    rows: Array = _permute(copied, x, assignment)
     return rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(copied: bool, x: Array, assignment: Assignment) -> Array:
+def _permute(copied: bool, x: Array, assignment: Assignment) -> Array:
     tokens, slots = assignment.ids.shape
     if not assignment.by_expert:
         return jnp.broadcast_to(x, (tokens, slots, *x.shape[2:])).reshape(-1, *x.shape[2:])
@@ -33,21 +33,21 @@ def _spread(copied: bool, x: Array, assignment: Assignment) -> Array:
     return plain(rows, assignment.slot)
 
 
-def _spread_forward(copied, x, assignment):
-    return _spread(copied, x, assignment), (x.shape[1], assignment)
+def _permute_forward(copied, x, assignment):
+    return _permute(copied, x, assignment), (x.shape[1], assignment)
 
 
-def _spread_backward(_, saved, cotangent):
+def _permute_backward(_, saved, cotangent):
     width, assignment = saved
-    dx = collect(cotangent, assignment)
+    dx = unpermute(cotangent, assignment)
     return dx.sum(1, keepdims=True) if width == 1 else dx, None
 
 
-_spread.defvjp(_spread_forward, _spread_backward)
+_permute.defvjp(_permute_forward, _permute_backward)
 
 
 @jax.custom_vjp
-def collect(rows: Float[Array, "P *D"], assignment: Assignment) -> Float[Array, "T K *D"]:
+def unpermute(rows: Float[Array, "P *D"], assignment: Assignment) -> Float[Array, "T K *D"]:
     """The row of each slot; zero for slots that go nowhere."""
     tokens, slots = assignment.ids.shape
     if not assignment.by_expert:
@@ -55,16 +55,16 @@ def collect(rows: Float[Array, "P *D"], assignment: Assignment) -> Float[Array, 
     return _somewhere(take(rows, assignment.place), assignment)
 
 
-def _collect_forward(rows, assignment):
-    return collect(rows, assignment), assignment
+def _unpermute_forward(rows, assignment):
+    return unpermute(rows, assignment), assignment
 
 
-def _collect_backward(assignment, cotangent):
+def _unpermute_backward(assignment, cotangent):
     # outside jit a cotangent may be a numpy array, which cannot be indexed as rows are
-    return spread(_somewhere(jnp.asarray(cotangent), assignment), assignment), None
+    return permute(_somewhere(jnp.asarray(cotangent), assignment), assignment), None
 
 
-collect.defvjp(_collect_forward, _collect_backward)
+unpermute.defvjp(_unpermute_forward, _unpermute_backward)
 
 
 def _somewhere(x: Float[Array, "T K *D"], assignment: Assignment) -> Float[Array, "T K *D"]:

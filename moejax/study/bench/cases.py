@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from moejax.generation import Generation, generate_tokens
 from moejax.lm import LM
-from moejax.models import Decoder, Packed, unpack
+from moejax.models import Decoder, FlatDecoder, unflatten
 from moejax.relevance import Continuation, Relevance, explain
 from moejax.relevance.engine import LogitSeeds, Readout, relevance
-from moejax.rules import GIM, AttnLRP, Backtrace, Gates, Plain, Reading, Rule
+from moejax.rules import GIM, AttnLRP, Gates, Plain, Proportional, Reading, Rule
 
 DECODED = 64
 """New tokens of the decoding case."""
@@ -30,24 +30,24 @@ class Case:
     """
 
     name: str
-    function: Callable[[Packed, Array], object]
+    function: Callable[[FlatDecoder, Array], object]
     passes: int
     targets: int = 0
     long: bool = False
     call: Callable[[LM, list[int]], object] | None = None
 
 
-def forward(weights: Decoder | Packed, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B 1 V"], list[Array]]:
+def forward(weights: Decoder | FlatDecoder, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B 1 V"], list[Array]]:
     """Logits of the last position, and the experts that each layer's slots were routed to."""
-    decoder = unpack(weights)
+    decoder = unflatten(weights)
     hidden = decoder.hidden(tokens)
     ids = [r.feed_forward.ids for r in hidden.routing if r.feed_forward is not None]
     return decoder.logits(hidden.stream[:, -1:]), ids
 
 
-def gradient(weights: Decoder | Packed, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+def gradient(weights: Decoder | FlatDecoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Gradient times input of the largest logit, per token."""
-    decoder = unpack(weights)
+    decoder = unflatten(weights)
     ones = jnp.ones((decoder.config.num_layers + 1, *tokens.shape))
 
     def largest(gate: Array) -> Array:
@@ -63,12 +63,12 @@ def explanation(rule: Rule, targets: int, *, again: float = 0.0) -> Callable[...
     The function takes interventions as well, if there are any.
     """
 
-    def run(weights: Packed, tokens: Array, knobs: Gates = Gates()) -> Readout:
+    def run(weights: FlatDecoder, tokens: Array, interventions: Gates = Gates()) -> Readout:
         length = tokens.shape[1]
         positions = jnp.arange(length - targets, length, dtype=jnp.int32)[None]
         seeds = LogitSeeds.of(positions, jnp.full((1, targets, 1), -1, jnp.int32), jnp.ones((1, targets, 1)))
         layers = round(again * weights.config.num_layers)
-        return relevance(weights, tokens, None, seeds, knobs, rule=rule, rematerialised_layers=layers)
+        return relevance(weights, tokens, None, seeds, interventions, rule=rule, rematerialised_layers=layers)
 
     return run
 
@@ -82,10 +82,10 @@ def calling(rule: Rule, targets: int) -> Callable[[LM, list[int]], Relevance]:
     return call
 
 
-def decoding(new: int) -> Callable[[Packed, Array], Generation]:
+def decoding(new: int) -> Callable[[FlatDecoder, Array], Generation]:
     """Greedy continuation by ``new`` tokens, the whole loop on the device."""
 
-    def run(weights: Packed, tokens: Array) -> Generation:
+    def run(weights: FlatDecoder, tokens: Array) -> Generation:
         valid = jnp.ones(tokens.shape, bool)
         return generate_tokens(weights, tokens, valid, jax.random.key(0), max_new_tokens=new)
 
@@ -97,7 +97,7 @@ CASES = (
     Case("gradient", gradient, 2, 1),
     Case("AttnLRP 1 target", explanation(AttnLRP(), 1), 2, 1, call=calling(AttnLRP(), 1)),
     Case("AttnLRP 16 targets", explanation(AttnLRP(), 16), 2, 16, call=calling(AttnLRP(), 16)),
-    Case("Backtrace 1 target", explanation(Backtrace(), 1), 2, 1),
+    Case("Backtrace 1 target", explanation(Proportional(), 1), 2, 1),
     Case("AttnLRP long", explanation(AttnLRP(), 1), 2, 1, long=True),
     Case("AttnLRP long half rematerialised", explanation(AttnLRP(), 1, again=0.5), 2, 1, long=True),
     Case("AttnLRP long rematerialised", explanation(AttnLRP(), 1, again=1.0), 2, 1, long=True),

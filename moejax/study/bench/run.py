@@ -17,8 +17,8 @@ from jaxtyping import Array, Int
 
 from moejax.errors import MoejaxError
 from moejax.lm import LM
-from moejax.models import Decoder, Packed
-from moejax.program import brief
+from moejax.models import Decoder, FlatDecoder
+from moejax.program import fast_tracing
 from moejax.study.bench.cases import CASES, DECODED, Case, decoding, forward
 from moejax.study.bench.floor import Ceilings, ceilings, floor_ms, median_ms, queued_ms
 
@@ -128,7 +128,7 @@ def _chosen(words: Sequence[str]) -> list[Case]:
 
 def _row(case: Case, lm: LM, ids: Int[Array, "1 T1"], limits: Ceilings, repeats: int) -> Row:
     """All but the last of ``ids`` are the prompt."""
-    decoder, packed, prompt, length = lm.decoder, lm.packed, ids[:, :-1], ids.shape[1] - 1
+    decoder, packed, prompt, length = lm.decoder, lm.flat, ids[:, :-1], ids.shape[1] - 1
     run, compile_s, cached_s = _compiled(case.function, packed, prompt)
     memory = run.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -157,10 +157,10 @@ def _row(case: Case, lm: LM, ids: Int[Array, "1 T1"], limits: Ceilings, repeats:
     )
 
 
-def _compiled(function: Callable, packed: Packed, prompt: Array) -> tuple[Any, float, float]:
+def _compiled(function: Callable, packed: FlatDecoder, prompt: Array) -> tuple[Any, float, float]:
     """The compiled program, and the seconds that it took, traced and compiled, and traced and found in a cache."""
     program, times = None, []
-    with _persistent_cache(), brief:
+    with _persistent_cache(), fast_tracing:
         for _ in range(2):
             # nothing that was traced or compiled before
             jax.clear_caches()

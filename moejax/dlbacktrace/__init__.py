@@ -1,0 +1,5 @@
+"""DLBacktrace's interface over ``explain``: generate, explain every step, evaluate, draw."""
+
+from moejax.dlbacktrace.api import Backtrace
+
+__all__ = ["Backtrace"]

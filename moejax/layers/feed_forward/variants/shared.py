@@ -1,0 +1,175 @@
+"""Mixtures with a shared expert: DeepSeekMoE (arXiv 2401.06066) and DeepSeek-V3 (arXiv 2412.19437)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.errors import ConfigError
+from moejax.layers.feed_forward.dense import MLP, MLPConfig
+from moejax.layers.feed_forward.moe_layer import Info, MoeArgs, MoeLayer
+from moejax.layers.feed_forward.registry import register_moe
+from moejax.routing.losses import Scope
+from moejax.routing.selection import balanced_bias, biased, limit_groups
+from moejax.routing.weights import renormalised, scaled
+
+
+@dataclass(frozen=True)
+class SharedArgs(MoeArgs):
+    """``num_shared``: shared experts, held as one of that many times the width of a routed expert."""
+
+    num_shared: int = 1
+
+
+@register_moe("smoe_share")
+class SharedMoE(MoeLayer):
+    """Shared experts beside the routed ones, whose softmax weights are not renormalised; both are added.
+
+    Of a sequence given as ``expert`` the last is the shared one.
+
+    In LibMoE the last of the ``E`` experts is the shared one, ``K - 1`` of the others are selected, with weights that
+    sum to one, and each side counts one half, so that a layer of copies computes what the copied layer did.
+
+    Raises:
+        ConfigError: LibMoE's layer with a single slot, which would route nothing.
+    """
+
+    Args = SharedArgs
+    num_shared = 1
+
+    def __init__(
+        self,
+        in_embed_dim: int = 768,
+        out_embed_dim: int = 768,
+        num_of_experts: int = 4,
+        num_selected: int = 2,
+        expert: MLP | Sequence[MLP] | None = None,
+        args: Any = None,
+    ) -> None:
+        args = self.Args.of(args)
+        if args.compat:
+            if num_selected < 2:
+                raise ConfigError(f"num_selected={num_selected}: the shared expert takes one slot of at least two.")
+            num_of_experts, num_selected = num_of_experts - 1, num_selected - 1
+        given = [expert] * (num_of_experts + 1) if isinstance(expert, MLP) else expert and list(expert)
+        super().__init__(in_embed_dim, out_embed_dim, num_of_experts, num_selected, given and given[:-1], args)
+        copies = 1 if args.compat else args.num_shared
+        self.shared = _side_by_side([given[-1]] * copies) if given else self._drawn(args, copies)
+
+    @property
+    def shared_dim(self) -> int:
+        """Hidden units of the shared experts."""
+        return self.shared.output.shape[-1]
+
+    def _drawn(self, args: SharedArgs, copies: int) -> MLP:
+        unit, hidden = self.experts.unit, copies * self.experts.output.shape[-1]
+        k1, k2 = jax.random.split(args.draw("shared"))
+        return MLP(
+            self._initial(k1, (unit.branches, hidden, self.in_embed_dim), args.std_expert),
+            self._initial(k2, (self.out_embed_dim, hidden), args.std_expert),
+            jnp.zeros((unit.branches, hidden)) if args.expert_bias else None,
+            jnp.zeros(self.out_embed_dim) if args.expert_bias else None,
+            MLPConfig(self.in_embed_dim, hidden, unit, args.expert_bias),
+        )
+
+    def topk_expert(
+        self, gate_logits: Float[Array, "B T R"]
+    ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"], Float[Array, "B T R"]]:
+        return self.select(gate_logits, "softmax", "renormalised" if self.args.compat else "raw")
+
+    def forward(
+        self, x: Float[Array, "B T D"], return_id_experts: bool = False
+    ) -> tuple[Float[Array, "B T O"], Float[Array, ""], None, Info]:
+        routed, auxiliary_loss, _, info = super().forward(x, return_id_experts)
+        shared = self.reading.gate("shared", self.shared(x, self.reading)[:, :, None])[:, :, 0]
+        if self.args.compat:
+            shared, routed = 0.5 * shared, 0.5 * routed
+        return self.reading.rule.add(routed, shared), auxiliary_loss, None, info
+
+
+def _side_by_side(several: Sequence[MLP]) -> MLP:
+    """One dense layer that computes the sum of several."""
+    c, input_biases = several[0].config, [e.input_bias for e in several if e.input_bias is not None]
+    output_biases = [e.output_bias for e in several if e.output_bias is not None]
+    return MLP(
+        jnp.concatenate([e.input for e in several], axis=1),
+        jnp.concatenate([e.output for e in several], axis=1),
+        jnp.concatenate(input_biases, axis=1) if input_biases else None,
+        jnp.stack(output_biases).sum(0) if output_biases else None,
+        MLPConfig(c.model_dim, c.hidden_dim * len(several), c.unit, c.bias),
+    )
+
+
+@dataclass(frozen=True)
+class DeepSeekV3Args(SharedArgs):
+    """Settings of :class:`DeepSeekV3MoE`.
+
+    Attributes:
+        num_groups, num_selected_groups: a token's experts come from the best groups only.
+        routed_scaling_factor: times the renormalised weights.
+        bias_update_rate: of the balancing bias, at every optimiser step.
+    """
+
+    balance_loss_coef: float = 0.0001
+    router_z_loss_coef: float = 0.0
+    balance_scope: Scope = "sequence"
+    num_groups: int = 1
+    num_selected_groups: int = 1
+    routed_scaling_factor: float = 2.5
+    bias_update_rate: float = 0.001
+
+
+@register_moe("smoe_sharev3")
+class DeepSeekV3MoE(SharedMoE):
+    """DeepSeek-V3: sigmoid scores, selection by scores plus a balancing bias within the best groups, a shared expert.
+
+    The bias has no gradient and no share in the weights; :meth:`after_step` moves it. LibMoE's layer of this name has
+    neither bias nor groups nor scale: it is ``smoe_share`` with sigmoids.
+
+    Raises:
+        ConfigError: groups that do not divide the experts, or do not hold enough of them.
+    """
+
+    Args = DeepSeekV3Args
+
+    def add_weights(self, args: DeepSeekV3Args) -> None:
+        experts, groups, kept = self.num_routed, args.num_groups, args.num_selected_groups
+        if not 1 <= kept <= groups or experts % groups or kept * experts // groups < self.num_selected:
+            raise ConfigError(
+                f"num_groups={groups}, num_selected_groups={kept}: groups must divide the {experts} experts, and those "
+                f"selected, no more than there are, must hold {self.num_selected}."
+            )
+        self.router_bias = None if args.compat else jnp.zeros(self.num_routes)
+
+    def topk_expert(
+        self, gate_logits: Float[Array, "B T R"]
+    ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"], Float[Array, "B T R"]]:
+        a, bias = self.args, self.router_bias
+        if bias is None:
+            weights, selected, _ = self.select(gate_logits, "sigmoid", "renormalised")
+            return weights, selected, jax.nn.softmax(gate_logits, axis=-1)
+
+        def adjust(scores: Array) -> Array:
+            scores = biased(scores, bias.astype(scores.dtype))
+            return scores if a.num_groups == 1 else limit_groups(scores, a.num_groups, a.num_selected_groups)
+
+        weights, selected, scores = self.select(gate_logits, "sigmoid", scaled(a.routed_scaling_factor), adjust=adjust)
+        return weights, selected, renormalised(scores)
+
+    def balanceloss(
+        self, selected_experts: Int[Array, "B T K"], gate_softmax: Float[Array, "B T R"]
+    ) -> Float[Array, ""]:
+        """Counts the best ``K`` scores, as they were selected without bias and groups (equation 18)."""
+        if self.args.compat is None:
+            selected_experts = jax.lax.top_k(gate_softmax, self.num_selected)[1]
+        return super().balanceloss(selected_experts, gate_softmax)
+
+    def after_step(self, load: Float[Array, " S"], info: Info) -> Self:
+        """The layer with its bias moved towards even loads."""
+        if self.router_bias is None:
+            return self
+        moved = balanced_bias(self.router_bias, load, self.args.bias_update_rate)
+        return self.replace(router_bias=moved)

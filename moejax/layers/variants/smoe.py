@@ -1,9 +1,0 @@
-"""Sparse mixture with softmax routing (Shazeer et al., arXiv 1701.06538; Switch Transformer, arXiv 2101.03961)."""
-
-from moejax.layers.moe_layer import MoeLayer
-from moejax.layers.registry import register_moe
-
-
-@register_moe("smoe")
-class SMoE(MoeLayer):
-    """Softmax over all experts, the best ``K``, weights renormalised: :class:`MoeLayer` as it is."""
