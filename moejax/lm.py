@@ -1,5 +1,6 @@
 """A language model as a user holds it: decoder, configuration and tokenizer."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from moejax.checkpoints import find, load_folder, load_torch, read_config
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, Sampling, generate_tokens
-from moejax.models import Config, Decoder, FlatDecoder, Rules, unflatten
+from moejax.models import Config, Decoder, FlatDecoder, ShardingRules, unflatten
 from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, shard_map_data, split
 from moejax.program import Program
 from moejax.rules import Gates, Reading
@@ -263,8 +264,9 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    sharding: ShardingRules | None = None,
     keep_packed: bool = False,
+    rules: ShardingRules | None = None,
 ) -> LM:
     """Load a model: a bundled name, a folder (of Hugging Face files, or what ``moejax convert`` wrote), a hub id, or a
     ``transformers`` model in memory.
@@ -275,23 +277,27 @@ def load(
         mesh: devices to lay the weights over; each is given its part and nothing else. By default all is on one. Those
             of its axis ``"data"`` have the same weights and share what is independent: sequences of a batch, targets of
             an explanation, interventions.
-        rules: the mesh axis of each logical axis of the weights: ``moejax.EXPERT`` splits experts over the mesh axis
+        sharding: the mesh axis of each logical axis of the weights: ``moejax.EXPERT`` splits experts over the mesh axis
             ``"expert"``, ``moejax.TENSOR`` heads, hidden units and vocabulary over ``"tensor"``,
             ``moejax.EXPERT_TENSOR`` does both. By default as many of them as the mesh has axes for.
         keep_packed: experts that are published as MXFP4 stay packed on the device, at 4.25 bits a value, and are
             unpacked when a step uses them; the same numbers for less memory.
+        rules: the earlier name of ``sharding``.
 
     Raises:
         ConfigError: the configuration is missing or not supported, or the rules do not fit it or the mesh.
         CheckpointError: the weights are missing, truncated, or do not fit the configuration.
     """
-    if rules is not None and mesh is None:
-        raise ConfigError("rules lay weights over a mesh; pass mesh=jax.make_mesh(..) too.")
+    if rules is not None:
+        warnings.warn("load(rules=) is called sharding= now.", DeprecationWarning, stacklevel=2)
+        sharding = rules
+    if sharding is not None and mesh is None:
+        raise ConfigError("sharding lays weights over a mesh; pass mesh=jax.make_mesh(..) too.")
     if hasattr(source, "state_dict"):
         if keep_packed:
             raise ConfigError("a transformers model in memory has unpacked its experts; load its folder instead.")
-        decoder, config = load_torch(source, dtype, mesh=mesh, rules=rules), source.config.to_dict()
+        decoder, config = load_torch(source, dtype, mesh=mesh, rules=sharding), source.config.to_dict()
         return LM(decoder, name=source.config.model_type, hugging_face=config)
     folder = find(source)
-    decoder = load_folder(folder, dtype, mesh=mesh, rules=rules, keep_packed=keep_packed)
+    decoder = load_folder(folder, dtype, mesh=mesh, rules=sharding, keep_packed=keep_packed)
     return LM(decoder, Tokenizer.from_folder(folder), str(source), read_config(folder))

@@ -16,7 +16,7 @@ from moejax.checkpoints.plan import LeafPlan, PackedPlan, make_plan
 from moejax.checkpoints.safetensors import SafetensorsFolder, TensorSource
 from moejax.checkpoints.torch import TorchModel
 from moejax.errors import CheckpointError, ConfigError
-from moejax.models import Config, Decoder, Rules, exchanging, family, shardings
+from moejax.models import Config, Decoder, ShardingRules, exchanging, family, shardings
 from moejax.ops.mxfp4 import MXFP4
 
 PUBLISHED = ("*.json", "*.safetensors", "*.jinja")
@@ -44,7 +44,7 @@ def load_decoder(
     dtype: DTypeLike | None = None,
     *,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    rules: ShardingRules | None = None,
     keep_packed: bool = False,
 ) -> Decoder:
     """Build the decoder that ``hugging_face`` describes and fill it from ``source``, whose dtype it keeps by default.
@@ -72,7 +72,7 @@ def pack(config: Config) -> Config:
     Raises:
         ConfigError: the family is not published so.
     """
-    if "layers.{layer}.feed_forward.gate_up.blocks" not in family(config.model_type).keys:
+    if not family(config.model_type).has_packed_experts:
         raise ConfigError(f"{config.model_type} is not published with MXFP4 experts; there is nothing to keep packed.")
     return config.pack()
 
@@ -119,7 +119,7 @@ def load_folder(
     dtype: DTypeLike | None = None,
     *,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    rules: ShardingRules | None = None,
     keep_packed: bool = False,
 ) -> Decoder:
     """Load a Hugging Face folder, or what ``moejax convert`` wrote; as :func:`load_decoder`."""
@@ -135,7 +135,7 @@ def load_folder(
 
 
 def load_torch(
-    model: Any, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None, rules: Rules | None = None
+    model: Any, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None, rules: ShardingRules | None = None
 ) -> Decoder:
     """Load a ``transformers`` model that is in memory; as :func:`load_decoder`."""
     return load_decoder(model.config.to_dict(), TorchModel(model), dtype, mesh=mesh, rules=rules)

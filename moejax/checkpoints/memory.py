@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from moejax.checkpoints.plan import leaf_paths, parts
@@ -70,18 +71,24 @@ def estimate(config: Config, dtype: np.dtype) -> Memory:
     sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in abstract.items()}
     grouped = parts(sizes)
     layers = tuple(_layer(i, config, {p: sizes[p] for p in grouped[f"layers.{i}"]}) for i in range(config.num_layers))
-    heads = [block.attention.num_kv_heads * block.attention.head_dim for block in config.blocks]
     outer = sum(sizes.values()) - sum(layer.total for layer in layers)
-    return Memory(
-        f"{dtype}, packed experts" if config.is_packed else str(dtype), layers, outer, 2 * sum(heads) * dtype.itemsize
-    )
+    first, second = (_cache_bytes(config, positions, dtype) for positions in (1, 2))
+    name = f"{dtype}, packed experts" if config.is_packed else str(dtype)
+    return Memory(name, layers, outer, second - first)
+
+
+def _cache_bytes(config: Config, positions: int, dtype: np.dtype) -> int:
+    """Bytes of all layers' caches for one sequence of so many positions."""
+    caches = jax.eval_shape(lambda: [block.init_cache(1, positions, dtype) for block in config.blocks])
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
 
 def _layer(index: int, config: Config, sizes: Mapping[str, int]) -> LayerMemory:
-    mixture = config.blocks[index].mixture
-    if mixture is None:
+    part = config.blocks[index].half("feed_forward")
+    if not part.sizes.num_experts:
         return LayerMemory(index, 0, 0, sum(sizes.values()))
-    parts_of_experts = tuple(f"layers.{index}.feed_forward.{name}" for name in ("gate_up", "down", "experts."))
-    experts = sum(size for path, size in sizes.items() if path.startswith(parts_of_experts))
-    active = experts * min(mixture.num_slots, mixture.num_routed) // mixture.num_routed
+    prefix = f"layers.{index}.feed_forward."
+    expert_leaves = tuple(prefix + path for path, role in part.roles.items() if role == "expert")
+    experts = sum(size for path, size in sizes.items() if path.startswith(expert_leaves))
+    active = experts * min(part.sizes.num_selected, part.sizes.num_weighted) // part.sizes.num_weighted
     return LayerMemory(index, experts, active, sum(sizes.values()) - experts)

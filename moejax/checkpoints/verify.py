@@ -107,7 +107,7 @@ def _ours(decoder: Decoder, tokens: np.ndarray) -> tuple[np.ndarray, list[np.nda
     with jax.default_matmul_precision("highest"):
         hidden = jax.jit(Decoder.hidden)(decoder, jnp.asarray(tokens))
         logits = np.asarray(decoder.logits(hidden.stream), np.float64)
-    return logits, [np.asarray(r.feed_forward.ids) for r in hidden.routing if r.feed_forward is not None]
+    return logits, [np.asarray(routing.ids) for routing in hidden.routing() if routing is not None]
 
 
 def _theirs(folder: Path, dtype: str, tokens: np.ndarray, routed: bool) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.layers import MixtureAttentionConfig
 from moejax.models import Config, Decoder
 
 EMBEDDINGS, NORM, HEAD = "decoder_embeddings", "decoder_layer_norm", "decoder_lm_head"
@@ -35,8 +34,8 @@ def graph(config: Config) -> dict[str, Node]:
         block, residual = config.blocks[i], f"decoder_residual_self_attention_{i}"
         before = f"decoder_residual_feed_forward_{i - 1}" if i else EMBEDDINGS
         feed_forward, attention = f"decoder_feed_forward_{i}", f"decoder_self_attention_{i}"
-        mixture = isinstance(block.attention, MixtureAttentionConfig)
-        experts = block.mixture is not None
+        mixture = block.half("attention").sizes.num_experts > 0
+        experts = block.half("feed_forward").sizes.num_experts > 0
         add(f"decoder_residual_feed_forward_{i}", "Residual", "stream", residual, feed_forward)
         add(feed_forward, "Mixture_of_Experts" if experts else "MLP", "branch", f"decoder_layer_norm_{i}_1")
         add(f"decoder_layer_norm_{i}_1", "Layer_Norm", "branch", residual)
@@ -90,9 +89,9 @@ def expert_keys(config: Config) -> dict[str, tuple[int, bool]]:
     """The mixtures by the names their experts' relevance has: layer, and whether it is one of attention experts."""
     found: dict[str, tuple[int, bool]] = {}
     for i, block in enumerate(config.blocks):
-        if isinstance(block.attention, MixtureAttentionConfig):
+        if block.half("attention").sizes.num_experts:
             found[f"decoder_self_attention_{i}_attention{EXPERT_SUFFIX}"] = (i, True)
-        if block.mixture is not None:
+        if block.half("feed_forward").sizes.num_experts:
             found[f"decoder_feed_forward_{i}_ff{EXPERT_SUFFIX}"] = (i, False)
     return found
 

@@ -1,40 +1,60 @@
 """Flax NNX modules used as immutable pytrees: every call takes all it reads and returns all it computes."""
 
-from moejax.layers.attention.grouped_query import Attention, AttentionConfig, Context, KeyValue
+from moejax.layers.attention.grouped_query import Attention, AttentionConfig, KeyValue
 from moejax.layers.attention.mixture import MixtureAttention, MixtureAttentionConfig
-from moejax.layers.block import Block, BlockConfig, Routes
-from moejax.layers.feed_forward.activation import GLU, Activation
+from moejax.layers.block import Block, BlockAux, BlockConfig
+from moejax.layers.feed_forward.activation import GLU, Activation, HiddenActivation
 from moejax.layers.feed_forward.dense import MLP, MLPConfig
-from moejax.layers.feed_forward.mixture import MoE, MoEConfig
-from moejax.layers.feed_forward.moe_layer import MoeArgs, MoeLayer
-from moejax.layers.feed_forward.registry import RegisteredConfig, get_moe, register_moe, registered
+from moejax.layers.feed_forward.experts import Experts
+from moejax.layers.feed_forward.mixture import Mixture, MixtureConfig
+from moejax.layers.feed_forward.moe_args import MoeArgs
+from moejax.layers.feed_forward.moe_layer import MoeLayer, RouteCounts
+from moejax.layers.feed_forward.registry import LAYERS, RegisteredConfig, get_moe, register_moe, registered
 from moejax.layers.feed_forward.router import Router, RouterConfig
+from moejax.layers.feed_forward.shared import SharedConfig, SharedExpert
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
+from moejax.layers.parts import Activations, Aux, Axes, Call, Part, PartConfig, Role, Sizes
+from moejax.layers.rotary import Rotary, Rotation
 
 __all__ = [
     "GLU",
+    "LAYERS",
     "MLP",
     "Activation",
+    "Activations",
     "Attention",
     "AttentionConfig",
+    "Aux",
+    "Axes",
     "Block",
+    "BlockAux",
     "BlockConfig",
-    "Context",
+    "Call",
+    "Experts",
+    "HiddenActivation",
     "KeyValue",
     "Linear",
     "MLPConfig",
+    "Mixture",
     "MixtureAttention",
     "MixtureAttentionConfig",
-    "MoE",
-    "MoEConfig",
+    "MixtureConfig",
     "MoeArgs",
     "MoeLayer",
+    "Part",
+    "PartConfig",
     "RMSNorm",
     "RegisteredConfig",
+    "Role",
+    "Rotary",
+    "Rotation",
+    "RouteCounts",
     "Router",
     "RouterConfig",
-    "Routes",
+    "SharedConfig",
+    "SharedExpert",
+    "Sizes",
     "get_moe",
     "register_moe",
     "registered",

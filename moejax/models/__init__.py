@@ -1,11 +1,12 @@
-"""The decoder, its configuration, and one file for each family."""
+"""The decoder, its configuration, its placement over devices, and one file for each family."""
 
 from moejax.models.config import Config
 from moejax.models.decoder import Cache, Decoder, Hidden
-from moejax.models.families import FAMILIES, family
+from moejax.models.family import FAMILIES, Family, family, register_family
 from moejax.models.flat import FlatDecoder, unflatten
+from moejax.models.hf_config import Fields
 from moejax.models.recording import record
-from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, Rules, exchanging, shard, shardings
+from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, ShardingRules, exchanging, shard, shardings
 
 __all__ = [
     "EXPERT",
@@ -15,12 +16,15 @@ __all__ = [
     "Cache",
     "Config",
     "Decoder",
+    "Family",
+    "Fields",
     "FlatDecoder",
     "Hidden",
-    "Rules",
+    "ShardingRules",
     "exchanging",
     "family",
     "record",
+    "register_family",
     "shard",
     "shardings",
     "unflatten",

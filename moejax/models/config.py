@@ -1,12 +1,16 @@
 """The one configuration that every family maps to."""
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Self
 
 from jax.sharding import Mesh
 
-from moejax.layers import BlockConfig, MixtureAttentionConfig, MLPConfig, MoEConfig, RegisteredConfig
-from moejax.ops.rope import Rope
+from moejax.layers.block import BlockConfig
+from moejax.layers.parts import Axes, Role, Sizes
+
+_OUTER: Mapping[str, Axes] = {"embedding": ("vocab", "model"), "head": ("vocab", "model"), "norm.weight": (None,)}
 
 
 @dataclass(frozen=True)
@@ -15,20 +19,19 @@ class Config:
 
     Attributes:
         model_type: name of the family, as in Hugging Face configs.
+        vocab_size: entries of the vocabulary ``V``.
         blocks: architecture of each layer.
-        rope: rotary positions of all layers.
-        norm_eps: of the final norm.
+        norm_eps: epsilon of the final norm.
         tied: the output head is the embedding.
         max_positions: longest context the model was made for.
         eos_ids: tokens that end a generation.
         pad_id: token to fill padding with.
-        mesh: devices whose axis ``data`` shares what is independent, if there are several.
+        mesh: devices whose axis ``data`` divides independent work among them, if there are several.
     """
 
     model_type: str
     vocab_size: int
     blocks: tuple[BlockConfig, ...]
-    rope: Rope
     norm_eps: float
     tied: bool
     max_positions: int
@@ -38,76 +41,88 @@ class Config:
 
     @property
     def model_dim(self) -> int:
-        """Width of the residual stream."""
-        return self.blocks[0].attention.model_dim
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.blocks[0].attention.head_dim
+        """Width of the residual stream ``D``."""
+        return self.blocks[0].model_dim
 
     @property
     def num_layers(self) -> int:
-        """Layers."""
+        """Number of layers ``L``."""
         return len(self.blocks)
+
+    @cached_property
+    def feed_forward(self) -> Sizes:
+        """The largest counts and widths of the layers' feed-forward parts."""
+        return _largest([block.half("feed_forward").sizes for block in self.blocks])
+
+    @cached_property
+    def attention(self) -> Sizes:
+        """The largest counts and widths of the parts that mix tokens."""
+        return _largest([block.half("attention").sizes for block in self.blocks])
 
     @property
     def num_heads(self) -> int:
-        """Query heads of a layer."""
-        return self.blocks[0].attention.num_heads
+        """Query heads of a layer ``H``; the most that a layer has."""
+        return self.attention.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head's output ``C``; the largest that a layer has."""
+        return self.attention.head_dim
 
     @property
     def num_experts(self) -> int:
-        """Experts of a layer; zero if every layer is dense."""
-        return max((moe.num_ids for moe in self._moe), default=0)
-
-    @property
-    def expert_dim(self) -> int:
-        """Hidden units of an expert; zero if every layer is dense."""
-        return max((moe.expert_dim for moe in self._moe), default=0)
-
-    @property
-    def dense_dim(self) -> int:
-        """Hidden units of a dense layer; zero if every layer is a mixture."""
-        dense = [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MLPConfig)]
-        return max((mlp.hidden_dim for mlp in dense), default=0)
+        """Expert ids of a layer ``E``; zero if every layer is dense."""
+        return self.feed_forward.num_experts
 
     @property
     def num_selected(self) -> int:
-        """Routed slots of a token."""
-        return max((moe.num_slots for moe in self._moe), default=0)
-
-    @property
-    def num_attention_experts(self) -> int:
-        """Attention experts of a layer; zero if attention is no mixture."""
-        attention = self.blocks[0].attention
-        return attention.router.num_experts if isinstance(attention, MixtureAttentionConfig) else 0
-
-    @property
-    def num_attention_selected(self) -> int:
-        """Routed slots of a token in a mixture of attention experts."""
-        attention = self.blocks[0].attention
-        return attention.router.num_selected if isinstance(attention, MixtureAttentionConfig) else 0
+        """Routed slots of a token ``K``."""
+        return self.feed_forward.num_selected
 
     @property
     def num_shared(self) -> int:
         """Shared experts of a layer."""
-        return max((moe.num_shared for moe in self._moe), default=0)
+        return self.feed_forward.num_shared
 
     @property
-    def shared_dim(self) -> int:
-        """Hidden units of a layer's shared experts; zero without any."""
-        return max((moe.shared_dim or 0 for moe in self._moe), default=0)
+    def expert_dim(self) -> int:
+        """Hidden units of an expert ``F``; zero if every layer is dense."""
+        return self.feed_forward.expert_dim
+
+    @property
+    def dense_dim(self) -> int:
+        """Hidden units of a dense layer; zero if every layer is a mixture."""
+        return self.feed_forward.dense_dim
+
+    @property
+    def num_attention_experts(self) -> int:
+        """Attention experts of a layer; zero if attention is no mixture."""
+        return self.attention.num_experts
+
+    @property
+    def num_attention_selected(self) -> int:
+        """Routed slots of a token in a mixture of attention experts."""
+        return self.attention.num_selected
 
     @property
     def couples_sequences(self) -> bool:
-        """Whether what a sequence yields depends on the others of its batch."""
-        return any(moe.couples_sequences for moe in self._moe if isinstance(moe, RegisteredConfig))
+        """True if the result for one sequence depends on the others of its batch."""
+        return self.feed_forward.couples_sequences or self.attention.couples_sequences
 
     @property
     def is_packed(self) -> bool:
-        """Whether experts are held as MXFP4."""
-        return any(moe.packed for moe in self._moe)
+        """True if experts are held as MXFP4."""
+        return self.feed_forward.is_packed
+
+    def axes(self, path: str) -> Axes | None:
+        """Logical axes of the leaf at ``path``; ``None`` for a leaf that lies on every device."""
+        layer, rest = split_path(path)
+        return _OUTER.get(rest) if layer is None else self.blocks[layer].axes.get(rest)
+
+    def role(self, path: str) -> Role | None:
+        """Whether the leaf at ``path`` belongs to the experts or to a router; ``None`` for any other leaf."""
+        layer, rest = split_path(path)
+        return None if layer is None else self.blocks[layer].roles.get(rest)
 
     def pack(self) -> Self:
         """The same architecture with experts held as MXFP4.
@@ -115,25 +130,27 @@ class Config:
         Raises:
             ConfigError: a width of the experts is no multiple of 32.
         """
+        return replace(self, blocks=tuple(block.pack() for block in self.blocks))
 
-        def packed(block: BlockConfig) -> BlockConfig:
-            moe = block.feed_forward
-            return replace(block, feed_forward=replace(moe, packed=True)) if isinstance(moe, MoEConfig) else block
+    def on_mesh(self, experts: Mesh | None, data: Mesh | None = None) -> Self:
+        """The same architecture over devices.
 
-        return replace(self, blocks=tuple(map(packed, self.blocks)))
+        Args:
+            experts: mesh over whose axis ``expert`` the experts are split.
+            data: mesh over whose axis ``data`` independent work is divided.
+        """
+        return replace(self, blocks=tuple(block.on_mesh(experts) for block in self.blocks), mesh=data)
 
-    def on_mesh(self, experts: Mesh | None, sharing: Mesh | None = None) -> Self:
-        """The same architecture, its ``experts`` over the axis ``expert`` of a mesh, and with a mesh for sharing."""
 
-        def placed(part: Any) -> Any:
-            if isinstance(part, RegisteredConfig):
-                return replace(part, mesh=experts)
-            router = getattr(part, "router", None)
-            return part if router is None else replace(part, router=replace(router, mesh=experts))
+def split_path(path: str) -> tuple[int | None, str]:
+    """The layer of a leaf's path and the path within it: ``layers.3.attention.bias`` gives 3 and ``attention.bias``."""
+    first, _, rest = path.partition(".")
+    if first != "layers":
+        return None, path
+    layer, _, rest = rest.partition(".")
+    return int(layer), rest
 
-        blocks = (replace(b, attention=placed(b.attention), feed_forward=placed(b.feed_forward)) for b in self.blocks)
-        return replace(self, blocks=tuple(blocks), mesh=sharing)
 
-    @property
-    def _moe(self) -> list[MoEConfig | RegisteredConfig]:
-        return [moe for block in self.blocks if (moe := block.mixture) is not None]
+def _largest(sizes: list[Sizes]) -> Sizes:
+    """Field by field the largest."""
+    return Sizes(**{f.name: max(getattr(s, f.name) for s in sizes) for f in fields(Sizes)})

@@ -1,6 +1,6 @@
 """The only decoder: embedding, blocks, final norm, head."""
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +8,23 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moejax.layers import Block, Context, KeyValue, RMSNorm, Routes
+from moejax.layers import Block, BlockAux, Call, RMSNorm, Rotary, Rotation
 from moejax.layers.linear import matmul_f32_accum, normal
 from moejax.models.config import Config
+from moejax.routing import Routing
 from moejax.rules import Reading
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer for ``S`` slots.
+    """What every layer keeps of the tokens so far, for ``S`` positions.
 
     Attributes:
-        layers: one entry per layer.
-        valid: slots that hold a token that may be seen (not padding).
-        length: slots written so far, padding included; the next token goes there.
+        layers: an entry for each layer, as its parts made it (keys and values, states of a recurrence).
+        valid: positions that hold a token that may be seen (not padding).
+        length: positions written so far, padding included; the next token goes there.
     """
 
-    layers: list[KeyValue]
+    layers: list[Any]
     valid: Bool[Array, "B S"]
     length: Int[Array, ""]
 
@@ -33,15 +34,19 @@ class Hidden(NamedTuple):
 
     Attributes:
         stream: residual stream after the last layer, before the final norm.
-        cache: the given cache with this pass's keys and values, or ``None``.
+        cache: the given cache with this pass's tokens in it, or ``None``.
         entering: residual stream entering each layer.
-        routing: of every layer.
+        aux: what each layer's parts told beside their outputs, their routing above all.
     """
 
     stream: Float[Array, "B T D"]
     cache: Cache | None
     entering: list[Float[Array, "B T D"]]
-    routing: list[Routes]
+    aux: list[BlockAux]
+
+    def routing(self, half: str = "feed_forward") -> list[Routing | None]:
+        """Where each layer's ``"feed_forward"`` or ``"attention"`` part sent tokens; ``None`` for one without experts."""
+        return [getattr(aux, half).routing for aux in self.aux]
 
 
 # Layers of equal shape share one trace; XLA inlines the calls.
@@ -98,25 +103,30 @@ class Decoder(nnx.Module):
     ) -> Hidden:
         """Run all layers. Positions count valid tokens only, so padding may stand on either side.
 
-        ``embedded`` enters the first layer in place of the tokens' embeddings.
-        Of the first ``rematerialised_layers`` a backward pass finds only the stream between them kept and computes the
-        rest again: of the first, since by then it is done with what the others keep.
-        ``key`` is a training step's randomness; without one nothing is random.
+        Args:
+            valid: tokens that are not padding; all by default.
+            cache: what earlier passes kept; the tokens follow those in it.
+            rematerialised_layers: how many layers, counted from the first, keep only their inputs for a backward pass,
+                which computes the rest again. The first, because by then the memory of later layers has been freed.
+            embedded: enters the first layer in place of the tokens' embeddings.
+            key: a training step's randomness; without one nothing is random.
         """
-        context, cache = self._context(tokens.shape, valid, cache)
+        call, cache, rotations = self._call(tokens.shape, valid, cache)
         x = self.embedding[tokens] if embedded is None else embedded
         *readings, last = reading.by_layer(len(self.layers))
-        stored, routing, entering, previous = [], [], [], None
+        stored, told, entering, carry = [], [], [], None
         for i, layer in enumerate(self.layers):
             entering.append(x)
             run_block = jax.checkpoint(_run_block) if i < rematerialised_layers else _run_block
-            own = context._replace(previous=previous, key=None if key is None else jax.random.fold_in(key, i))
-            x, kv, route = run_block(layer, x, own, cache and cache.layers[i], readings[i])
-            previous = route.ran and route.ran.carried
-            stored.append(kv)
-            routing.append(route)
+            layer_key = None if key is None else jax.random.fold_in(key, i)
+            rotation = rotations.get(layer.config.rotary)
+            here = call._replace(reading=readings[i], rotation=rotation, carry=carry, key=layer_key)
+            x, kept, aux = run_block(layer, x, here, cache and cache.layers[i])
+            carry = aux.feed_forward.carry
+            stored.append(kept)
+            told.append(aux)
         x = last.tap("stream", last.gate("tokens", x))
-        return Hidden(x, cache and cache._replace(layers=stored), entering, routing)
+        return Hidden(x, cache and cache._replace(layers=stored), entering, told)
 
     def logits(
         self,
@@ -131,18 +141,17 @@ class Decoder(nnx.Module):
         """The head's matrix: a vector for each vocabulary entry."""
         return self.embedding if self.head is None else self.head
 
-    def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A cache for ``slots`` tokens in the dtype of the weights."""
+    def empty_cache(self, batch: int, positions: int) -> Cache:
+        """A cache for ``positions`` tokens in the dtype of the weights; its layers are whatever their parts keep."""
         dtype = self.embedding.dtype
-        shapes = [(batch, slots, b.attention.num_kv_heads, b.attention.head_dim) for b in self.config.blocks]
-        layers = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes]
-        return Cache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+        layers = [block.init_cache(batch, positions, dtype) for block in self.config.blocks]
+        return Cache(layers, jnp.zeros((batch, positions), bool), jnp.zeros((), jnp.int32))
 
-    def _context(
+    def _call(
         self, shape: tuple[int, ...], valid: Array | None, cache: Cache | None
-    ) -> tuple[Context, Cache | None]:
-        """Rotations, mask and write position of this pass, and the cache with its bookkeeping advanced."""
-        whole, tokens = valid is None and cache is None, shape[1]
+    ) -> tuple[Call, Cache | None, dict[Rotary | None, Rotation]]:
+        """What all layers of this pass are given, the cache with its bookkeeping advanced, and each distinct rotation."""
+        unmasked, tokens = valid is None and cache is None, shape[1]
         valid = jnp.ones(shape, bool) if valid is None else valid
         if cache is None:
             start, seen, before = 0, valid, 0
@@ -153,6 +162,8 @@ class Decoder(nnx.Module):
             cache = cache._replace(valid=seen, length=start + tokens)
         positions = jnp.maximum(before + jnp.cumsum(valid, axis=1) - 1, 0)
         distance = (start + jnp.arange(tokens))[:, None] - jnp.arange(seen.shape[1])
-        angles = self.config.rope.angles(positions, self.config.head_dim)
-        mask = None if whole else (distance >= 0) & seen[:, None]
-        return Context(*angles, mask, distance, valid, start), cache
+        rotaries = dict.fromkeys(block.rotary for block in self.config.blocks)
+        rotations: dict[Rotary | None, Rotation] = {r: r.rotation(positions) for r in rotaries if r is not None}
+        mask = None if unmasked else (distance >= 0) & seen[:, None]
+        call = Call(positions=positions, mask=mask, distance=distance, valid=valid, start=start)
+        return call, cache, rotations

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError
+from moejax.layers import Aux, BlockAux
 from moejax.lm import LM, Prompt, padded_length, right_pad
 from moejax.models import Config, Decoder, FlatDecoder, Hidden, unflatten
 from moejax.models.data_parallel import REPLICATED, num_shards, shard_map_data, split
@@ -209,8 +210,8 @@ def hidden_apart(
         own = replace(reading, gates=jax.tree.map(lambda g: g[:, None], gates))
         hidden = decoder.hidden(tokens[None], reading=own, embedded=None if embedded is None else embedded[None])
         # losses have no axis of sequences
-        routing = [routes._replace(ran=None) for routes in hidden.routing]
-        return jax.tree.map(lambda x: x[0], hidden._replace(routing=routing))
+        aux = [BlockAux(*(Aux(part.routing) for part in told)) for told in hidden.aux]
+        return jax.tree.map(lambda x: x[0], hidden._replace(aux=aux))
 
     return jax.vmap(alone, in_axes=(0, 1, 0))(tokens, gates, embedded)
 
@@ -297,7 +298,7 @@ def _place(config: Config, length: int, cell: Cell, how: str) -> tuple[str, tupl
     elif cell.kind in ("expert", "attention_expert"):
         count, _ = _experts(config, cell)
         name = ("attention_" if cell.kind == "attention_expert" else "") + HOW[how]
-    elif cell.kind == "shared" and not getattr(config.blocks[cell.layer].mixture, "num_shared", 0):
+    elif cell.kind == "shared" and not config.blocks[cell.layer].half("feed_forward").sizes.num_shared:
         raise MoejaxError(f"layer {cell.layer} has no shared expert.")
     check_index(cell.kind, cell.index, count)
     position = -1 if cell.position is None else cell.position % length
@@ -328,15 +329,11 @@ def _refuse_too_few(config: Config, length: int, cells: Sequence[Cell]) -> None:
 
 def _experts(config: Config, cell: Cell) -> tuple[int, int]:
     """How many there are, and to how many a token is routed."""
-    block, of_attention = config.blocks[cell.layer], cell.kind == "attention_expert"
-    router, mixture = getattr(block.attention, "router", None), block.mixture
-    if of_attention:
-        sizes = None if router is None else (router.num_experts, router.num_selected)
-    else:
-        sizes = None if mixture is None else (mixture.num_ids, mixture.num_slots)
-    if sizes is None:
+    half = "attention" if cell.kind == "attention_expert" else "feed_forward"
+    sizes = config.blocks[cell.layer].half(half).sizes
+    if not sizes.num_experts:
         raise MoejaxError(f"layer {cell.layer} has no {cell.kind.replace('_', ' ')}s.")
-    return sizes
+    return sizes.num_experts, sizes.num_selected
 
 
 def _rounded(count: int) -> int:

@@ -9,10 +9,6 @@ from typing import NamedTuple
 
 from moejax.errors import MoejaxError
 from moejax.models import Config
-from moejax.ops.attention.choice import block_size
-from moejax.ops.experts import hopper
-from moejax.ops.experts.matmul import capacities
-from moejax.ops.experts.places import rows_for
 
 
 class Arrangement(NamedTuple):
@@ -44,17 +40,18 @@ class Footprint:
     def of(cls, config: Config, batch: int, tokens: int, itemsize: int) -> "Footprint":
         """For ``batch`` sequences of ``tokens`` with activations of ``itemsize`` bytes."""
         c, rows = config, batch * tokens
-        heads, slots = c.num_heads * c.head_dim, c.num_selected + c.num_attention_selected
-        # a layer keeps its slots' outputs and the four factors of gated units, some copies of the stream, q k v
-        mixture = c.num_selected * (c.model_dim + 4 * c.expert_dim) + 4 * c.shared_dim
-        kept = max(mixture, 4 * c.dense_dim) + 8 * c.model_dim + 6 * heads
-        unrouted = max(c.shared_dim, c.dense_dim)
-        largest = max(_experts(c, rows, itemsize), _attention_experts(c, rows, itemsize), _attention(c, batch, tokens))
+        parts = [[half.activations(batch, tokens, itemsize) for half in block.halves] for block in c.blocks]
+        # beside what its parts keep, a layer keeps some copies of the stream
+        kept = max(sum(part.kept for part in block) for block in parts) + 8 * rows * c.model_dim
+        largest, unrouted = (
+            max(getattr(p, name) for block in parts for p in block) for name in ("largest", "unrouted")
+        )
+        slots = c.num_selected + c.num_attention_selected
         return cls(
             layers=c.num_layers,
-            layer=rows * kept * itemsize,
+            layer=kept * itemsize,
             stream=rows * c.model_dim * itemsize,
-            target=itemsize * (largest + (rows * (c.model_dim + 2 * unrouted) if unrouted else 0)),
+            target=itemsize * (largest + unrouted),
             readout=4 * rows * (c.num_layers + 1) * (1 + slots + c.num_heads + c.num_shared),
         )
 
@@ -94,35 +91,3 @@ class Footprint:
             f"max_bytes={max_bytes} is too little: with chunk={chunk or 1} a pass takes about {least} bytes beside the "
             "weights."
         )
-
-
-def _experts(config: Config, rows: int, itemsize: int) -> int:
-    """Numbers in the buffers around an expert's first product, as large as they may become at run time."""
-    if not config.num_experts:
-        return 8 * rows * config.model_dim
-    even = hopper.suits(itemsize, config.model_dim, config.expert_dim)
-    buffers = _buffer_rows(rows, config.num_selected, config.num_experts, even)
-    return (buffers + rows * config.num_selected) * (config.model_dim + 2 * config.expert_dim)
-
-
-def _attention_experts(config: Config, rows: int, itemsize: int) -> int:
-    if not config.num_attention_experts:
-        return 0
-    slots = config.num_attention_selected
-    width = config.num_heads // slots * config.head_dim
-    even = hopper.suits(itemsize, config.model_dim, width)
-    buffers = _buffer_rows(rows, slots, config.num_attention_experts, even)
-    return (buffers + rows * slots) * (config.model_dim + width)
-
-
-def _buffer_rows(rows: int, slots: int, experts: int, kernel: bool) -> int:
-    """Rows beside those of the slots: buffers of equal size, or what aligns each expert's rows for the kernel."""
-    if kernel:
-        return rows_for(rows * slots, experts) - rows * slots
-    return experts * capacities(rows, slots, experts)[-1]
-
-
-def _attention(config: Config, batch: int, tokens: int) -> int:
-    """Cotangents of the pattern and, in two layouts, of the scores of a block of queries."""
-    scores = batch * config.num_heads * tokens
-    return 3 * scores * min(tokens, block_size(tokens, scores))

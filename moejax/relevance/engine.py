@@ -111,11 +111,10 @@ class RoutingSeeds:
         return self.positions.shape[1]
 
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
-        routes = hidden.routing[self.layer]
-        routing = routes.attention if self.attention else routes.feed_forward
+        routing = hidden.routing("attention" if self.attention else "feed_forward")[self.layer]
         assert routing is not None
         # the router's operation, which its logits have entered, ends here for the target
-        logits = reading.for_layer(self.layer % len(hidden.routing)).ledger_out("router", routing.logits)
+        logits = reading.for_layer(self.layer % len(hidden.aux)).ledger_out("router", routing.logits)
         scores = jnp.take_along_axis(logits, self.positions[..., None], axis=1)
         target = (jnp.take_along_axis(scores, self.ids, axis=-1) * self.signs).sum(-1)
         stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
@@ -278,16 +277,15 @@ def _read(
         again = rematerialised_layers
         hidden = decoder.hidden(tokens, valid=valid, reading=reading, rematerialised_layers=again)
         target, ids, logits = seeds.read(decoder, hidden, reading)
-        return target, (ids, logits, hidden.routing)
+        return target, (ids, logits, (hidden.routing(), hidden.routing("attention")))
 
-    target, pull, (ids, logits, routing) = jax.vjp(targets, readout, probes, taps, has_aux=True)
+    target, pull, (ids, logits, (routing, attention_routing)) = jax.vjp(targets, readout, probes, taps, has_aux=True)
     # joint: a one at every seed
     ones = jnp.ones((1, 1), target.dtype) if joint else jnp.eye(target.shape[1], dtype=target.dtype)
     seeded = ones[:, None] if seen is None else ones[seen, None]
     seeded = jnp.broadcast_to(seeded, (len(seeded), *target.shape))
     gates, leaks, vectors = _in_chunks(jax.vmap(pull), seeded, chunk or len(seeded))
-    feed_forward = _stack([r.feed_forward for r in routing])
-    attention = _stack([r.attention for r in routing])
+    feed_forward, attention = _stack(routing), _stack(attention_routing)
     leaks = {name: leak.sum(-1) for name, leak in leaks.items()}
     return Readout(gates, leaks, vectors, target, ids, logits, feed_forward, attention)
 
@@ -348,12 +346,12 @@ def node_shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, 
         example = f"attention.{config.num_layers - 1}"
         raise PromptError(f"there is no node {node!r}: name {', '.join(NODES)} and a layer, as {example!r}.")
     if name == "edges":
-        return (batch[0], config.blocks[int(index)].attention.num_heads, batch[1], batch[1])
+        return (batch[0], config.blocks[int(index)].half("attention").sizes.num_heads, batch[1], batch[1])
     if name == "neurons":
-        moe = config.blocks[int(index)].mixture
-        if moe is None:
+        sizes = config.blocks[int(index)].half("feed_forward").sizes
+        if not sizes.num_experts:
             raise PromptError(f"there is no node {node!r}: that layer has no experts.")
-        return (*batch, moe.num_slots, moe.expert_dim)
+        return (*batch, sizes.num_selected, sizes.expert_dim)
     return (*batch, config.model_dim)
 
 

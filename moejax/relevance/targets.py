@@ -230,12 +230,13 @@ class RouterChoice(Target):
     attention: bool = False
 
     def resolve(self, lm: "LM", prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
-        block = lm.config.blocks[self.layer] if -lm.config.num_layers <= self.layer < lm.config.num_layers else None
-        router = getattr(block and (block.attention if self.attention else block.feed_forward), "router", None)
-        if router is None:
+        in_range = -lm.config.num_layers <= self.layer < lm.config.num_layers
+        half = "attention" if self.attention else "feed_forward"
+        experts = lm.config.blocks[self.layer].half(half).sizes.num_router_outputs if in_range else 0
+        if not experts:
             raise PromptError(f"layer {self.layer} has no router.")
-        if self.expert == self.versus or not all(0 <= e < router.num_experts for e in (self.expert, self.versus)):
-            raise PromptError(f"experts {self.expert} and {self.versus} must be two of {router.num_experts}.")
+        if self.expert == self.versus or not all(0 <= e < experts for e in (self.expert, self.versus)):
+            raise PromptError(f"experts {self.expert} and {self.versus} must be two of {experts}.")
         terms = ((self.expert, 1.0), (self.versus, -1.0))
         return prompt, [TargetTerms(_position(self.position, len(prompt)), terms)]
 

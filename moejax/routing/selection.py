@@ -36,6 +36,16 @@ def limit_groups(scores: Float[Array, "*b E"], groups: int, kept: int, best: int
     return jnp.where(inside[..., None], by_group, -jnp.inf).reshape(scores.shape)
 
 
+GROUP_SCORES = {"top2": lambda s: jax.lax.top_k(s, min(2, s.shape[-1]))[0].sum(-1), "max": lambda s: s.max(-1)}
+
+
+def group_limited(scores: Float[Array, "*b E"], groups: int, kept: int, group_score: str) -> Float[Array, "*b E"]:
+    """TEMPORARY."""
+    by_group = scores.reshape(*scores.shape[:-1], groups, -1)
+    inside = selected(jax.lax.top_k(GROUP_SCORES[group_score](by_group), kept)[1], groups)
+    return jnp.where(inside[..., None], by_group, -jnp.inf).reshape(scores.shape)
+
+
 def drop_experts(
     scores: Float[Array, "*b E"], key: PRNGKeyArray, rate: float, num_selected: int
 ) -> Float[Array, "*b E"]:

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.layers import RegisteredConfig
 from moejax.models import Config, Decoder, FlatDecoder, Hidden, unflatten
 from moejax.program import Program
 from moejax.routing import Routing
@@ -70,8 +69,8 @@ class Sums(NamedTuple):
     mixtures: dict[Kind, RoutingSums]
 
 
-class Mixture(NamedTuple):
-    """A layer's mixture: its experts without null routes, a token's slots, and the routes that its logits are of."""
+class MixtureLayer(NamedTuple):
+    """A layer's mixture: its experts without null routes, a token's slots, and the outputs of its router."""
 
     layer: int
     experts: int
@@ -79,25 +78,22 @@ class Mixture(NamedTuple):
     routes: int
 
 
-def mixtures(decoder: Decoder) -> dict[Kind, list[Mixture]]:
-    """The mixtures of each kind that the decoder has, as a forward pass would return their routing."""
+def mixtures(decoder: Decoder) -> dict[Kind, list[MixtureLayer]]:
+    """The mixtures of each kind that route tokens in a forward pass of the decoder.
+
+    The pass is asked, not the configuration: a registered layer may never ask its experts.
+    """
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    routing = jax.eval_shape(lambda d, tokens: d.hidden(tokens).routing, decoder, one)
-    found: dict[Kind, list[Mixture]] = {}
+    hidden = jax.eval_shape(lambda d, tokens: d.hidden(tokens), decoder, one)
+    by_kind: dict[Kind, list[MixtureLayer]] = {}
     for kind in KINDS:
-        for layer, routes in enumerate(routing):
-            if (here := getattr(routes, kind)) is not None:
-                experts = _experts(getattr(decoder.config.blocks[layer], kind))
-                sizes = Mixture(layer, experts, here.weights.shape[-1], here.logits.shape[-1])
-                found.setdefault(kind, []).append(sizes)
-    return found
-
-
-def _experts(mixture: Any) -> int:
-    """What a token of that mixture may select: its null routes are not among it."""
-    if isinstance(mixture, RegisteredConfig):
-        return mixture.num_ids - mixture.num_null
-    return mixture.router.num_experts
+        for layer, routing in enumerate(hidden.routing(kind)):
+            if routing is not None:
+                sizes = decoder.config.blocks[layer].half(kind).sizes
+                experts = sizes.num_experts - sizes.num_null
+                mixture = MixtureLayer(layer, experts, routing.weights.shape[-1], routing.logits.shape[-1])
+                by_kind.setdefault(kind, []).append(mixture)
+    return by_kind
 
 
 def id_space(config: Config, kind: Kind) -> int:
@@ -115,7 +111,7 @@ def measure(
     loss = loss_sums(decoder, hidden.stream, batch, groups)
     by_kind: dict[Kind, RoutingSums] = {}
     for kind in KINDS:
-        found = [r for routes in hidden.routing if (r := getattr(routes, kind)) is not None]
+        found = [routing for routing in hidden.routing(kind) if routing is not None]
         if found:
             vocabulary = decoder.config.vocab_size if by_token else 0
             by_kind[kind] = routing_sums(found, batch, id_space(decoder.config, kind), groups, vocabulary)
@@ -127,8 +123,8 @@ def measure(
 
 def _alike(decoder: Decoder, hidden: Hidden, batch: Batch) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
     sums = []
-    for layer, routes in enumerate(hidden.routing):
-        if routes.feed_forward is not None:
+    for layer, routing in enumerate(hidden.routing()):
+        if routing is not None:
             cosines, counted = output_similarity(decoder, hidden, layer, batch)
             counted &= batch.valid & jnp.isfinite(cosines)
             sums.append((jnp.where(counted, cosines, 0).sum(), counted.sum(dtype=jnp.int32)))

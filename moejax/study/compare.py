@@ -72,10 +72,10 @@ def _changes(layers: list[int], sums: _Overlap) -> list[LayerChange]:
 
 @Program
 def _measure(weights: FlatDecoder, other: FlatDecoder, batch: Batch) -> dict[Kind, _Overlap]:
-    both = [unflatten(w).hidden(batch.tokens, valid=batch.valid).routing for w in (weights, other)]
+    both = [unflatten(w).hidden(batch.tokens, valid=batch.valid) for w in (weights, other)]
     found = {}
     for kind in KINDS:
-        pairs = [(getattr(a, kind), getattr(b, kind)) for a, b in zip(*both, strict=True)]
+        pairs = zip(*(hidden.routing(kind) for hidden in both), strict=True)
         sums = []
         for here, there in pairs:
             if here is None or there is None:

@@ -108,7 +108,7 @@ def _stream(decoder: Decoder, batch: Batch, dropped: int, refill: bool) -> Float
     for layer in decoder.layers:
         run = partial(replace(decoder, layers=[layer]).hidden, batch.tokens, valid=batch.valid, embedded=x)
         intact = run()
-        routing = intact.routing[0].feed_forward
+        routing = intact.routing()[0]
         if routing is None:
             x = intact.stream
             continue

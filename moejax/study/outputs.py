@@ -1,11 +1,11 @@
 """How alike the outputs of a token's experts are."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.layers import MoE, MoeLayer
 from moejax.models import Decoder, Hidden
 from moejax.ops.experts import assign
 from moejax.routing.statistics import token_diversity
@@ -21,17 +21,15 @@ def output_similarity(
     What the experts read is the layer's stream without what they write: the layer runs again, their gate at zero.
     Only routed experts count, not those that are copies, constants or nothing, and only with a weight that is not zero.
     """
-    block, routing = decoder.layers[layer], hidden.routing[layer].feed_forward
+    block, routing = decoder.layers[layer], hidden.routing()[layer]
     assert routing is not None
     off = Reading(gates=Gates(feed_forward=jnp.zeros((1, 1, 1))))
     alone = replace(decoder, layers=[block])
     middle = alone.hidden(batch.tokens, valid=batch.valid, embedded=hidden.entering[layer], reading=off).stream
-    mixture = block.feed_forward
-    assert isinstance(mixture, MoE | MoeLayer)
-    experts = mixture.experts
-    count, slots = experts.output.shape[0], routing.ids.shape[-1]
+    mixture: Any = block.feed_forward
+    count, slots = mixture.experts.down.shape[0], routing.ids.shape[-1]
     computes = (routing.weights != 0) & (routing.ids < count)
     assignment = assign(jnp.where(computes, routing.ids, count).reshape(-1, slots), count, allow_unassigned=True)
-    normed = block.feed_forward_norm(middle, Reading())
-    outputs = experts(normed[:, :, None], assignment, Reading())
+    normed = middle if block.feed_forward_norm is None else block.feed_forward_norm(middle, Reading())
+    outputs = mixture.experts(normed[:, :, None], assignment, Reading())
     return token_diversity(outputs, computes)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moejax.routing import statistics as s
-from moejax.study.accumulators import Mixture, RoutingSums
+from moejax.study.accumulators import MixtureLayer, RoutingSums
 from moejax.study.similarity import Similarity
 
 LEAST = 32
@@ -90,7 +90,7 @@ class RoutingStatistics:
 
 
 def routing_statistics(
-    mixtures: Sequence[Mixture], sums: RoutingSums, labelled: bool, similar: Sequence[Similarity]
+    mixtures: Sequence[MixtureLayer], sums: RoutingSums, labelled: bool, similar: Sequence[Similarity]
 ) -> RoutingStatistics:
     """The statistics of sums over data; ``similar`` has an entry for every mixture."""
     layers = tuple(
@@ -111,7 +111,7 @@ def random_iou(experts: int, slots: int) -> float:
     return sum(w * j / (2 * slots - j) for j, w in enumerate(ways)) / sum(ways)
 
 
-def _layer(mixture: Mixture, sums: RoutingSums, labelled: bool, similar: Similarity) -> LayerStatistics:
+def _layer(mixture: MixtureLayer, sums: RoutingSums, labelled: bool, similar: Similarity) -> LayerStatistics:
     number, experts, slots, routes = mixture
     tokens, routed = int(sums.tokens), int(sums.routed)
     found: dict[str, Any] = {"expert_similarity": similar.experts, "router_similarity": similar.router}

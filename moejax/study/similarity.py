@@ -1,24 +1,20 @@
 """How alike the experts of a layer are, and the rows of its router; of the weights alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.layers import Role
+from moejax.layers.parts import leaf_at
 from moejax.models import Decoder
 from moejax.ops.mxfp4 import MXFP4
 from moejax.routing.statistics import expert_similarity, mean_cosine
 from moejax.study.accumulators import Kind, mixtures
-
-_STACKED = ("experts.input", "experts.output", "query", "output")
-"""Matrices of a mixture's experts, stacked on their first axis: feed-forward, and attention's."""
-
-_ROUTERS = ("router.linear.weight", "gate_weight")
-"""Matrices of routers, a row for each route."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +31,24 @@ class Similarity:
 
 
 def similarities(decoder: Decoder, kind: Kind = "feed_forward") -> list[Similarity]:
-    """Of every mixture layer of that kind, in their order."""
-    return [_similarity(getattr(decoder.layers[m.layer], kind)) for m in mixtures(decoder).get(kind, [])]
+    """The similarities of every mixture layer of that kind, in the order of the layers."""
+    blocks = [decoder.layers[mixture.layer] for mixture in mixtures(decoder).get(kind, [])]
+    return [_similarity(getattr(block, kind), block.config.half(kind).roles) for block in blocks]
 
 
-def _similarity(mixture: Any) -> Similarity:
-    stacked, routers = _found(mixture, _STACKED), _found(mixture, _ROUTERS)
+def _similarity(mixture: Any, roles: Mapping[str, Role]) -> Similarity:
+    """The part's experts and router by the roles of its leaves; biases do not count."""
+    matrices = {role: [] for role in ("expert", "router")}
+    for path, role in roles.items():
+        leaf = leaf_at(mixture, path)
+        if leaf is not None and not path.endswith("bias") and not path.endswith((".blocks", ".scales")):
+            matrices[role].append(leaf)
+    stacked, routers = matrices["expert"], matrices["router"]
     rows = routers[0] if routers else None
     return Similarity(
         _finite(mean_cosine(jnp.stack([*map(_products, stacked)]).sum(0))) if _several(stacked) else None,
         _finite(expert_similarity(rows)) if rows is not None and len(rows) > 1 else None,
     )
-
-
-def _found(mixture: Any, names: Sequence[str]) -> list[Any]:
-    """What of that name there is; a dot leads into a part."""
-    values = [reduce(lambda part, name: getattr(part, name, None), name.split("."), mixture) for name in names]
-    return [value for value in values if value is not None]
 
 
 def _several(stacked: list[Any]) -> bool:

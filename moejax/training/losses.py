@@ -1,13 +1,13 @@
 """The loss of a decoder on text: cross-entropy and the auxiliary losses of its mixtures."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moejax.layers import Routes
+from moejax.layers import Aux
 from moejax.models import Decoder
 from moejax.routing import Routing, balance_loss, z_loss
 
@@ -56,44 +56,52 @@ def language_model_loss(
     inputs, targets = windows[:, :-1], windows[:, 1:]
     hidden = decoder.hidden(inputs, key=key)
     nats = cross_entropy(decoder, hidden.stream, targets)
-    told = [_layer(routes, weights) for routes in hidden.routing]
-    losses = [loss for loss, *_ in told if loss is not None]
-    auxiliary = jnp.stack(losses).mean() if losses else jnp.zeros(())
+    attention = [_mixture_loss(aux.attention, weights, "attention_") for aux in hidden.aux]
+    feed_forward = [_mixture_loss(aux.feed_forward, weights) for aux in hidden.aux]
+    losses = [_total(*pair) for pair in zip(attention, feed_forward, strict=True)]
+    weighted = [loss for loss in losses if loss is not None]
+    auxiliary = jnp.stack(weighted).mean() if weighted else jnp.zeros(())
     if weights.reduce == "sum":
-        auxiliary = auxiliary * len(losses)
-    mixtures = [r.feed_forward for r, of_layer in zip(hidden.routing, told, strict=True) if of_layer[2] is not None]
+        auxiliary = auxiliary * len(weighted)
+    routings = [r for r, mixture in zip(hidden.routing(), feed_forward, strict=True) if mixture is not None]
     parts: Parts = {"cross_entropy": nats, "auxiliary": auxiliary}
-    if mixtures:
+    if routings:
         experts = decoder.config.num_experts
-        parts["load"] = jnp.stack([expert_load(r, experts) for r in mixtures])
-        bad = [jnp.zeros((), int) if r is None else (~jnp.isfinite(r.logits)).sum() for r in mixtures]
+        parts["load"] = jnp.stack([expert_load(r, experts) for r in routings])
+        bad = [jnp.zeros((), int) if r is None else (~jnp.isfinite(r.logits)).sum() for r in routings]
         parts["nonfinite"] = jnp.stack(bad)
-    # of the two kinds of mixtures, each may stand in other layers
-    for kind in ([info for _, info, _ in told], [info for _, _, info in told]):
-        infos = [info for info in kind if info is not None]
+    # the two kinds of mixtures may stand in different layers
+    for kind in (attention, feed_forward):
+        infos = [mixture.info for mixture in kind if mixture is not None]
         shared = [name for name in (infos[0] if infos else ()) if all(name in info for info in infos)]
         parts |= {name: jnp.stack([info[name] for info in infos]) for name in shared}
     return nats + auxiliary, jax.tree.map(jax.lax.stop_gradient, parts)
 
 
-def _layer(routes: Routes, weights: LossWeights) -> tuple[Array | None, Parts | None, Parts | None]:
-    """The auxiliary loss of a layer, weighted; the parts of its attention and of its feed-forward part.
+class _MixtureLoss(NamedTuple):
+    """A mixture's auxiliary loss, weighted, and the numbers it reports."""
 
-    Each is ``None`` where nothing is a mixture.
+    loss: Float[Array, ""]
+    info: Parts
+
+
+def _mixture_loss(aux: Aux, weights: LossWeights, prefix: str = "") -> _MixtureLoss | None:
+    """The loss that a part of a layer told, or, where it leaves the weighting to us, its balance and z-loss.
+
+    ``None`` for a part that is no mixture.
     """
-    total: Array | None = None
-    found: list[Parts | None] = [None, None]
-    for kind, (routing, prefix) in enumerate(((routes.attention, "attention_"), (routes.feed_forward, ""))):
-        if routing is None or (routes.ran is not None and not prefix):
-            continue
-        balance, z = balance_loss(routing), z_loss(routing)
-        loss = weights.balance * balance + weights.z * z
-        total = loss if total is None else total + loss
-        found[kind] = {f"{prefix}balance_loss": balance, f"{prefix}router_z_loss": z}
-    if (ran := routes.ran) is not None:
-        total = ran.auxiliary_loss if total is None else total + ran.auxiliary_loss
-        found[1] = {name: value for name, value in ran.info.items() if value.ndim == 0}
-    return total, found[0], found[1]
+    if aux.loss is not None:
+        return _MixtureLoss(aux.loss, {name: value for name, value in aux.info.items() if value.ndim == 0})
+    if aux.routing is None:
+        return None
+    balance, z = balance_loss(aux.routing), z_loss(aux.routing)
+    info = {f"{prefix}balance_loss": balance, f"{prefix}router_z_loss": z}
+    return _MixtureLoss(weights.balance * balance + weights.z * z, info)
+
+
+def _total(*mixtures: _MixtureLoss | None) -> Float[Array, ""] | None:
+    losses = [mixture.loss for mixture in mixtures if mixture is not None]
+    return sum(losses[1:], losses[0]) if losses else None
 
 
 def expert_load(routing: Routing | None, experts: int) -> Float[Array, " E"]:

@@ -1,36 +1,38 @@
 """The family, and the Hugging Face config, of an architecture that was not read from files."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from moejax.errors import ConfigError
-from moejax.layers import AttentionConfig, MoEConfig, RegisteredConfig
-from moejax.models import Config, family
+from moejax.models import FAMILIES, Config
 
 
 def as_published(config: Config, source: Mapping[str, Any]) -> tuple[Config, dict[str, Any] | None]:
-    """The config under the family that has this architecture and its Hugging Face fields; as it is, if none has.
+    """The config under a family that has this architecture, and its Hugging Face fields; as it is, if none has.
 
-    What a family reads back from the fields must be the config: nothing is taken on trust.
+    Every family that can write a config is asked. What it reads back from the fields that it wrote must be the config:
+    nothing is taken on trust, and a family whose parts lack a field that it asks for does not fit.
+
+    Args:
+        source: the Hugging Face config of the model that this one was made from, whose token ids are kept.
     """
-    if not isinstance(config.blocks[0].attention, AttentionConfig):
-        return config, None
-    common = _common_fields(config) | {k: source[k] for k in ("bos_token_id", "initializer_range") if k in source}
-    for own in (_mixtral_fields, _moejax_fields):
-        if (differences := own(config)) is None:
+    kept = {name: source[name] for name in ("bos_token_id", "initializer_range") if name in source}
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type == "moejax"):
+        if family.write_config is None:
             continue
-        candidate = common | differences
         try:
-            found = family(candidate["model_type"]).config(candidate)
-        except ConfigError:
+            fields = _common_fields(config) | kept | family.write_config(config)
+            read = family.config(fields)
+        except (ConfigError, AttributeError):
             continue
-        if found.on_mesh(None, config.mesh) == replace(config, model_type=found.model_type):
-            return found.on_mesh(None, config.mesh), candidate
+        if read.on_mesh(None, config.mesh) == replace(config, model_type=read.model_type):
+            return read.on_mesh(None, config.mesh), fields
     return config, None
 
 
 def _common_fields(config: Config) -> dict[str, Any]:
+    """Fields that all families write alike, for a model of grouped-query attention."""
     attention: Any = config.blocks[0].attention
     return {
         "vocab_size": config.vocab_size,
@@ -40,50 +42,9 @@ def _common_fields(config: Config) -> dict[str, Any]:
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.theta,
+        "rope_theta": attention.rope.theta,
         "tie_word_embeddings": config.tied,
         "max_position_embeddings": config.max_positions,
         "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None),
         "pad_token_id": config.pad_id,
     }
-
-
-def _mixtral_fields(config: Config) -> dict[str, Any] | None:
-    moe: Any = config.blocks[0].feed_forward
-    if not isinstance(moe, MoEConfig):
-        return None
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_act": moe.unit.activation,
-        "intermediate_size": moe.expert_dim,
-        "num_local_experts": moe.router.num_experts,
-        "num_experts_per_tok": moe.router.num_selected,
-        "sliding_window": None,
-    }
-
-
-def _moejax_fields(config: Config) -> dict[str, Any] | None:
-    mixtures = {i: b.feed_forward for i, b in enumerate(config.blocks) if isinstance(b.feed_forward, RegisteredConfig)}
-    if not mixtures:
-        return None
-    moe, attention = next(iter(mixtures.values())), config.blocks[0].attention
-    assert isinstance(attention, AttentionConfig)
-    defaults = type(moe.args)()
-    settings = {f.name: getattr(moe.args, f.name) for f in fields(moe.args) if f.name != "key"}
-    usual = {"expert_dim": None, "activation": None, "gated": None, "expert_bias": None}
-    out: dict[str, Any] = {
-        "model_type": "moejax",
-        "moe": moe.name,
-        "moe_args": {k: v for k, v in settings.items() if k in usual or v != getattr(defaults, k)},
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.num_selected,
-        "hidden_act": settings["activation"],
-        "gated": settings["gated"],
-        "intermediate_size": settings["expert_dim"],
-        "attention_bias": attention.bias,
-        "qk_norm": attention.qk_norm,
-    }
-    if len(mixtures) < config.num_layers:
-        out |= {"moe_layers": list(mixtures), "dense_intermediate_size": config.dense_dim}
-    return out

@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from moejax.errors import ConfigError
-from moejax.layers import MoeLayer
 from moejax.models import Decoder
 from moejax.program import Program
 from moejax.training.data import windows
@@ -104,12 +103,12 @@ def make_train_steps(
 
 
 def after_step(decoder: Decoder, metrics: Parts) -> Decoder:
-    """The decoder with what its registered layers change outside of the gradient (:meth:`MoeLayer.after_step`)."""
-    mixtures = [i for i, block in enumerate(decoder.config.blocks) if block.mixture is not None]
+    """The decoder with what its mixtures change outside of the gradient (:meth:`moejax.layers.Mixture.after_step`)."""
+    config = decoder.config
+    mixtures = [i for i in range(config.num_layers) if config.blocks[i].half("feed_forward").sizes.num_experts]
     moved = jax.tree.map(lambda leaf: leaf, decoder)
     for row, i in enumerate(mixtures):
-        layer = decoder.layers[i].feed_forward
-        if isinstance(layer, MoeLayer):
-            info = {name: values[row] for name, values in metrics.items() if values.shape[:1] == (len(mixtures),)}
-            moved.layers[i].feed_forward = layer.after_step(info["load"], info)
+        info = {name: values[row] for name, values in metrics.items() if values.shape[:1] == (len(mixtures),)}
+        mixture: Any = decoder.layers[i].feed_forward
+        moved.layers[i].feed_forward = mixture.after_step(info["load"], info)
     return moved

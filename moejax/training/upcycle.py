@@ -25,9 +25,9 @@ from moejax.errors import ConfigError
 from moejax.layers import (
     GLU,
     MLP,
-    Block,
-    MoE,
-    MoEConfig,
+    Call,
+    Mixture,
+    MixtureConfig,
     MoeLayer,
     RegisteredConfig,
     Router,
@@ -35,10 +35,9 @@ from moejax.layers import (
     get_moe,
 )
 from moejax.layers.feed_forward.experts import Experts
-from moejax.layers.linear import Linear, normal
+from moejax.layers.linear import normal
 from moejax.lm import LM
 from moejax.models import Config, Decoder, record
-from moejax.rules import Reading
 from moejax.training.published import as_published
 
 Model = TypeVar("Model", LM, Decoder)
@@ -120,8 +119,8 @@ def upcycle(
     for index in chosen.values():
         config, mixture = _mixture(new[index].feed_forward, spec, jax.random.fold_in(key, index), options)
         block = new[index]
-        new[index] = Block(block.attention_norm, block.attention, block.feed_forward_norm, mixture)
         blocks[index] = replace(blocks[index], feed_forward=config)
+        new[index] = replace(block, feed_forward=mixture, config=blocks[index])
     source = (model.hugging_face or {}) if isinstance(model, LM) else {}
     config, hugging_face = as_published(replace(decoder.config, blocks=tuple(blocks)), source)
     sparse = Decoder(decoder.embedding, new, decoder.norm, decoder.head, config)
@@ -134,7 +133,7 @@ def upcycle(
 def _chosen(config: Config, layers: Patterns) -> dict[str, int]:
     """Paths and indices of the dense layers that match."""
     patterns = [layers] if isinstance(layers, str | re.Pattern) else list(layers)
-    dense = {f"layers.{i}.feed_forward": i for i, block in enumerate(config.blocks) if block.mixture is None}
+    dense = {f"layers.{i}.feed_forward": i for i, block in enumerate(config.blocks) if block.half("feed_forward").sizes.dense_dim}
 
     def matches(path: str) -> bool:
         return any(p.fullmatch(path) if isinstance(p, re.Pattern) else fnmatchcase(path, p) for p in patterns)
@@ -147,7 +146,7 @@ def _chosen(config: Config, layers: Patterns) -> dict[str, int]:
 
 def _mixture(
     mlp: Any, spec: MixtureSpec, key: PRNGKeyArray, options: Mapping[str, Any]
-) -> tuple[MoEConfig | RegisteredConfig, MoE | MoeLayer]:
+) -> tuple[MixtureConfig | RegisteredConfig, Mixture]:
     """The mixture in place of one dense layer."""
     split = options["split"]
     sizes = {"num_experts": spec.num_experts, "num_selected": spec.num_selected, "hidden units": mlp.config.hidden_dim}
@@ -157,13 +156,15 @@ def _mixture(
     return (_published if spec.layer is None else _registered)(mlp, spec, key, options)
 
 
-def _published(mlp: MLP, spec: MixtureSpec, key: PRNGKeyArray, options: Mapping[str, Any]) -> tuple[MoEConfig, MoE]:
+def _published(
+    mlp: MLP, spec: MixtureSpec, key: PRNGKeyArray, options: Mapping[str, Any]
+) -> tuple[MixtureConfig, Mixture]:
     c, experts, split, (k1, k2) = mlp.config, spec.num_experts, options["split"], jax.random.split(key)
     router = RouterConfig(experts, spec.num_selected, weigh="renormalised")
-    config = MoEConfig(c.model_dim, c.hidden_dim // split, router, c.unit, expert_bias=c.bias)
-    rows = normal(k2, (experts // split, c.model_dim), mlp.input.dtype, spec.std_router)
-    linear, e = Linear(jnp.repeat(rows, split, axis=0)), expert_stack(mlp, experts, k1, **options)
-    return config, MoE(Router(linear, router), e.input, e.output, e.input_bias, e.output_bias, None, None, config)
+    config = MixtureConfig(c.model_dim, c.hidden_dim // split, router, c.unit, expert_bias=c.bias)
+    rows = normal(k2, (experts // split, c.model_dim), mlp.gate_up.dtype, spec.std_router)
+    stack = expert_stack(mlp, experts, k1, **options)
+    return config, Mixture(Router(jnp.repeat(rows, split, axis=0), None, None, router), stack, None, None)
 
 
 def _registered(
@@ -177,13 +178,13 @@ def _registered(
     computes = {"activation": c.unit.activation, "gated": isinstance(c.unit, GLU), "expert_bias": c.bias}
     args = replace(kind.Args.of(spec.args), **computes, expert_dim=part.hidden_dim, key=None)
     config = RegisteredConfig(spec.layer, c.model_dim, spec.num_experts, spec.num_selected, args)
-    count = config.abstract.num_routed
+    count = config.sizes.num_weighted
     e = expert_stack(mlp, count, k1, **options)
-    leaves: tuple[Any, ...] = (e.input, e.output, e.input_bias, e.output_bias)
+    leaves: tuple[Any, ...] = (e.gate_up, e.down, e.gate_up_bias, e.down_bias)
     several = [MLP(*jax.tree.map(lambda leaf, i=i: leaf[i], leaves), config=part) for i in range(count)]
-    layer = config.init(k2, [*several, mlp] if config.num_shared else several)
+    layer = config.build(k2, [*several, mlp] if config.sizes.num_shared else several)
     layer = layer if split == 1 else _split_router(layer, spec.layer, split)
-    return config, jax.tree.map(lambda leaf: leaf.astype(mlp.input.dtype), layer)
+    return config, jax.tree.map(lambda leaf: leaf.astype(mlp.gate_up.dtype), layer)
 
 
 def _split_router(layer: MoeLayer, name: str, split: int) -> MoeLayer:
@@ -192,14 +193,15 @@ def _split_router(layer: MoeLayer, name: str, split: int) -> MoeLayer:
     Raises:
         ConfigError: a token's slots are not routed experts alone, with weights that sum to one.
     """
-    whole = layer.num_shared == 0 and layer.num_routes == layer.num_routed and layer.num_slots == layer.num_selected
-    if whole:
+    counts = layer.counts
+    splittable = layer.shared is None and counts.router_outputs == counts.experts and counts.slots == layer.num_selected
+    if splittable:
         probe = jax.random.normal(jax.random.key(0), (1, 64, layer.in_embed_dim))
         sums = layer.topk_expert(layer.gate(probe))[0].sum(-1)
-        whole = bool(jnp.abs(sums - 1).max() < 1e-3)
-    if not whole:
+        splittable = bool(jnp.abs(sums - 1).max() < 1e-3)
+    if not splittable:
         raise ConfigError(f"{name!r} cannot be split: its slots are not routed experts with weights that sum to one.")
-    rows = jnp.arange(layer.num_routed) // split * split
+    rows = jnp.arange(counts.experts) // split * split
     return layer.replace(gate_weight=layer.gate_weight[rows])
 
 
@@ -216,10 +218,10 @@ def expert_stack(
     def copies(parts: Float[Array, "G ..."]) -> Float[Array, "E ..."]:
         return jnp.tile(parts, (experts // split, *[1] * (parts.ndim - 1)))
 
-    branches, dim = mlp.input.shape[0], mlp.input.shape[-1]
-    bias, out_bias = mlp.input_bias, mlp.output_bias
-    inputs = copies(mlp.input.reshape(branches, split, hidden, dim).swapaxes(0, 1))
-    outputs = copies(jnp.moveaxis(mlp.output.reshape(-1, split, hidden), 1, 0) * split)
+    branches, dim = mlp.gate_up.shape[0], mlp.gate_up.shape[-1]
+    bias, out_bias = mlp.gate_up_bias, mlp.down_bias
+    inputs = copies(mlp.gate_up.reshape(branches, split, hidden, dim).swapaxes(0, 1))
+    outputs = copies(jnp.moveaxis(mlp.down.reshape(-1, split, hidden), 1, 0) * split)
     biases = None if bias is None else copies(bias.reshape(branches, split, hidden).swapaxes(0, 1))
     out_biases = None if out_bias is None else jnp.broadcast_to(out_bias, (experts, *out_bias.shape))
     if noise == drop == 0:
@@ -253,7 +255,7 @@ def _errors(dense: Decoder, sparse: Decoder, chosen: Mapping[str, int], tokens: 
     @jax.jit
     def error(layer: Any, x: Array, expected: Array) -> Array:
         x = x.astype(dense.embedding.dtype)
-        y = layer(x, Reading())[0] if isinstance(layer, MoE) else layer.run(x, mask=valid)[0]
+        y = layer.run(x, Call(valid=valid))[0]
         size = lambda a: jnp.linalg.norm(jnp.where(valid[..., None], a, 0))
         return size(y.astype(expected.dtype) - expected) / size(expected)
 

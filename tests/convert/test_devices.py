@@ -32,7 +32,7 @@ for shardings in (split, tree, lambda abstract: split):
             assert np.array_equal(np.asarray(restored[path]), np.asarray(leaf)), path
             for shard in restored[path].addressable_shards:
                 assert np.array_equal(np.asarray(shard.data), np.asarray(leaf[shard.index])), path
-down = restored["layers.1.feed_forward.down"]
+down = restored["layers.1.feed_forward.experts.down"]
 assert {shard.data.shape for shard in down.addressable_shards} == {(2, 24, 20)}
 print("good")
 """

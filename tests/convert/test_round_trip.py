@@ -90,7 +90,7 @@ def test_stored_leaves_are_read_by_orbax_alone(tmp_path: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         leaves = checkpointer.restore(tmp_path / "orbax" / "weights" / "layers.1")
     expected = [tensors[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(6)]
-    assert np.array_equal(leaves["layers.1.feed_forward.down"], np.stack(expected))
+    assert np.array_equal(leaves["layers.1.feed_forward.experts.down"], np.stack(expected))
 
 
 def test_side_files_and_config_come_along(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_save_folder_writes_the_same_and_over_the_old(tmp_path: Path) -> None:
 def test_a_lost_chunk_is_an_error_not_zeros(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", random_tensors(olmoe_shapes(OLMOE)))
     moejax.convert(source, tmp_path / "orbax", progress=False)
-    leaf = tmp_path / "orbax" / "weights" / "layers.1" / "layers.1.feed_forward.down"
+    leaf = tmp_path / "orbax" / "weights" / "layers.1" / "layers.1.feed_forward.experts.down"
     (leaf / "0.0.0").unlink()
     with pytest.raises(moejax.CheckpointError, match=r"layers\.1"):
         moejax.load(tmp_path / "orbax")

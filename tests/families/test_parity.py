@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moejax import load
-from moejax.layers import AttentionConfig, BlockConfig, MoEConfig
+from moejax.layers import AttentionConfig, BlockConfig, MixtureConfig
 from moejax.models import Config
 
 from .build import FAMILIES, loaded, random_batch, relative_rms, torch_logits, torch_model, with_config
@@ -81,7 +81,7 @@ def blocks(change: Callable[[BlockConfig], BlockConfig]) -> Callable[[Config], C
 def moe(**fields) -> Callable[[Config], Config]:
     def change(block: BlockConfig) -> BlockConfig:
         inner = block.feed_forward
-        return replace(block, feed_forward=replace(inner, **fields)) if isinstance(inner, MoEConfig) else block
+        return replace(block, feed_forward=replace(inner, **fields)) if isinstance(inner, MixtureConfig) else block
 
     return blocks(change)
 
@@ -89,7 +89,7 @@ def moe(**fields) -> Callable[[Config], Config]:
 def router(**fields) -> Callable[[Config], Config]:
     def change(block: BlockConfig) -> BlockConfig:
         inner = block.feed_forward
-        if not isinstance(inner, MoEConfig):
+        if not isinstance(inner, MixtureConfig):
             return block
         return replace(block, feed_forward=replace(inner, router=replace(inner.router, **fields)))
 

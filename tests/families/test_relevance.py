@@ -114,7 +114,7 @@ def test_switching_off_equals_zero_weights(family: str, kind: str) -> None:
     elif kind == "expert":
         expert = int(relevance.expert_ids[2, -1, 0])
         gates = gates.drop_expert(2, expert)
-        layer.feed_forward.down = layer.feed_forward.down.at[expert].set(0)
+        layer.feed_forward.experts.down = layer.feed_forward.experts.down.at[expert].set(0)
     else:
         columns = slice(5 * lm.config.head_dim, 6 * lm.config.head_dim)
         gates = gates.drop_head(2, 5)

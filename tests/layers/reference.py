@@ -60,11 +60,11 @@ def over_sum(values: Array) -> Array:
 
 
 def expert(p: Parameters, e: int, x: Array, act: Callable[[Array], Array] = gelu) -> Array:
-    hidden = p["experts.input"][e, 0] @ x
-    if "experts.input_bias" in p:
-        hidden = hidden + p["experts.input_bias"][e, 0]
-    y = p["experts.output"][e] @ act(hidden)
-    return y + p["experts.output_bias"][e] if "experts.output_bias" in p else y
+    hidden = p["experts.gate_up"][e, 0] @ x
+    if "experts.gate_up_bias" in p:
+        hidden = hidden + p["experts.gate_up_bias"][e, 0]
+    y = p["experts.down"][e] @ act(hidden)
+    return y + p["experts.down_bias"][e] if "experts.down_bias" in p else y
 
 
 def shared(p: Parameters, x: Array) -> Array:
@@ -77,7 +77,7 @@ def mixture(
     p: Parameters, x: Array, ids: Array, weights: Array, special: Callable[[int, Array], Array] | None = None, act=gelu
 ) -> Array:
     """``sum_k w_k f_{I_k}(x)`` token by token; ids beyond the experts are those of ``special``."""
-    experts, out = len(p["experts.input"]), p["experts.output"].shape[1]
+    experts, out = len(p["experts.gate_up"]), p["experts.down"].shape[1]
     y = np.zeros((*x.shape[:2], out))
     for b, t, k in np.ndindex(ids.shape):
         e, w = ids[b, t, k], weights[b, t, k]
@@ -192,7 +192,7 @@ REWARD = 0.07
 
 def _ternary(p: Parameters, x: Array, k: int) -> tuple[int, Array, Array, Array, Array]:
     """Experts, logits, probabilities of the routes, selected routes, their weights before the sign."""
-    experts = len(p["experts.input"])
+    experts = len(p["experts.gate_up"])
     z = x @ p["gate_weight"].T
     offsets = np.array([0.0] * experts + [-1.0] * experts + [-10.0] * k)
     s = softmax(z + offsets)
@@ -228,7 +228,7 @@ ZERO, COPY, CONSTANT, TAU = 1, 1, 2, 0.75
 
 def smoe_plus_plus(p: Parameters, x: Array, k: int, mask: Array, previous: Array | None = None) -> Found:
     """MoE++, arXiv 2410.07348: zero, copy and constant experts, gating residual, weighted balance."""
-    experts = len(p["experts.input"])
+    experts = len(p["experts.gate_up"])
     z = x @ p["gate_weight"].T
     if previous is not None:
         z = z + previous @ p["gate_residual"].T

@@ -59,9 +59,9 @@ def test_shared_copies_stand_side_by_side():
 def test_experts_given_one_by_one_are_those():
     several = [jax.tree.map(lambda leaf, i=i: leaf + i, dense()) for i in range(E + 1)]
     layer = get_moe("smoe")(D, O, E, K, expert=several[:E])
-    np.testing.assert_array_equal(layer.experts.output, np.stack([e.output for e in several[:E]]))
+    np.testing.assert_array_equal(layer.experts.down, np.stack([e.output for e in several[:E]]))
     layer = get_moe("smoe_share")(D, O, E, K, expert=several)
-    np.testing.assert_array_equal(layer.experts.output, np.stack([e.output for e in several[:E]]))
+    np.testing.assert_array_equal(layer.experts.down, np.stack([e.output for e in several[:E]]))
     np.testing.assert_array_equal(layer.shared.output, several[E].output)
 
 

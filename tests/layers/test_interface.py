@@ -100,14 +100,14 @@ class TestSettings:
         small, wide = MoeLayer(D, D, E, K, args={"std_gate": 0.5}), MoeLayer(D, D, E, K, args={"init_weight": False})
         assert 0.3 < float(small.gate_weight.std()) < 0.7
         assert float(jnp.abs(wide.gate_weight).max()) <= D**-0.5
-        assert float(jnp.abs(small.experts.output).max()) < 0.1
-        assert not small.experts.input_bias.any()
+        assert float(jnp.abs(small.experts.down).max()) < 0.1
+        assert not small.experts.gate_up_bias.any()
 
     def test_keys_decide_initial_weights(self):
         one, other, again = (MoeLayer(D, D, E, K, args=MoeArgs(key=jax.random.key(seed))) for seed in (1, 2, 1))
         assert not jnp.array_equal(one.gate_weight, other.gate_weight)
         assert jnp.array_equal(one.gate_weight, again.gate_weight)
-        assert not jnp.array_equal(one.experts.output[0], one.experts.output[1])
+        assert not jnp.array_equal(one.experts.down[0], one.experts.down[1])
 
 
 def mlp(inputs: int, outputs: int, hidden: int = 4) -> MLP:

@@ -141,7 +141,7 @@ def edit_layers(decoder: Decoder, edit: Callable[[Any], None]) -> Decoder:
 
 
 def swap_gate_and_up(layer: Any) -> None:
-    layer.feed_forward.gate_up = layer.feed_forward.gate_up[:, ::-1]
+    layer.feed_forward.experts.gate_up = layer.feed_forward.experts.gate_up[:, ::-1]
 
 
 def interleave_kv_heads(layer: Any) -> None:

@@ -158,7 +158,7 @@ class Layer:
         return sorted(range(len(logits)), key=lambda e: ((self.index, t, e) in self.edits.replaced, -logits[e]))
 
     def _hidden(self, t: int, e: int) -> tuple[Array, Array, Array]:
-        gate, up = (wide(m) @ self.moe_in[t] for m in self.block.feed_forward.gate_up[e])
+        gate, up = (wide(m) @ self.moe_in[t] for m in self.block.feed_forward.experts.gate_up[e])
         return gate, up, gate / (1 + np.exp(-gate)) * up
 
     # ---- the way back ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import LM, Argmax, Contrast, Direction, Gates, LogProbability, MoejaxError, Span, Token, ablate, explain
-from moejax.layers import BlockConfig, MixtureAttentionConfig, MoEConfig, RouterConfig
+from moejax.layers import BlockConfig, MixtureAttentionConfig, MixtureConfig, RouterConfig
 from moejax.layers.feed_forward.dense import MLPConfig
 from moejax.models import Config, family
 from moejax.relevance import Cell
@@ -227,7 +227,7 @@ def mixture_lm() -> LM:
     router = RouterConfig(E, K, score="logits", weigh="softmax", bias=True)
     attention = MixtureAttentionConfig(D, G, C, router)
     blocks = (
-        BlockConfig(attention, MoEConfig(D, F, router, shared_dim=14), 1e-5),
+        BlockConfig(attention, MixtureConfig(D, F, router, shared_dim=14), 1e-5),
         BlockConfig(attention, MLPConfig(D, 22), 1e-5),
     )
     config: Config = replace(make_config(layers=LAYERS), blocks=blocks)
@@ -253,7 +253,7 @@ class TestOtherMixtures:
         cells = [make(layer, e) for _, make, layer in parts for e in range(3)]
         got = ablate(lm, PROMPT, cells=cells, target=AIM, how="replace").reshape(3, 3)
         for (path, _, _), row in zip(parts, got, strict=True):
-            without = [edited(lm, **{f"{path}.router.linear.bias": lambda b, e=e: b.at[e].set(-1e9)}) for e in range(3)]
+            without = [edited(lm, **{f"{path}.router.bias": lambda b, e=e: b.at[e].set(-1e9)}) for e in range(3)]
             gone = [np.asarray(lm(ROW) - other(ROW))[0, 5] for other in without]
             np.testing.assert_allclose(row, [g[11] - g[60] for g in gone], **EXACT)
             assert np.abs(row).max() > 1e-3
@@ -295,7 +295,7 @@ class TestOtherMixtures:
         cells = [Cell.expert(0, expert), Cell.shared(0), Cell.expert(0, expert, 2)]
         got = ablate(lm, PROMPT, cells=cells, target=AIM)[:, 0]
         without = [
-            edited(lm, **{"layers[0].feed_forward.experts.output": lambda w: w.at[expert].set(0)}),
+            edited(lm, **{"layers[0].feed_forward.experts.down": lambda w: w.at[expert].set(0)}),
             edited(lm, **{"layers[0].feed_forward.shared.output": jnp.zeros_like}),
         ]
         gone = [np.asarray(lm(ROW) - other(ROW))[0, 5] for other in without]

@@ -289,7 +289,7 @@ class TestExperts:
 
         def value(expert: int, step: float) -> float:
             def shift(path: tuple, leaf: jax.Array) -> jax.Array:
-                here = jax.tree_util.keystr(path).endswith("layers[0].feed_forward.router.linear.bias")
+                here = jax.tree_util.keystr(path).endswith("layers[0].feed_forward.router.bias")
                 return leaf.at[expert].add(step) if here else leaf
 
             logits = LM(jax.tree_util.tree_map_with_path(shift, lm.decoder))(ROW)[0, AT]

@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 def moe_layer(variant: str = "plain") -> MoE:
     """With a bias on the router, which no variant has."""
     moe = variant_lm(variant, dtype="float64").decoder.layers[0].feed_forward
-    router = Router(Linear(moe.router.linear.weight, normal(E)), moe.router.config)
+    router = Router(Linear(moe.router.weight, normal(E)), moe.router.config)
     return MoE(router, moe.gate_up, moe.down, None, None, None, None, moe.config)
 
 

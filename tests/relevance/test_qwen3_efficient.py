@@ -134,7 +134,7 @@ def gated(gate: Array, up: Array, rules: Rules) -> tuple[Array, Pull]:
 
 def route(x: Array, router: Any) -> tuple[Array, Array, Pull]:
     """The selected experts, their weights, and the weights' pullback; the selection itself has none."""
-    logits, pull_linear = linear(x, router.linear.weight)
+    logits, pull_linear = linear(x, router.weight)
     probability, pull_softmax = softmax(logits)
     ids = np.argsort(-probability, axis=-1)[:, : router.config.num_selected]
     weights, total = np.take_along_axis(probability, ids, axis=-1), 1.0

@@ -10,7 +10,7 @@ import tokenizers
 
 from moejax import LM, Contrast
 from moejax.checkpoints.tokenizer import Tokenizer
-from moejax.layers import AttentionConfig, BlockConfig, MoEConfig, RouterConfig
+from moejax.layers import AttentionConfig, BlockConfig, MixtureConfig, RouterConfig
 from moejax.models import Config, Decoder
 from moejax.ops.rope import Rope
 
@@ -38,7 +38,7 @@ def make_config(
         blocks=(
             BlockConfig(
                 AttentionConfig(d, h, g, c, norm_eps=1e-5, qk_norm=qk_norm, clip=clip, bias=bias, output_bias=bias),
-                MoEConfig(d, f, RouterConfig(e, k, weigh=weigh)),
+                MixtureConfig(d, f, RouterConfig(e, k, weigh=weigh)),
                 norm_eps=1e-5,
             ),
         )

@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from moejax import MoejaxError
-from moejax.layers import GLU, AttentionConfig, BlockConfig, MoEConfig, RouterConfig
+from moejax.layers import GLU, AttentionConfig, BlockConfig, MixtureConfig, RouterConfig
 from moejax.models import Config, Decoder
 from moejax.ops.activation import SLOPES
 from moejax.ops.attention import attention
@@ -61,7 +61,7 @@ def make_decoder(dtype: jnp.dtype) -> Decoder:
         blocks=(
             BlockConfig(
                 AttentionConfig(D, H, G, C, norm_eps=1e-5, qk_norm="full", clip=0.8, bias=True, output_bias=True),
-                MoEConfig(D, F, RouterConfig(E, K, weigh="renormalised")),
+                MixtureConfig(D, F, RouterConfig(E, K, weigh="renormalised")),
                 norm_eps=1e-5,
             ),
         )

@@ -139,7 +139,7 @@ def _smallest_part(family: str, layout: str) -> int:
 
 def _matrices(model: LM) -> tuple[jax.Array, jax.Array]:
     moe = model.decoder.layers[1].feed_forward
-    return (moe.experts.input, moe.experts.output) if hasattr(moe, "experts") else (moe.gate_up, moe.down)
+    return (moe.experts.gate_up, moe.experts.down) if hasattr(moe, "experts") else (moe.gate_up, moe.down)
 
 
 @EVERY_MODEL

@@ -118,7 +118,7 @@ class Watched(SafetensorsFolder):
 def test_of_experts_published_one_by_one_a_device_reads_its_own(tmp_path: Path) -> None:
     """Two of eight experts for each of four devices: a quarter of the bytes."""
     source = Watched(published("olmoe", tmp_path))
-    leaf = next(p for p in plans(source, hugging_face("olmoe")) if p.path == "layers.1.feed_forward.gate_up")
+    leaf = next(p for p in plans(source, hugging_face("olmoe")) if p.path == "layers.1.feed_forward.experts.gate_up")
     placed = shardings(decoder("olmoe"), mesh("expert"))[leaf.path]
     for device, index in placed.addressable_devices_indices_map(leaf.shape).items():
         source.asked.clear()
@@ -174,7 +174,7 @@ def test_a_part_takes_no_more_memory_than_itself(name: str, tmp_path: Path) -> N
     model = random_decoder(config)
     save_folder(model, config, tmp_path)
     source = SafetensorsFolder(tmp_path)
-    plan = next(p for p in plans(source, config) if p.path == "layers.1.feed_forward.gate_up")
+    plan = next(p for p in plans(source, config) if p.path == "layers.1.feed_forward.experts.gate_up")
     placed = shardings(model, mesh("expert"))[plan.path]
     for index in placed.addressable_devices_indices_map(plan.shape).values():
         part, peak = peak_of(lambda index=index: plan.read(source, None, index))

@@ -120,7 +120,7 @@ def test_wrong_rules_are_refused() -> None:
         shardings(model, four("expert"), {"experts": "expert"})
     with pytest.raises(ConfigError, match=r"mesh axes \['tensor'\], but the mesh has \['expert'\]"):
         shardings(model, four("expert"), TENSOR)
-    with pytest.raises(ConfigError, match=r"layers.0.feed_forward.down .* two of its axes on mesh axis 'x'"):
+    with pytest.raises(ConfigError, match=r"layers.0.feed_forward.experts.down .* two of its axes on mesh axis 'x'"):
         shardings(model, four("x"), {"expert": "x", "hidden": "x"})
     with pytest.raises(ConfigError, match="pass mesh="):
         load("tiny-olmoe", rules=EXPERT)
@@ -128,15 +128,15 @@ def test_wrong_rules_are_refused() -> None:
 
 def test_a_leaf_without_an_entry_is_refused_and_can_be_added() -> None:
     model = decoder("mixtral")
-    axes = {name: names for name, names in AXES.items() if name != "feed_forward.down"}
-    with pytest.raises(ConfigError, match=r"leaf layers.0.feed_forward.down: no logical axes are known"):
+    axes = {name: names for name, names in AXES.items() if name != "feed_forward.experts.down"}
+    with pytest.raises(ConfigError, match=r"leaf layers.0.feed_forward.experts.down: no logical axes are known"):
         shardings(model, mesh("both"), EXPERT_TENSOR, axes)
-    axes["feed_forward.down"] = ("expert", "model")
-    with pytest.raises(ConfigError, match=r"feed_forward.down has shape \[8, 50, 20\], but 2 logical axes"):
+    axes["feed_forward.experts.down"] = ("expert", "model")
+    with pytest.raises(ConfigError, match=r"feed_forward.experts.down has shape \[8, 50, 20\], but 2 logical axes"):
         shardings(model, mesh("both"), EXPERT_TENSOR, axes)
-    axes["feed_forward.down"] = ("expert", "model", None)
+    axes["feed_forward.experts.down"] = ("expert", "model", None)
     placed = shardings(model, mesh("both"), EXPERT_TENSOR, axes)
-    assert placed["layers.1.feed_forward.down"].shard_shape((8, 50, 20)) == (4, 50, 20)
+    assert placed["layers.1.feed_forward.experts.down"].shard_shape((8, 50, 20)) == (4, 50, 20)
 
 
 @pytest.mark.parametrize(

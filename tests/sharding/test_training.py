@@ -36,7 +36,7 @@ def trained(moe: str, mesh: dict[str, int], accumulate: int = 1) -> tuple[dict[s
     tokens = jnp.asarray(np.random.default_rng(1).integers(2, 53, 400), jnp.int32)
     state, metrics = steps(TrainState.start(found, optimiser), tokens)
     if mesh.get("expert", 1) > 1:
-        placed = state.decoder.layers[0].feed_forward.experts.output.sharding
+        placed = state.decoder.layers[0].feed_forward.experts.down.sharding
         assert placed.spec[0] == "expert", "every device holds some experts, also after the steps"
     return jax.device_get(metrics), [np.asarray(leaf) for leaf in jax.tree.leaves(state.decoder)]
 
@@ -99,7 +99,7 @@ def test_a_registered_layers_own_leaves_lie_on_every_device():
         mesh = TrainConfig(MODEL, "", mesh={"expert": 4}).device_mesh()
         config = family("moejax").config(MODEL | {"moe": "with_names"})
         placed = shardings(Decoder.abstract(config), mesh)
-        assert placed["layers.0.feed_forward.experts.output"].spec[0] == "expert"
+        assert placed["layers.0.feed_forward.experts.down"].spec[0] == "expert"
         for name in ("down", "bias", "gate_weight"):
             assert not any(placed[f"layers.0.feed_forward.{name}"].spec), name
     finally:

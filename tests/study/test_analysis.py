@@ -175,7 +175,7 @@ def test_batches_and_padding_change_nothing(
 def test_nan_is_reported_with_its_layer(toy_lm: LM, windows: Windows) -> None:
     layers = list(toy_lm.decoder.layers)
     router = layers[1].feed_forward.router
-    linear = replace(router.linear, weight=router.linear.weight.at[3].set(jnp.nan))
+    linear = replace(router.linear, weight=router.weight.at[3].set(jnp.nan))
     layers[1] = replace(layers[1], feed_forward=replace(layers[1].feed_forward, router=replace(router, linear=linear)))
     found = analyse(LM(replace(toy_lm.decoder, layers=layers)), windows)
     good, bad = found.mixtures["feed_forward"].layers
@@ -297,7 +297,7 @@ def test_similarity_of_weights(toy_lm: LM) -> None:
     for layer, found in zip(toy_lm.decoder.layers, similarities(toy_lm.decoder), strict=True):
         moe: Any = layer.feed_forward
         joined = np.concatenate([np.asarray(w, np.float64).reshape(E, -1) for w in (moe.gate_up, moe.down)], -1)
-        for rows, value in ((joined, found.experts), (np.asarray(moe.router.linear.weight, np.float64), found.router)):
+        for rows, value in ((joined, found.experts), (np.asarray(moe.router.weight, np.float64), found.router)):
             unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
             cosines = unit @ unit.T
             assert value == pytest.approx((cosines.sum() - E) / (E * (E - 1)), abs=1e-6)

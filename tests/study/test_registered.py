@@ -76,7 +76,7 @@ def test_outputs_of_experts(name: str, windows: Windows) -> None:
     values = []
     x, routing = seen_by_experts(lm, 2, windows)
     moe: Any = lm.decoder.layers[2].feed_forward
-    first, second = (np.asarray(m, np.float64) for m in (moe.experts.input, moe.experts.output))
+    first, second = (np.asarray(m, np.float64) for m in (moe.experts.gate_up, moe.experts.down))
     (batch,) = windows
     for b, t in np.argwhere(np.asarray(batch.valid)):
         ids, weights = np.asarray(routing.ids[b, t]), np.asarray(routing.weights[b, t])
@@ -107,7 +107,7 @@ def test_similarity_of_registered_weights() -> None:
     for i, found in zip(FIELDS["moe_layers"], similarities(lm.decoder), strict=True):
         moe: Any = lm.decoder.layers[i].feed_forward
         assert moe.gate_weight.shape[0] == E + 4, "a row for every route"
-        joined = [np.asarray(m, np.float64).reshape(E, -1) for m in (moe.experts.input, moe.experts.output)]
+        joined = [np.asarray(m, np.float64).reshape(E, -1) for m in (moe.experts.gate_up, moe.experts.down)]
         assert found.experts == pytest.approx(cosines(np.concatenate(joined, -1)), abs=1e-6)
         assert found.router == pytest.approx(cosines(np.asarray(moe.gate_weight, np.float64)), abs=1e-6)
 

@@ -168,6 +168,6 @@ def test_matrices_alone_are_decayed() -> None:
     for path, update in leaf_paths(updates):
         kept = path == "embedding" or "bias" in path or "norm" in path
         assert np.all(np.asarray(update) == 0) == kept, path
-    assert {"layers.0.attention.query_key_value.bias", "layers.0.feed_forward.experts.input_bias"} <= {
+    assert {"layers.0.attention.query_key_value.bias", "layers.0.feed_forward.experts.gate_up_bias"} <= {
         path for path, _ in leaf_paths(decoder)
     }

@@ -86,12 +86,12 @@ def test_parts_of_a_copy_are_selected_together() -> None:
     assert (copies[..., 0] == copies[..., 1]).all()
     # a part alone is not the layer: without the shared rows nothing holds
     layer = made.decoder.layers[0].feed_forward
-    rows = np.asarray(layer.router.linear.weight)
+    rows = np.asarray(layer.router.weight)
     assert np.array_equal(rows[::2], rows[1::2])
     broken = replace(made, decoder=jax.tree.map(lambda leaf: leaf, made.decoder))
     draws = jax.random.normal(KEY, rows.shape)
     for block in broken.decoder.layers:
-        block.feed_forward.router.linear.weight = draws
+        block.feed_forward.router.weight = draws
     assert far(broken(TOKENS), LM(TOKENS)) > 1e-2
 
 
@@ -208,7 +208,7 @@ def test_noise_is_in_units_of_each_matrix() -> None:
 def test_layers_and_keys_are_independent() -> None:
     spec, options = MixtureSpec(E, K), {"noise": 0.5, "drop": 0.5}
     made, other = (upcycle(LM, spec, key=jax.random.key(i), tokens=TOKENS, **options) for i in range(2))
-    routers = [layer.feed_forward.router.linear.weight for m in (made, other) for layer in m.model.decoder.layers]
+    routers = [layer.feed_forward.router.weight for m in (made, other) for layer in m.model.decoder.layers]
     rows = np.concatenate([np.asarray(r) for r in routers])
     assert np.abs(np.corrcoef(rows) - np.eye(len(rows))).max() < 0.7
     assert 0.005 < rows.std() < 0.04
@@ -254,8 +254,8 @@ def test_router_learns() -> None:
     def router_gradients(**options: float) -> list[float]:
         decoder = upcycle(LM.decoder, MixtureSpec(E, K), key=KEY, **options).model
         gradient = gradient_of(decoder)
-        assert all(np.abs(np.asarray(layer.feed_forward.gate_up)).max() > 0 for layer in gradient.layers)
-        return [float(jnp.abs(layer.feed_forward.router.linear.weight).max()) for layer in gradient.layers]
+        assert all(np.abs(np.asarray(layer.feed_forward.experts.gate_up)).max() > 0 for layer in gradient.layers)
+        return [float(jnp.abs(layer.feed_forward.router.weight).max()) for layer in gradient.layers]
 
     assert max(router_gradients()) < 1e-6
     assert min(router_gradients(drop=0.5)) > 1e-5

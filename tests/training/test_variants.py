@@ -106,7 +106,7 @@ def test_a_layer_that_never_asks_its_experts_is_trained_all_the_same(monkeypatch
     @register_moe("average")
     class Average(MoeLayer):
         def forward(self, x, return_id_experts=False):
-            y = self.experts.output.mean(0)[:, 0] + x
+            y = self.experts.down.mean(0)[:, 0] + x
             return y, (y * y).mean(), None, {"size": (y * y).mean()}
 
     def step(found: Decoder) -> Any:

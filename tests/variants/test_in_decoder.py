@@ -159,8 +159,8 @@ def test_layers_draw_their_own_weights_from_one_key():
     one, two = (layer.feed_forward for layer in decoder.layers)
     assert_same(decoder, again)
     assert not np.array_equal(one.gate_weight, two.gate_weight)
-    assert not np.array_equal(one.experts.output, two.experts.output)
-    assert not np.array_equal(one.experts.output[0], one.experts.output[1])
+    assert not np.array_equal(one.experts.down, two.experts.down)
+    assert not np.array_equal(one.experts.down[0], one.experts.down[1])
     assert abs(np.corrcoef(one.gate_weight.ravel(), two.gate_weight.ravel())[0, 1]) < 0.3
 
 

@@ -1,5 +1,6 @@
-"""Self-attention of every supported family, differing by configuration."""
+"""Grouped-query self-attention (Ainslie et al., arXiv 2305.13245), with what its families add by configuration."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Self
@@ -8,27 +9,38 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.errors import ConfigError
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
+from moejax.layers.parts import Activations, Aux, Axes, Call, PartConfig, Sizes
+from moejax.layers.rotary import Rotary, turn
 from moejax.ops.attention import attention
-from moejax.ops.rope import rotate
-from moejax.rules import Reading
+from moejax.ops.attention.choice import block_size
+from moejax.ops.rope import Rope
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """Architecture of one attention layer.
+class AttentionConfig(PartConfig):
+    """Architecture of one grouped-query attention layer.
 
     Attributes:
-        qk_norm: RMSNorm of queries and keys over the whole projected width (``"full"``) or each head (``"head"``).
+        model_dim: width of the residual stream ``D``.
+        num_heads, num_kv_heads, head_dim: query heads ``H``, key/value heads ``G``, and their width ``C``.
+        norm_eps: epsilon of the norms of queries and keys.
+        rope: frequencies of the rotary positions; ``None`` for a layer without positions.
+        rotary_dim: how many dimensions of a head rotate; all by default.
+        scale: factor on the scores before their softmax; ``C ** -0.5`` by default.
+        qk_norm: RMSNorm of queries and keys over the whole projected width (``"full"``) or over each head (``"head"``).
         clip: symmetric limit on queries, keys and values, after their norms and before rotation.
         bias: queries, keys and values have biases.
         output_bias: the output projection has a bias.
         window: how many tokens back a token sees, itself included; all by default.
-        sinks: one learned logit for each head takes part in its softmax.
+        sinks: one learned logit for each head takes part in its softmax (GPT-OSS).
+
+    Raises:
+        ConfigError: ``num_kv_heads`` does not divide ``num_heads``.
     """
 
     model_dim: int
@@ -36,6 +48,9 @@ class AttentionConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
+    rope: Rope | None = None
+    rotary_dim: int | None = None
+    scale: float | None = None
     qk_norm: Literal["full", "head"] | None = None
     clip: float | None = None
     bias: bool = False
@@ -49,64 +64,100 @@ class AttentionConfig:
                 f"num_attention_heads={self.num_heads} is not divisible by num_key_value_heads={self.num_kv_heads}."
             )
 
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            window=self.window or 0,
+        )
+
+    @property
+    def rotary(self) -> Rotary | None:
+        return None if self.rope is None else Rotary(self.rope, self.rotary_dim or self.head_dim)
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        return {
+            "query_key_value.weight": ("kv_heads", None, None, "model"),
+            "query_key_value.bias": ("kv_heads", None, None),
+            "output.weight": ("model", "heads"),
+            "output.bias": (None,),
+            "query_norm.weight": (None,),
+            "key_norm.weight": (None,),
+            "sinks": ("heads",),
+        }
+
+    def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> "Attention":
+        return Attention.init(key, self, dtype)
+
+    def init_cache(self, batch: int, positions: int, dtype: DTypeLike) -> "KeyValue":
+        return KeyValue.empty((batch, positions, self.num_kv_heads, self.head_dim), dtype)
+
+    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+        return attention_activations(self.sizes, batch, tokens)
+
 
 class KeyValue(NamedTuple):
-    """Keys and values of one layer, rotated, one row for each cache slot."""
+    """The cache of an attention layer: rotated keys, and values, a row for each cache position."""
 
     k: Float[Array, "B S G C"]
     v: Float[Array, "B S G C"]
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Self:
+        """Zeros of shape ``[B S G C]``."""
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-class Context(NamedTuple):
-    """What the layers of one forward pass are given beside the stream.
 
-    Attributes:
-        cosine, sine: rotation of each token.
-        mask: which cache slots (or tokens, without a cache) each token may see; ``None`` for all tokens up to its own.
-        distance: how many slots back each slot lies.
-        valid: tokens that are not padding.
-        start: first cache slot to write; unused without a cache.
-        key: randomness of a training step, the layer's own.
-        previous: what the layer below handed to this layer's router.
+def attention_activations(sizes: Sizes, batch: int, tokens: int) -> Activations:
+    """The estimate for attention of these sizes: queries, keys and values are kept.
+
+    The largest temporaries are cotangents of the pattern and, in two layouts, of the scores of a block of queries.
     """
-
-    cosine: Float[Array, "B T C"]
-    sine: Float[Array, "B T C"]
-    mask: Bool[Array, "B T S"] | None
-    distance: Int[Array, "T S"]
-    valid: Bool[Array, "B T"]
-    start: Int[Array, ""] | int = 0
-    key: PRNGKeyArray | None = None
-    previous: Float[Array, "B T R"] | None = None
+    scores = batch * sizes.num_heads * tokens
+    kept = 6 * batch * tokens * sizes.num_heads * sizes.head_dim
+    return Activations(kept, 3 * scores * min(tokens, block_size(tokens, scores)))
 
 
 def attend(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B T G C"],
-    v: Float[Array, "B T G C"],
-    context: Context,
+    v: Float[Array, "B T G Cv"],
+    call: Call,
     cache: KeyValue | None,
-    reading: Reading,
     *,
+    scale: float | None = None,
     window: int | None = None,
     sinks: Float[Array, " H"] | None = None,
-) -> tuple[Float[Array, "B T H C"], KeyValue]:
-    """Rotate, write the cache if there is one, attend. Returns the heads, and the keys and values attended to."""
-    q, k = rotate(q, context.cosine, context.sine), rotate(k, context.cosine, context.sine)
+) -> tuple[Float[Array, "B T H Cv"], KeyValue]:
+    """Rotate queries and keys, write the cache if there is one, and attend.
+
+    Args:
+        scale: factor on the scores; ``C ** -0.5`` by default.
+        window, sinks: as in :class:`AttentionConfig`.
+
+    Returns:
+        The heads' outputs, and the keys and values attended to (the whole cache, if one is given).
+    """
+    reading = call.reading
+    q, k = turn(q, call.rotation), turn(k, call.rotation)
     if cache is not None:
-        k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), context.start, axis=1)
-        v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), context.start, axis=1)
-    mask = context.mask
+        k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), call.start, axis=1)
+        v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), call.start, axis=1)
+    mask = call.mask
     if mask is not None and window is not None:
-        mask &= context.distance < window
+        assert call.distance is not None
+        mask &= call.distance < window
 
     def product(q: Array, k: Array, v: Array, temperature: float = 1.0) -> Array:
-        scale = q.shape[-1] ** -0.5 / temperature
+        factor = (q.shape[-1] ** -0.5 if scale is None else scale) / temperature
         cooled = sinks if sinks is None or temperature == 1 else sinks / temperature
         # a product at another temperature only stands in for a derivative
         edges = reading.taps.get("edges") if temperature == 1 else None
         causal = cache is None
-        return attention(q, k, v, mask, scale=scale, sinks=cooled, edges=edges, causal=causal, window=window)
+        return attention(q, k, v, mask, scale=factor, sinks=cooled, edges=edges, causal=causal, window=window)
 
     heads = reading.book("softmax", partial(reading.rule.attention, product), q, k, v)
     return heads, KeyValue(k, v)
@@ -114,11 +165,11 @@ def attend(
 
 @nnx.dataclass
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and what else its configuration asks for.
+    """Grouped-query attention.
 
-    Queries, keys and values are one product, since three small ones leave half of a GPU idle. Its weight ``[G, R + 2,
-    C, D]`` has for each key/value head those of the ``R`` query heads that read it, then of its key and its value: what
-    belongs together stays so where heads are split over devices.
+    Queries, keys and values are one product, since three small products leave half of a GPU idle. Its weight
+    ``[G, R + 2, C, D]`` has, for each key/value head, the rows of the ``R`` query heads that read it, then the rows of
+    its key and of its value. So a group stays together where heads are split over devices.
     """
 
     query_key_value: Linear = nnx.data()
@@ -145,24 +196,24 @@ class Attention(nnx.Module):
             c,
         )
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: KeyValue | None, reading: Reading
-    ) -> tuple[Float[Array, "B T D"], KeyValue, None]:
-        """Returns the output, the keys and values (the whole cache, if one is given), and no routing."""
-        q, k, v = self._project(x, reading)
-        window, sinks = self.config.window, self.sinks
-        heads, stored = attend(q, k, v, context, cache, reading, window=window, sinks=sinks)
+    def run(
+        self, x: Float[Array, "B T D"], call: Call, cache: KeyValue | None = None
+    ) -> tuple[Float[Array, "B T D"], KeyValue, Aux]:
+        """The output, the keys and values (the whole cache, if one is given), and nothing to tell."""
+        reading, c = call.reading, self.config
+        q, k, v = self._project(x, call)
+        heads, stored = attend(q, k, v, call, cache, scale=c.scale, window=c.window, sinks=self.sinks)
         heads = reading.gate("heads", heads)
-        return self.output(heads.reshape(*x.shape[:2], -1), reading), stored, None
+        return self.output(heads.reshape(*x.shape[:2], -1), reading), stored, Aux()
 
-    def _project(self, x: Array, reading: Reading) -> tuple[Array, Array, Array]:
-        c, (batch, tokens, _) = self.config, x.shape
+    def _project(self, x: Array, call: Call) -> tuple[Array, Array, Array]:
+        c, reading, (batch, tokens, _) = self.config, call.reading, x.shape
         every = self.query_key_value(x, reading)
         q, k, v = every[..., :-2, :], every[..., -2, :], every[..., -1, :]
         if c.qk_norm is not None:
             assert self.query_norm is not None
             assert self.key_norm is not None
-            # over all heads of a token, or each
+            # over all heads of a token, or over each
             shape = (batch, tokens, -1) if c.qk_norm == "full" else (batch, tokens, -1, c.head_dim)
             q = self.query_norm(q.reshape(shape), reading)
             k = self.key_norm(k.reshape(shape), reading)

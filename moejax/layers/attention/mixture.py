@@ -4,36 +4,96 @@ An expert is a pair of query and output projections; all experts share keys and 
 the output projection only.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moejax.layers.attention.grouped_query import Context, KeyValue, attend
-from moejax.layers.feed_forward.experts import combine, expert_linear
+from moejax.layers.attention.grouped_query import KeyValue, attend, attention_activations
+from moejax.layers.feed_forward.experts import buffer_rows, combine, expert_linear
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.linear import Linear, normal
-from moejax.routing import Routing
-from moejax.rules import Reading
+from moejax.layers.parts import Activations, Aux, Axes, Call, PartConfig, Role, Sizes
+from moejax.layers.rotary import Rotary
+from moejax.ops.rope import Rope
 
 
 @dataclass(frozen=True)
-class MixtureAttentionConfig:
-    """Architecture of one mixture of attention experts; each has as many heads as there are key/value heads."""
+class MixtureAttentionConfig(PartConfig):
+    """Architecture of one mixture of attention experts; each expert has as many heads as there are key/value heads.
+
+    Attributes:
+        model_dim: width of the residual stream ``D``.
+        num_kv_heads, head_dim: key/value heads ``G`` and their width ``C``.
+        router: which experts a token takes.
+        rope: frequencies of the rotary positions; ``None`` for a layer without positions.
+    """
 
     model_dim: int
     num_kv_heads: int
     head_dim: int
     router: RouterConfig
+    rope: Rope | None = None
 
     @property
     def num_heads(self) -> int:
-        """Heads of a token: those of its routed slots, slot by slot."""
+        """Query heads of a token: the heads of its routed slots, slot by slot."""
         return self.num_kv_heads * self.router.num_selected
+
+    @property
+    def sizes(self) -> Sizes:
+        experts = self.router.num_experts
+        return Sizes(
+            num_experts=experts,
+            num_weighted=experts,
+            num_selected=self.router.num_selected,
+            num_router_outputs=experts,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+
+    @property
+    def rotary(self) -> Rotary | None:
+        return None if self.rope is None else Rotary(self.rope, self.head_dim)
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        return {
+            "router.weight": (None, "model"),
+            "router.bias": (None,),
+            "query": ("expert", "kv_heads", "model"),
+            "output": ("expert", "model", "kv_heads"),
+            # rows of keys stand before rows of values, so no contiguous part holds whole heads
+            "key_value.weight": (None, "model"),
+            "bias": (None,),
+        }
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        return {"router.weight": "router", "router.bias": "router", "query": "expert", "output": "expert"}
+
+    def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> "MixtureAttention":
+        return MixtureAttention.init(key, self, dtype)
+
+    def init_cache(self, batch: int, positions: int, dtype: DTypeLike) -> KeyValue:
+        return KeyValue.empty((batch, positions, self.num_kv_heads, self.head_dim), dtype)
+
+    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+        of_attention = attention_activations(self.sizes, batch, tokens)
+        rows, slots, width = batch * tokens, self.router.num_selected, self.num_kv_heads * self.head_dim
+        buffers = buffer_rows(rows, slots, self.router.num_experts, itemsize, self.model_dim, width)
+        largest = (buffers + rows * slots) * (self.model_dim + width)
+        return of_attention._replace(largest=max(of_attention.largest, largest))
+
+    def on_mesh(self, mesh: Mesh | None) -> Self:
+        return replace(self, router=replace(self.router, mesh=mesh))
 
 
 @nnx.dataclass
@@ -61,11 +121,11 @@ class MixtureAttention(nnx.Module):
             c,
         )
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: KeyValue | None, reading: Reading
-    ) -> tuple[Float[Array, "B T D"], KeyValue, Routing]:
-        """Returns the output, the keys and values (the whole cache, if one is given), and the routing."""
-        c = self.config
+    def run(
+        self, x: Float[Array, "B T D"], call: Call, cache: KeyValue | None = None
+    ) -> tuple[Float[Array, "B T D"], KeyValue, Aux]:
+        """The output, the keys and values (the whole cache, if one is given), and the routing."""
+        c, reading = self.config, call.reading
         batch, tokens = x.shape[:2]
         slots, groups = c.router.num_selected, c.num_kv_heads
         routing, assignment = self.router(x, reading, "attention_")
@@ -74,9 +134,9 @@ class MixtureAttention(nnx.Module):
         k, v = (t.reshape(batch, tokens, groups, c.head_dim) for t in (k, v))
         # the attention product counts the heads of one key/value head together, here they lie one slot apart
         q = q.reshape(batch, tokens, slots, groups, c.head_dim).swapaxes(2, 3)
-        heads, stored = attend(q.reshape(batch, tokens, -1, c.head_dim), k, v, context, cache, reading)
+        heads, stored = attend(q.reshape(batch, tokens, -1, c.head_dim), k, v, call, cache)
         heads = heads.reshape(batch, tokens, groups, slots, c.head_dim).swapaxes(2, 3)
         heads = reading.gate("heads", heads.reshape(batch, tokens, -1, c.head_dim))
         outputs = expert_linear(heads.reshape(batch, tokens, slots, -1), self.output, assignment, reading)
         y = combine(outputs, routing.weights, routing.ids, reading, prefix="attention_")
-        return reading.add_bias(y, self.bias), stored, routing
+        return reading.add_bias(y, self.bias), stored, Aux(routing)

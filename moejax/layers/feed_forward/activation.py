@@ -69,7 +69,7 @@ class Activation:
         return reading.book("activation", lambda x: reading.rule.activation(self.slope, x), x[..., 0, :])
 
 
-Unit = GLU | Activation
+HiddenActivation = GLU | Activation
 """From an expert's first product ``[.., branches, F]`` to its hidden units ``[.., F]``."""
 
 

@@ -1,5 +1,6 @@
-"""Dense feed-forward layer: that of layers without experts, and a shared expert's."""
+"""Dense feed-forward layer, for layers without experts and for shared experts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,33 +10,59 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moejax.layers.feed_forward.activation import GLU, Unit
+from moejax.layers.feed_forward.activation import GLU, HiddenActivation
 from moejax.layers.linear import matmul, normal
+from moejax.layers.parts import Activations, Aux, Axes, Call, PartConfig, Sizes
 from moejax.rules import Reading
+
+UP_AXES: Axes = (None, "hidden", "model")
+DOWN_AXES: Axes = ("model", "hidden")
 
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(PartConfig):
     """Architecture of one dense feed-forward layer.
 
     Attributes:
-        bias: all products have biases.
+        model_dim: width of the residual stream ``D``.
+        hidden_dim: hidden units ``F``.
+        unit: from the first product to the hidden units.
+        bias: both products have biases.
     """
 
     model_dim: int
     hidden_dim: int
-    unit: Unit = GLU()
+    unit: HiddenActivation = GLU()
     bias: bool = False
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(dense_dim=self.hidden_dim)
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        return {"gate_up": UP_AXES, "down": DOWN_AXES, "gate_up_bias": (None, "hidden"), "down_bias": (None,)}
+
+    def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> "MLP":
+        return MLP.init(key, self, dtype)
+
+    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+        rows = batch * tokens
+        return Activations(
+            kept=4 * rows * self.hidden_dim,
+            largest=8 * rows * self.model_dim,
+            unrouted=rows * (self.model_dim + 2 * self.hidden_dim),
+        )
 
 
 @nnx.dataclass
 class MLP(nnx.Module):
-    """``output(unit(input x))``; the entries of ``input`` are the matrices of the unit's branches, the gate's first."""
+    """``down(unit(gate_up x))``; ``gate_up`` has a matrix for each branch ``M`` of the unit, the gate's first."""
 
-    input: Float[Array, "M F D"] = nnx.data()
-    output: Float[Array, "O F"] = nnx.data()
-    input_bias: Float[Array, "M F"] | None = nnx.data()
-    output_bias: Float[Array, " O"] | None = nnx.data()
+    gate_up: Float[Array, "M F D"] = nnx.data()
+    down: Float[Array, "O F"] = nnx.data()
+    gate_up_bias: Float[Array, "M F"] | None = nnx.data()
+    down_bias: Float[Array, " O"] | None = nnx.data()
     config: MLPConfig = nnx.static()
 
     @classmethod
@@ -53,5 +80,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T O"]:
         unit = self.config.unit
-        hidden = reading.linear(matmul, x, self.input, self.input_bias, unit.slope)
-        return reading.linear(matmul, unit(hidden, reading), self.output, self.output_bias)
+        hidden = reading.linear(matmul, x, self.gate_up, self.gate_up_bias, unit.slope)
+        return reading.linear(matmul, unit(hidden, reading), self.down, self.down_bias)
+
+    def run(self, x: Float[Array, "B T D"], call: Call, cache: None = None) -> tuple[Float[Array, "B T O"], None, Aux]:
+        """The layer as a part of a block: its output, no cache, and nothing to tell."""
+        return self(x, call.reading), None, Aux()

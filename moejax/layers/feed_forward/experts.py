@@ -1,30 +1,91 @@
-"""The experts of a mixture as stacked arrays: their products for the routed slots, and the weighted sum of these."""
+"""The experts of a mixture as stacked arrays: their products for the routed slots, and the weighted sum of these.
 
+Three things are passed in as functions here, each so that a step is written once:
+
+- :func:`moejax.ops.experts.expert_parallel` is given the body of a step and runs it on one device with all experts, or
+  on every device with its own; ``psum`` is the sum over these devices, or the identity.
+- ``rule.combine`` is given the sum over slots, so that a rule may put something else in front of it or behind it.
+- ``reading.book`` and ``reading.linear`` are given an operation, so that the ledger sees its inputs and outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moejax.layers.feed_forward.activation import Unit
-from moejax.ops.experts import Assignment, SumOverDevices, expert_parallel, grouped_matmul, permute, unpermute
+from moejax.errors import ConfigError
+from moejax.layers.feed_forward.activation import HiddenActivation
+from moejax.layers.feed_forward.dense import DOWN_AXES, MLP, UP_AXES
+from moejax.layers.linear import normal
+from moejax.layers.parts import Axes
+from moejax.ops.experts import Assignment, SumOverDevices, expert_parallel, grouped_matmul, hopper, permute, unpermute
+from moejax.ops.experts.matmul import capacities
+from moejax.ops.experts.places import rows_for
 from moejax.ops.mxfp4 import MXFP4
 from moejax.rules import Reading
 from moejax.rules.rule import Slope
 
+EXPERT_AXES: Mapping[str, Axes] = {
+    "experts.gate_up": ("expert", *UP_AXES),
+    "experts.down": ("expert", *DOWN_AXES),
+    # MXFP4: the blocks of a row stay together, since their number divides less often than the number of values
+    "experts.gate_up.blocks": ("expert", *UP_AXES, None),
+    "experts.gate_up.scales": ("expert", *UP_AXES),
+    "experts.down.blocks": ("expert", "model", None, None),
+    "experts.down.scales": ("expert", "model", None),
+    "experts.gate_up_bias": ("expert", None, "hidden"),
+    "experts.down_bias": ("expert", None),
+}
+"""Logical axes of the leaves, by their paths in the mixture."""
+
 
 @nnx.dataclass
 class Experts(nnx.Module):
-    """``output[e] unit(input[e] x)``; ``input`` has a matrix for each branch ``M`` of the unit, the gate's first."""
+    """``down[e] unit(gate_up[e] x)`` for expert ``e``.
 
-    input: Float[Array, "E M F D"] | MXFP4 = nnx.data()
-    output: Float[Array, "E O F"] | MXFP4 = nnx.data()
-    input_bias: Float[Array, "E M F"] | None = nnx.data()
-    output_bias: Float[Array, "E O"] | None = nnx.data()
-    unit: Unit = nnx.static()
+    Attributes:
+        gate_up: a matrix for each expert and each branch ``M`` of the unit, the gate's first.
+        down: from hidden units to the output.
+        unit: from the first product to the hidden units.
+    """
+
+    gate_up: Float[Array, "E M F D"] | MXFP4 = nnx.data()
+    down: Float[Array, "E O F"] | MXFP4 = nnx.data()
+    gate_up_bias: Float[Array, "E M F"] | None = nnx.data()
+    down_bias: Float[Array, "E O"] | None = nnx.data()
+    unit: HiddenActivation = nnx.static()
+
+    @classmethod
+    def init(
+        cls,
+        keys: tuple[PRNGKeyArray, PRNGKeyArray],
+        experts: int,
+        hidden: int,
+        dim: int,
+        unit: HiddenActivation,
+        *,
+        bias: bool,
+        packed: bool,
+        dtype: DTypeLike,
+    ) -> Self:
+        """Random matrices, one key for each stack, and zero biases."""
+        matrices = MXFP4.random if packed else lambda key, shape: normal(key, shape, dtype)
+        return cls(
+            matrices(keys[0], (experts, unit.branches, hidden, dim)),
+            matrices(keys[1], (experts, dim, hidden)),
+            jnp.zeros((experts, unit.branches, hidden), dtype) if bias else None,
+            jnp.zeros((experts, dim), dtype) if bias else None,
+            unit,
+        )
 
     def __call__(
         self, x: Float[Array, "B T One D"], assignment: Assignment, reading: Reading
     ) -> Float[Array, "B T K O"]:
-        """The output of the expert of every routed slot; zero for slots that go nowhere."""
+        """The output of the expert of every routed slot; zero for unassigned slots."""
         run = lambda experts, own, total, x, reading: total(experts._slots(x, own, reading))
         return expert_parallel(run, self, assignment, x, reading)
 
@@ -53,10 +114,10 @@ class Experts(nnx.Module):
 
     def _slots(self, x: Array, assignment: Assignment, reading: Reading) -> Float[Array, "B T K O"]:
         # packed matrices are multiplied with rows in another order: one copy for XLA
-        rows, in_rows = _rows(x, assignment, reading, copied=not isinstance(self.input, MXFP4))
-        branches = _linear(rows, self.input, self.input_bias, assignment, in_rows, self.unit.slope)
+        rows, in_rows = _rows(x, assignment, reading, copied=not isinstance(self.gate_up, MXFP4))
+        branches = _linear(rows, self.gate_up, self.gate_up_bias, assignment, in_rows, self.unit.slope)
         hidden = in_rows.tap("neurons", self.unit(branches, in_rows))
-        outputs = _linear(hidden, self.output, self.output_bias, assignment, in_rows)
+        outputs = _linear(hidden, self.down, self.down_bias, assignment, in_rows)
         return _by_token(unpermute(outputs, assignment), x)
 
 
@@ -66,7 +127,7 @@ def expert_linear(
     assignment: Assignment,
     reading: Reading,
 ) -> Float[Array, "B T K M"]:
-    """``weight[e] x`` for the expert ``e`` of every routed slot; zero for slots that go nowhere."""
+    """``weight[e] x`` for the expert ``e`` of every routed slot; zero for unassigned slots."""
 
     def run(weight: Array, own: Assignment, total: SumOverDevices, x: Array, reading: Reading) -> Array:
         rows, in_rows = _rows(x, own, reading)
@@ -128,3 +189,34 @@ def _rows(
 
 def _by_token(slots: Float[Array, "N K *M"], x: Float[Array, "B T KorOne D"]) -> Float[Array, "B T K *M"]:
     return slots.reshape(*x.shape[:2], *slots.shape[1:])
+
+
+def buffer_rows(rows: int, slots: int, experts: int, itemsize: int, *widths: int) -> int:
+    """Rows that the grouped products take beside one for each slot, for estimates of memory.
+
+    These are buffers of equal size for every expert, or what aligns each expert's rows where the Hopper kernel runs.
+    """
+    if hopper.suits(itemsize, *widths):
+        return rows_for(rows * slots, experts) - rows * slots
+    return experts * capacities(rows, slots, experts)[-1]
+
+
+def stack_experts(expert: MLP | Sequence[MLP], count: int, inputs: int, outputs: int) -> Experts:
+    """``count`` experts: copies of one dense layer, or one from each of several.
+
+    Raises:
+        ConfigError: they do not have the layer's widths, one shape, or the right number.
+    """
+    several = [expert] * count if isinstance(expert, MLP) else list(expert)
+    if len(several) != count:
+        raise ConfigError(f"{len(several)} experts are given for a layer of {count}.")
+    if not all(isinstance(e, MLP) for e in several):
+        raise ConfigError(f"an expert is a moejax.layers.MLP, not a {type(several[0]).__name__}.")
+    if len({e.config for e in several}) > 1:
+        raise ConfigError("the experts that are given differ in their architecture; one stack needs one.")
+    widths = several[0].gate_up.shape[-1], several[0].down.shape[0]
+    if widths != (inputs, outputs):
+        raise ConfigError(f"an expert from {widths[0]} to {widths[1]} is given for a layer from {inputs} to {outputs}.")
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    unit = several[0].config.unit
+    return Experts(stacked.gate_up, stacked.down, stacked.gate_up_bias, stacked.down_bias, unit)

@@ -1,67 +1,66 @@
-"""Mixture-of-Experts feed-forward layer: route, grouped expert products, gated weighted sum, shared expert."""
+"""The mixture of experts: route, multiply each token by its experts' matrices, add up, and add what is shared.
 
-from dataclasses import dataclass
+There is one mixture, for published families and for the layers that researchers register. A registered layer
+(:class:`~moejax.layers.MoeLayer`) is this module with other steps under LibMoE's names; its leaves have the same paths.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.errors import ConfigError
-from moejax.layers.feed_forward.activation import GLU, Unit
-from moejax.layers.feed_forward.dense import MLP, MLPConfig
-from moejax.layers.feed_forward.experts import Experts
+from moejax.layers.feed_forward.activation import GLU, HiddenActivation
+from moejax.layers.feed_forward.experts import EXPERT_AXES, Experts, buffer_rows
 from moejax.layers.feed_forward.router import Router, RouterConfig
-from moejax.layers.linear import Linear, matmul_f32_accum, normal
-from moejax.ops.mxfp4 import BLOCK, MXFP4
-from moejax.routing import Routing
-from moejax.rules import Reading
+from moejax.layers.feed_forward.shared import SHARED_AXES, SharedConfig, SharedExpert
+from moejax.layers.parts import Activations, Aux, Axes, Call, PartConfig, Sizes
+from moejax.ops.mxfp4 import BLOCK
+
+MIXTURE_AXES: Mapping[str, Axes] = {
+    # a router split like the experts would send scores around three times a layer to find the best of them
+    "router.weight": (None, "model"),
+    "router.bias": (None,),
+    "router.selection_bias": (None,),
+    **EXPERT_AXES,
+    "bias": (None,),
+    **SHARED_AXES,
+}
+"""Logical axes of a mixture's leaves."""
 
 
 @dataclass(frozen=True)
-class MoEConfig:
-    """Architecture of one MoE layer.
+class MixtureConfig(PartConfig):
+    """Architecture of one mixture of experts.
 
     Attributes:
+        model_dim: width of the residual stream ``D``.
+        expert_dim: hidden units of an expert ``F``.
+        router: which experts a token takes, and with which weights.
+        unit: from an expert's first product to its hidden units.
         expert_bias: both products of an expert have biases.
         output_bias: one bias is added after the sum over experts.
-        shared_dim: width of a shared expert with a sigmoid gate, that every token takes; none by default.
+        shared: what every token takes beside its experts; by default nothing.
         packed: the experts' matrices are held as MXFP4, for inference and explanation only.
 
     Raises:
-        ConfigError: packed, and a width is no multiple of the 32 values of a block.
+        ConfigError: ``packed``, and a width is no multiple of the 32 values of a block.
     """
 
     model_dim: int
     expert_dim: int
     router: RouterConfig
-    unit: Unit = GLU()
+    unit: HiddenActivation = GLU()
     expert_bias: bool = False
     output_bias: bool = False
-    shared_dim: int | None = None
+    shared: SharedConfig | None = None
     packed: bool = False
-
-    @property
-    def num_ids(self) -> int:
-        """Experts that a token may be routed to."""
-        return self.router.num_experts
-
-    @property
-    def num_routed(self) -> int:
-        """Experts with weights that a token may be routed to."""
-        return self.router.num_experts
-
-    @property
-    def num_slots(self) -> int:
-        """Routed slots of a token."""
-        return self.router.num_selected
-
-    @property
-    def num_shared(self) -> int:
-        """Shared experts under the gate ``shared``."""
-        return int(self.shared_dim is not None)
 
     def __post_init__(self) -> None:
         if self.packed and (self.model_dim % BLOCK or self.expert_dim % BLOCK):
@@ -69,63 +68,94 @@ class MoEConfig:
                 f"experts of {self.model_dim} x {self.expert_dim} cannot be MXFP4, whose blocks have {BLOCK} values."
             )
 
-
-@nnx.dataclass
-class SharedExpert(nnx.Module):
-    """An expert that every token takes, weighted by the sigmoid of a linear gate."""
-
-    mlp: MLP = nnx.data()
-    gate: Linear = nnx.data()
-
-    def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T D"]:
-        logit = reading.ledger_in("router", reading.linear(matmul_f32_accum, x, self.gate.weight))
-        output = reading.ledger_in("router", self.mlp(x, reading)[:, :, None])
-        mixed = reading.ledger_out("router", reading.rule.mix(jax.nn.sigmoid(logit).astype(x.dtype), output))
-        return reading.gate("shared", mixed)[:, :, 0]
-
-
-@nnx.dataclass
-class MoE(nnx.Module):
-    """Top-k mixture of experts; ``gate_up`` holds a matrix for each branch of the unit, the gate's first."""
-
-    router: Router = nnx.data()
-    gate_up: Float[Array, "E M F D"] | MXFP4 = nnx.data()
-    down: Float[Array, "E D F"] | MXFP4 = nnx.data()
-    gate_up_bias: Float[Array, "E M F"] | None = nnx.data()
-    down_bias: Float[Array, "E D"] | None = nnx.data()
-    bias: Float[Array, " D"] | None = nnx.data()
-    shared: SharedExpert | None = nnx.data()
-    config: MoEConfig = nnx.static()
-
-    @classmethod
-    def init(cls, key: PRNGKeyArray, config: MoEConfig, dtype: DTypeLike) -> Self:
-        """Random weights, zero biases."""
-        c, (k1, k2, k3, k4, k5) = config, jax.random.split(key, 5)
-        experts, hidden, dim = c.router.num_experts, c.expert_dim, c.model_dim
-        matrices = MXFP4.random if c.packed else lambda key, shape: normal(key, shape, dtype)
-        shared = None
-        if c.shared_dim is not None:
-            mlp = MLP.init(k4, MLPConfig(dim, c.shared_dim, c.unit), dtype)
-            shared = SharedExpert(mlp, Linear.init(k5, dim, 1, bias=False, dtype=dtype))
-        return cls(
-            Router.init(k1, c.router, dim, dtype),
-            matrices(k2, (experts, c.unit.branches, hidden, dim)),
-            matrices(k3, (experts, dim, hidden)),
-            jnp.zeros((experts, c.unit.branches, hidden), dtype) if c.expert_bias else None,
-            jnp.zeros((experts, dim), dtype) if c.expert_bias else None,
-            jnp.zeros(dim, dtype) if c.output_bias else None,
-            shared,
-            c,
+    @property
+    def sizes(self) -> Sizes:
+        experts = self.router.num_experts
+        return Sizes(
+            num_experts=experts,
+            num_weighted=experts,
+            num_selected=self.router.num_selected,
+            num_router_outputs=experts,
+            num_shared=int(self.shared is not None),
+            expert_dim=self.expert_dim,
+            shared_dim=0 if self.shared is None else self.shared.hidden_dim,
+            is_packed=self.packed,
         )
 
     @property
-    def experts(self) -> Experts:
-        """The routed experts."""
-        return Experts(self.gate_up, self.down, self.gate_up_bias, self.down_bias, self.config.unit)
+    def axes(self) -> Mapping[str, Axes]:
+        return MIXTURE_AXES
 
-    def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> tuple[Float[Array, "B T D"], Routing]:
-        """Returns the output and the routing of every token."""
+    def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> "Mixture":
+        return Mixture.init(key, self, dtype)
+
+    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+        return mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
+
+    def on_mesh(self, mesh: Mesh | None) -> Self:
+        return replace(self, router=replace(self.router, mesh=mesh))
+
+    def pack(self) -> Self:
+        return replace(self, packed=True)
+
+
+def mixture_activations(sizes: Sizes, model_dim: int, rows: int, itemsize: int) -> Activations:
+    """The estimate for a mixture of these sizes over ``rows`` tokens.
+
+    A slot's output and the four factors of its gated units are kept. The largest temporaries are the buffers around an
+    expert's first product, as large as they may become at run time.
+    """
+    s = sizes
+    buffers = buffer_rows(rows, s.num_selected, s.num_experts, itemsize, model_dim, s.expert_dim)
+    return Activations(
+        kept=rows * (s.num_selected * (model_dim + 4 * s.expert_dim) + 4 * s.shared_dim),
+        largest=(buffers + rows * s.num_selected) * (model_dim + 2 * s.expert_dim),
+        unrouted=rows * (model_dim + 2 * s.shared_dim) if s.shared_dim else 0,
+    )
+
+
+@nnx.dataclass
+class Mixture(nnx.Module):
+    """Top-k mixture of experts.
+
+    Attributes:
+        router: where tokens go.
+        experts: the stacked matrices of the routed experts.
+        bias: added after the sum over experts.
+        shared: what every token takes.
+    """
+
+    router: Router = nnx.data()
+    experts: Experts = nnx.data()
+    bias: Float[Array, " D"] | None = nnx.data()
+    shared: SharedExpert | None = nnx.data()
+
+    @classmethod
+    def init(cls, key: PRNGKeyArray, config: MixtureConfig, dtype: DTypeLike) -> Self:
+        """Random weights, zero biases."""
+        c, (k1, k2, k3, k4, k5) = config, jax.random.split(key, 5)
+        sizes = c.router.num_experts, c.expert_dim, c.model_dim
+        return cls(
+            Router.init(k1, c.router, c.model_dim, dtype),
+            Experts.init((k2, k3), *sizes, c.unit, bias=c.expert_bias, packed=c.packed, dtype=dtype),
+            jnp.zeros(c.model_dim, dtype) if c.output_bias else None,
+            None if c.shared is None else SharedExpert.init((k4, k5), c.shared, c.model_dim, dtype),
+        )
+
+    def run(self, x: Float[Array, "B T D"], call: Call, cache: None = None) -> tuple[Float[Array, "B T D"], None, Aux]:
+        """The output, no cache, and the routing of every token; losses are left to the trainer."""
+        reading = call.reading
         routing, assignment = self.router(x, reading)
         y = self.experts.mixed(x[:, :, None], assignment, routing.weights, routing.ids, reading)
         y = reading.add_bias(y, self.bias)
-        return (y if self.shared is None else reading.rule.add(y, self.shared(x, reading))), routing
+        y = y if self.shared is None else reading.rule.add(y, self.shared(x, reading))
+        return y, None, Aux(routing)
+
+    def after_step(self, load: Float[Array, " S"], info: Mapping[str, Array]) -> Self:
+        """The mixture after an optimiser step; what is balanced or scheduled outside of the gradient changes here.
+
+        Args:
+            load: each expert's share of the routed slots, which sum to one; a mean over the step's micro-batches.
+            info: what the mixture told in :attr:`Aux.info`, means likewise.
+        """
+        return self

@@ -1,26 +1,29 @@
-"""MoE layers by name: what a configuration's ``moe`` field and ``--moe-name`` may say."""
+"""Mixtures by name: what a configuration's ``moe`` field and ``--moe-name`` may say."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from moejax.errors import ConfigError
+from moejax.layers.feed_forward.mixture import MIXTURE_AXES, mixture_activations
+from moejax.layers.parts import Activations, Axes, PartConfig, Sizes, cast
+from moejax.registry import Registry
 
 if TYPE_CHECKING:
     from moejax.layers.feed_forward.dense import MLP
     from moejax.layers.feed_forward.moe_layer import MoeArgs, MoeLayer
 
 Layer = TypeVar("Layer", bound="type[MoeLayer]")
-_LAYERS: dict[str, type[MoeLayer]] = {}
+LAYERS: Registry[type[MoeLayer]] = Registry("MoE layer", "moejax.layers.feed_forward.variants", ConfigError)
+"""Registered layers by name."""
 
 
 def register_moe(*names: str) -> Callable[[Layer], Layer]:
@@ -31,18 +34,7 @@ def register_moe(*names: str) -> Callable[[Layer], Layer]:
     Raises:
         ConfigError: another class has the name, or there is no name at all.
     """
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError('name the layer: @register_moe("my_moe").')
-
-    def register(layer: Layer) -> Layer:
-        for name in names:
-            other = _LAYERS.get(name)
-            if other is not None and _origin(other) != _origin(layer):
-                raise ConfigError(f"an MoE layer {name!r} is registered already: {'.'.join(_origin(other))}.")
-        _LAYERS.update(dict.fromkeys(names, layer))
-        return layer
-
-    return register
+    return LAYERS.register(*names)
 
 
 def get_moe(name: str) -> type[MoeLayer]:
@@ -51,31 +43,20 @@ def get_moe(name: str) -> type[MoeLayer]:
     Raises:
         ConfigError: there is none; the message lists what exists.
     """
-    known = registered()
-    if name not in known:
-        raise ConfigError(f"no MoE layer {name!r} is registered; registered are: {', '.join(known)}.")
-    return known[name]
+    return LAYERS.find(name)
 
 
 def registered() -> dict[str, type[MoeLayer]]:
-    """All registered layers by name, those of ``layers/variants`` among them."""
-    from moejax.layers.feed_forward import variants
-
-    for module in pkgutil.iter_modules(variants.__path__):
-        importlib.import_module(f"{variants.__name__}.{module.name}")
-    return dict(sorted(_LAYERS.items()))
-
-
-def _origin(layer: type) -> tuple[str, str]:
-    return layer.__module__, layer.__qualname__
+    """All registered layers, in the order of their names."""
+    return dict(sorted(LAYERS.items()))
 
 
 @dataclass(frozen=True)
-class RegisteredConfig:
+class RegisteredConfig(PartConfig):
     """A registered layer as the feed-forward part of a decoder's block.
 
     Attributes:
-        name: what it is registered under.
+        name: the name it is registered under.
         args: settings as :class:`MoeArgs` takes them; by default the class's own.
         mesh: devices over which the weights lie, if there are several; over its axis ``expert`` experts are split.
 
@@ -94,66 +75,43 @@ class RegisteredConfig:
         object.__setattr__(self, "args", get_moe(self.name).Args.of(self.args))
         self.abstract  # noqa: B018 - settings that do not fit raise here
 
-    def init(self, key: PRNGKeyArray | None, expert: MLP | Sequence[MLP] | None = None) -> MoeLayer:
-        """The layer with random weights in float32; ``expert`` as :class:`MoeLayer` takes it."""
+    def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> MoeLayer:
+        return cast(self.build(key), dtype)
+
+    def build(self, key: PRNGKeyArray | None, expert: MLP | Sequence[MLP] | None = None) -> MoeLayer:
+        """The layer with random weights in float32.
+
+        Args:
+            expert: initial experts, as :class:`MoeLayer` takes them.
+        """
         args: MoeArgs = replace(self.args, key=key)
         layer = get_moe(self.name)(
             self.model_dim, self.model_dim, self.num_experts, self.num_selected, expert, args=args
         )
-        layer.mesh = self.mesh
-        return layer
-
-    @property
-    def num_ids(self) -> int:
-        """Experts that a token may be routed to."""
-        return self.abstract.num_ids
-
-    @property
-    def num_null(self) -> int:
-        """Of these how many, the last, are null routes."""
-        return self.abstract.num_null
-
-    @property
-    def couples_sequences(self) -> bool:
-        """Whether what a sequence yields depends on the others of its batch."""
-        return self.abstract.couples_sequences
-
-    @property
-    def num_routed(self) -> int:
-        """Experts with weights that a token may be routed to."""
-        return self.abstract.num_routed
-
-    @property
-    def num_slots(self) -> int:
-        """Slots of a token."""
-        return self.abstract.num_slots
-
-    @property
-    def num_shared(self) -> int:
-        """Shared experts under the gate ``shared``."""
-        return self.abstract.num_shared
-
-    @property
-    def shared_dim(self) -> int:
-        """Hidden units of the shared experts."""
-        return self.abstract.shared_dim
-
-    @property
-    def expert_dim(self) -> int:
-        """Hidden units of an expert."""
-        return self.abstract.experts.output.shape[-1]
-
-    @property
-    def packed(self) -> bool:
-        """Never held as MXFP4."""
-        return False
+        return layer if self.mesh is None else layer.on_mesh(self.mesh)
 
     @property
     def abstract(self) -> MoeLayer:
-        """The layer with shapes for arrays."""
+        """The layer with shapes in place of arrays."""
         return _abstract(self)
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.abstract.sizes
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        """Experts are split as everywhere; whatever else a registered layer has lies on every device."""
+        experts = {path: axes for path, axes in MIXTURE_AXES.items() if path.startswith("experts.")}
+        return experts | {"router.weight": (None, None), "router.selection_bias": (None,)}
+
+    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+        return mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
+
+    def on_mesh(self, mesh: Mesh | None) -> Self:
+        return replace(self, mesh=mesh)
 
 
 @cache
 def _abstract(config: RegisteredConfig) -> MoeLayer:
-    return jax.eval_shape(lambda: config.init(None))
+    return jax.eval_shape(lambda: config.build(None))

@@ -33,16 +33,24 @@ GROUPED_QUERY: KeyTable = {
 """Attention with four projections and norms of queries and keys."""
 
 DENSE: KeyTable = {
-    "layers.{layer}.feed_forward.input": [stacked(MLP + "gate_proj.weight", MLP + "up_proj.weight")],
-    "layers.{layer}.feed_forward.output": [whole(MLP + "down_proj.weight")],
-    "layers.{layer}.feed_forward.input_bias": [stacked(MLP + "gate_proj.bias", MLP + "up_proj.bias")],
-    "layers.{layer}.feed_forward.output_bias": [whole(MLP + "down_proj.bias")],
+    "layers.{layer}.feed_forward.gate_up": [stacked(MLP + "gate_proj.weight", MLP + "up_proj.weight")],
+    "layers.{layer}.feed_forward.down": [whole(MLP + "down_proj.weight")],
+    "layers.{layer}.feed_forward.gate_up_bias": [stacked(MLP + "gate_proj.bias", MLP + "up_proj.bias")],
+    "layers.{layer}.feed_forward.down_bias": [whole(MLP + "down_proj.bias")],
 }
 """Layers without experts."""
 
 
-def grouped_query(fields: Fields, eps: float, *, kv_heads: int | None = None, **differences: Any) -> AttentionConfig:
-    """Attention with the sizes under their usual names; by default as many key heads as query heads."""
+def grouped_query(
+    fields: Fields, eps: float, *, kv_heads: int | None = None, theta: float = 10000.0, **differences: Any
+) -> AttentionConfig:
+    """Attention with the sizes under their usual names; by default as many key heads as query heads.
+
+    Args:
+        kv_heads: default of ``num_key_value_heads``.
+        theta: default base of the rotary frequencies.
+        differences: other fields of :class:`AttentionConfig`.
+    """
     dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     return AttentionConfig(
         model_dim=dim,
@@ -50,6 +58,7 @@ def grouped_query(fields: Fields, eps: float, *, kv_heads: int | None = None, **
         num_kv_heads=fields.size("num_key_value_heads", kv_heads or heads),
         head_dim=fields.head_dim(dim, heads),
         norm_eps=eps,
+        rope=fields.rope(theta),
         **differences,
     )
 
@@ -67,13 +76,13 @@ def experts(block: str = "mlp.", gate: str = "gate_proj", up: str = "up_proj", d
     """A mixture whose experts are published one by one, or fused as transformers 5 holds them."""
     one, fused = LAYER + block + "experts.{expert}.", LAYER + "mlp.experts."
     return {
-        "layers.{layer}.feed_forward.router.linear.weight": [
+        "layers.{layer}.feed_forward.router.weight": [
             whole(LAYER + "mlp.gate.weight"),
             whole(LAYER + block + "gate.weight"),
         ],
-        "layers.{layer}.feed_forward.gate_up": [
+        "layers.{layer}.feed_forward.experts.gate_up": [
             merged_halves(fused + "gate_up_proj"),
             per_expert(f"{one}{gate}.weight", f"{one}{up}.weight"),
         ],
-        "layers.{layer}.feed_forward.down": [whole(fused + "down_proj"), per_expert(f"{one}{down}.weight")],
+        "layers.{layer}.feed_forward.experts.down": [whole(fused + "down_proj"), per_expert(f"{one}{down}.weight")],
     }

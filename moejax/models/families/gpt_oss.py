@@ -4,13 +4,36 @@ Layers alternate between a window and all tokens; every head has a learned sink;
 gate is limited, steeper than SiLU, and multiplies the linear branch plus one; weights are softmax over the selected.
 """
 
-from moejax.layers import GLU, AttentionConfig, BlockConfig, MoEConfig, RouterConfig
+from moejax.layers import GLU, AttentionConfig, BlockConfig, MixtureConfig, RouterConfig
 from moejax.models.config import Config
 from moejax.models.families._shared import ATTENTION, GROUPED_QUERY, MLP, OUTER, grouped_query
+from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, interleaved, interleaved_rows, transposed, whole
 
+_EXPERTS = MLP + "experts."
+_MOE = "layers.{layer}.feed_forward."
 
+KEYS: KeyTable = {
+    **OUTER,
+    **GROUPED_QUERY,
+    "layers.{layer}.attention.sinks": [whole(ATTENTION + "sinks")],
+    _MOE + "router.weight": [whole(MLP + "router.weight")],
+    _MOE + "router.bias": [whole(MLP + "router.bias")],
+    _MOE + "experts.gate_up": [interleaved(_EXPERTS + "gate_up_proj")],
+    _MOE + "experts.gate_up_bias": [interleaved_rows(_EXPERTS + "gate_up_proj_bias")],
+    _MOE + "experts.down": [transposed(_EXPERTS + "down_proj")],
+    _MOE + "experts.down_bias": [whole(_EXPERTS + "down_proj_bias")],
+    # as MXFP4
+    **{
+        _MOE + f"experts.gate_up.{part}": [interleaved_rows(f"{_EXPERTS}gate_up_proj_{part}")]
+        for part in ("blocks", "scales")
+    },
+    **{_MOE + f"experts.down.{part}": [whole(f"{_EXPERTS}down_proj_{part}")] for part in ("blocks", "scales")},
+}
+
+
+@register_family("gpt_oss", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``GptOssConfig``."""
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
@@ -24,7 +47,7 @@ def config(fields: Fields) -> Config:
 
     def attention(kind: str) -> AttentionConfig:
         seen = window if kind == "sliding_attention" else None
-        return grouped_query(fields, eps, bias=bias, output_bias=bias, window=seen, sinks=True)
+        return grouped_query(fields, eps, theta=150000.0, bias=bias, output_bias=bias, window=seen, sinks=True)
 
     router = RouterConfig(
         num_experts=fields.size("num_local_experts"),
@@ -34,30 +57,10 @@ def config(fields: Fields) -> Config:
         bias=True,
     )
     glu = GLU("silu", float(fields("swiglu_alpha", 1.702)), float(fields("swiglu_limit", 7.0)), offset=1.0)
-    moe = MoEConfig(dim, fields.size("intermediate_size"), router, glu, expert_bias=True)
+    moe = MixtureConfig(dim, fields.size("intermediate_size"), router, glu, expert_bias=True)
     return Config(
         model_type="gpt_oss",
         blocks=tuple(BlockConfig(attention(kind), moe, eps) for kind in kinds),
-        rope=fields.rope(default_theta=150000.0),
         norm_eps=eps,
         **fields.common(max_positions=131072),
     )
-
-
-_EXPERTS = MLP + "experts."
-_MOE = "layers.{layer}.feed_forward."
-
-KEYS: KeyTable = {
-    **OUTER,
-    **GROUPED_QUERY,
-    "layers.{layer}.attention.sinks": [whole(ATTENTION + "sinks")],
-    _MOE + "router.linear.weight": [whole(MLP + "router.weight")],
-    _MOE + "router.linear.bias": [whole(MLP + "router.bias")],
-    _MOE + "gate_up": [interleaved(_EXPERTS + "gate_up_proj")],
-    _MOE + "gate_up_bias": [interleaved_rows(_EXPERTS + "gate_up_proj_bias")],
-    _MOE + "down": [transposed(_EXPERTS + "down_proj")],
-    _MOE + "down_bias": [whole(_EXPERTS + "down_proj_bias")],
-    # as MXFP4
-    **{_MOE + f"gate_up.{part}": [interleaved_rows(f"{_EXPERTS}gate_up_proj_{part}")] for part in ("blocks", "scales")},
-    **{_MOE + f"down.{part}": [whole(f"{_EXPERTS}down_proj_{part}")] for part in ("blocks", "scales")},
-}

@@ -7,10 +7,14 @@ rotary scaling of Llama 3.1 is refused.
 from moejax.layers import GLU, BlockConfig, MLPConfig
 from moejax.models.config import Config
 from moejax.models.families._shared import DENSE, GROUPED_QUERY, OUTER, grouped_query
+from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
 
+KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}
 
+
+@register_family("llama", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``LlamaConfig``."""
     eps, bias = fields("rms_norm_eps", 1e-6), fields("attention_bias", False)
@@ -26,10 +30,6 @@ def config(fields: Fields) -> Config:
     return Config(
         model_type="llama",
         blocks=(BlockConfig(attention, dense, eps),) * fields.size("num_hidden_layers"),
-        rope=fields.rope(),
         norm_eps=eps,
         **fields.common(max_positions=2048),
     )
-
-
-KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}

@@ -11,9 +11,11 @@ The fields have the names of Hugging Face configs. Beside those of Llama:
     qk_norm                 "full" or "head": queries and keys are normalised
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moejax.errors import ConfigError
 from moejax.layers import (
     GLU,
     Activation,
@@ -26,10 +28,59 @@ from moejax.layers import (
 )
 from moejax.models.config import Config
 from moejax.models.families._shared import grouped_query
+from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, Source, whole
 
 
+class _OwnPaths(Mapping[str, Sequence[Source]]):
+    """Every leaf under its own path; the paths are those of whatever layer is registered."""
+
+    def __getitem__(self, path: str) -> Sequence[Source]:
+        return [whole(path)]
+
+    def __contains__(self, path: Any) -> bool:
+        return not path.endswith((".blocks", ".scales"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+KEYS: KeyTable = _OwnPaths()
+
+
+def write_config(config: Config) -> dict[str, Any]:
+    """The fields above for this architecture; raises ``AttributeError`` where a part lacks what it needs."""
+    mixtures: dict[int, Any] = {
+        i: b.feed_forward for i, b in enumerate(config.blocks) if b.half("feed_forward").sizes.num_experts
+    }
+    moe, attention = next(iter(mixtures.values()), None), config.blocks[0].attention
+    if moe is None:
+        raise ConfigError("no layer is a mixture; a dense model has a family of its own.")
+    defaults = type(moe.args)()
+    settings = {f.name: getattr(moe.args, f.name) for f in dataclasses.fields(moe.args) if f.name != "key"}
+    always = {"expert_dim", "activation", "gated", "expert_bias"}
+    out: dict[str, Any] = {
+        "model_type": "moejax",
+        "moe": moe.name,
+        "moe_args": {k: v for k, v in settings.items() if k in always or v != getattr(defaults, k)},
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_selected,
+        "hidden_act": settings["activation"],
+        "gated": settings["gated"],
+        "intermediate_size": settings["expert_dim"],
+        "attention_bias": getattr(attention, "bias"),  # noqa: B009 - only grouped-query attention has it
+        "qk_norm": getattr(attention, "qk_norm"),  # noqa: B009
+    }
+    if len(mixtures) < config.num_layers:
+        out |= {"moe_layers": list(mixtures), "dense_intermediate_size": config.dense_dim}
+    return out
+
+
+@register_family("moejax", KEYS, write_config=write_config)
 def config(fields: Fields) -> Config:
     """Map the fields above."""
     layers, eps = fields.size("num_hidden_layers"), fields("rms_norm_eps", 1e-5)
@@ -40,7 +91,6 @@ def config(fields: Fields) -> Config:
         blocks=tuple(
             BlockConfig(attention, mixture if mixture and layer in chosen else dense, eps) for layer in range(layers)
         ),
-        rope=fields.rope(),
         norm_eps=eps,
         **fields.common(max_positions=2048),
     )
@@ -52,7 +102,7 @@ def _attention(fields: Fields, eps: float) -> AttentionConfig | MixtureAttention
     if not experts:
         return plain
     router = RouterConfig(experts, fields.size("num_attention_experts_per_tok"), weigh="renormalised")
-    return MixtureAttentionConfig(plain.model_dim, plain.num_kv_heads, plain.head_dim, router)
+    return MixtureAttentionConfig(plain.model_dim, plain.num_kv_heads, plain.head_dim, router, plain.rope)
 
 
 def _dense(fields: Fields) -> MLPConfig:
@@ -73,22 +123,3 @@ def _mixture(fields: Fields) -> RegisteredConfig | None:
         "expert_bias": False,
     }
     return RegisteredConfig(name, fields.size("hidden_size"), experts or 8, selected or 2, usual | args)
-
-
-class _OwnPaths(Mapping[str, Sequence[Source]]):
-    """Every leaf under its own path; the paths are those of whatever layer is registered."""
-
-    def __getitem__(self, path: str) -> Sequence[Source]:
-        return [whole(path)]
-
-    def __contains__(self, path: Any) -> bool:
-        return not path.endswith((".blocks", ".scales"))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-
-KEYS: KeyTable = _OwnPaths()

@@ -4,13 +4,17 @@ Queries and keys are normalised over their full width before the head split and,
 routing weights are softmax over all experts, renormalised only if ``norm_topk_prob``.
 """
 
-from moejax.layers import GLU, BlockConfig, MoEConfig
+from moejax.layers import GLU, BlockConfig, MixtureConfig
 from moejax.models.config import Config
 from moejax.models.families._shared import GROUPED_QUERY, OUTER, experts, grouped_query, softmax_router
+from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
 
+KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **experts()}
 
+
+@register_family("olmoe", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``OlmoeConfig``."""
     dim = fields.size("hidden_size")
@@ -20,14 +24,10 @@ def config(fields: Fields) -> Config:
         fields, eps, qk_norm="full", clip=None if clip is None else float(clip), bias=bias, output_bias=bias
     )
     router = softmax_router(fields, experts=64, selected=8)
-    moe = MoEConfig(dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", "silu")))
+    moe = MixtureConfig(dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", "silu")))
     return Config(
         model_type="olmoe",
         blocks=(BlockConfig(attention, moe, eps),) * fields.size("num_hidden_layers"),
-        rope=fields.rope(),
         norm_eps=eps,
         **fields.common(max_positions=4096),
     )
-
-
-KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **experts()}

@@ -3,13 +3,27 @@
 Queries, keys and values have biases; a shared expert with a sigmoid gate stands beside the routed ones.
 """
 
-from moejax.layers import GLU, BlockConfig, MLPConfig, MoEConfig
+from moejax.layers import GLU, BlockConfig, MixtureConfig, MLPConfig, SharedConfig
 from moejax.models.config import Config
 from moejax.models.families._shared import DENSE, GROUPED_QUERY, MLP, OUTER, experts, grouped_query, softmax_router
+from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, stacked, whole
 
+_SHARED = "layers.{layer}.feed_forward.shared."
 
+KEYS: KeyTable = {
+    **OUTER,
+    **GROUPED_QUERY,
+    **DENSE,
+    **experts(),
+    _SHARED + "mlp.gate_up": [stacked(MLP + "shared_expert.gate_proj.weight", MLP + "shared_expert.up_proj.weight")],
+    _SHARED + "mlp.down": [whole(MLP + "shared_expert.down_proj.weight")],
+    _SHARED + "router.weight": [whole(MLP + "shared_expert_gate.weight")],
+}
+
+
+@register_family("qwen2_moe", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Qwen2MoeConfig``."""
     fields.no_window()
@@ -19,7 +33,9 @@ def config(fields: Fields) -> Config:
     router = softmax_router(fields, experts=60, selected=4)
     glu = GLU(fields("hidden_act", "silu"))
     shared = fields.size("shared_expert_intermediate_size", 5632)
-    moe = MoEConfig(dim, fields.size("moe_intermediate_size"), router, glu, shared_dim=shared)
+    moe = MixtureConfig(
+        dim, fields.size("moe_intermediate_size"), router, glu, shared=SharedConfig(shared, glu, routed=True)
+    )
     dense = MLPConfig(dim, fields.size("intermediate_size"), glu)
     return Config(
         model_type="qwen2_moe",
@@ -27,20 +43,6 @@ def config(fields: Fields) -> Config:
             BlockConfig(attention, moe if fields.has_experts(layer) else dense, eps)
             for layer in range(fields.size("num_hidden_layers"))
         ),
-        rope=fields.rope(),
         norm_eps=eps,
         **fields.common(max_positions=32768),
     )
-
-
-_SHARED = "layers.{layer}.feed_forward.shared."
-
-KEYS: KeyTable = {
-    **OUTER,
-    **GROUPED_QUERY,
-    **DENSE,
-    **experts(),
-    _SHARED + "mlp.input": [stacked(MLP + "shared_expert.gate_proj.weight", MLP + "shared_expert.up_proj.weight")],
-    _SHARED + "mlp.output": [whole(MLP + "shared_expert.down_proj.weight")],
-    _SHARED + "gate.weight": [whole(MLP + "shared_expert_gate.weight")],
-}

@@ -4,13 +4,17 @@ Queries and keys are normalised head by head before rotation; some layers may be
 ``norm_topk_prob``, although its default is off.
 """
 
-from moejax.layers import GLU, BlockConfig, MLPConfig, MoEConfig
+from moejax.layers import GLU, BlockConfig, MixtureConfig, MLPConfig
 from moejax.models.config import Config
 from moejax.models.families._shared import DENSE, GROUPED_QUERY, OUTER, experts, grouped_query, softmax_router
+from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
 
+KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts()}
 
+
+@register_family("qwen3_moe", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Qwen3MoeConfig``."""
     fields.no_window()
@@ -19,7 +23,7 @@ def config(fields: Fields) -> Config:
     attention = grouped_query(fields, eps, kv_heads=4, qk_norm="head", bias=bias, output_bias=bias)
     router = softmax_router(fields, experts=128, selected=8)
     glu = GLU(fields("hidden_act", "silu"))
-    moe = MoEConfig(dim, fields.size("moe_intermediate_size"), router, glu)
+    moe = MixtureConfig(dim, fields.size("moe_intermediate_size"), router, glu)
     dense = MLPConfig(dim, fields.size("intermediate_size"), glu)
     return Config(
         model_type="qwen3_moe",
@@ -27,10 +31,6 @@ def config(fields: Fields) -> Config:
             BlockConfig(attention, moe if fields.has_experts(layer) else dense, eps)
             for layer in range(fields.size("num_hidden_layers"))
         ),
-        rope=fields.rope(),
         norm_eps=eps,
         **fields.common(max_positions=32768),
     )
-
-
-KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts()}

@@ -41,7 +41,7 @@ def forward(weights: Decoder | FlatDecoder, tokens: Int[Array, "B T"]) -> tuple[
     """Logits of the last position, and the experts that each layer's slots were routed to."""
     decoder = unflatten(weights)
     hidden = decoder.hidden(tokens)
-    ids = [r.feed_forward.ids for r in hidden.routing if r.feed_forward is not None]
+    ids = [routing.ids for routing in hidden.routing() if routing is not None]
     return decoder.logits(hidden.stream[:, -1:]), ids
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from moejax.checkpoints.plan import leaf_paths
 from moejax.models import Config, Decoder
-from moejax.models.sharding import by_expert
 from moejax.study.bench.cases import Case
 
 _PATIENCE = 10.0
@@ -81,7 +80,7 @@ def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> flo
         if path == "embedding" and decoder.head is not None:
             continue
         part = path.split(".")[2] if path.startswith("layers") else ""
-        used = share.get(part, 1.0) if by_expert(path) else 1.0
+        used = share.get(part, 1.0) if config.role(path) == "expert" else 1.0
         total, active = total + leaf.nbytes, active + used * leaf.nbytes
         values = leaf.size * 2 if path.endswith("blocks") else 0 if path.endswith("scales") else leaf.size
         # the head multiplies one position only
@@ -100,8 +99,8 @@ def _attention(config: Config, tokens: int) -> float:
     """Operations of the two products of all layers' attention, forward."""
     total = 0.0
     for block in config.blocks:
-        a = block.attention
-        window = getattr(a, "window", None) or tokens
+        a = block.half("attention").sizes
+        window = a.window or tokens
         seen = sum(min(t, window) for t in range(1, tokens + 1))
         total += 4.0 * seen * a.num_heads * a.head_dim
     return total

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.layers.feed_forward.moe_layer import MoeArgs, MoeLayer
+from moejax.layers.feed_forward.moe_args import MoeArgs
+from moejax.layers.feed_forward.moe_layer import MoeLayer, RouteCounts
 from moejax.layers.feed_forward.registry import register_moe
 from moejax.routing.core import keep_sum
 from moejax.routing.selection import expert_choice
@@ -32,8 +33,8 @@ class ExpertChoiceMoE(MoeLayer):
     Args = ExpertChoiceArgs
 
     @property
-    def num_slots(self) -> int:
-        return self.num_of_experts
+    def counts(self) -> RouteCounts:
+        return super().counts._replace(slots=self.num_of_experts)
 
     @property
     def couples_sequences(self) -> bool:

@@ -1,14 +1,16 @@
 """MoE++: experts that compute nothing, next to nothing, or a mixture with a constant (Jin et al., arXiv 2410.07348)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import ConfigError
-from moejax.layers.feed_forward.moe_layer import MoeArgs, MoeLayer
+from moejax.layers.feed_forward.moe_args import MoeArgs
+from moejax.layers.feed_forward.moe_layer import MoeLayer, RouteCounts, as_routing
 from moejax.layers.feed_forward.registry import register_moe
+from moejax.layers.feed_forward.router import RouterConfig
 from moejax.layers.linear import matmul_f32_accum
 
 
@@ -49,7 +51,7 @@ class PlusPlusMoE(MoeLayer):
         self.constants = 0.002 * jax.random.normal(args.draw("constants"), (constant, output))
         self.constant_gates = self._initial(args.draw("constant_gates"), (constant, 2, width), args.std_gate)
         carries = args.gating_residual and not args.compat
-        self.gate_residual = jnp.zeros((self.num_routes, self.num_routes)) if carries else None
+        self.gate_residual = jnp.zeros((self.counts.router_outputs, self.counts.router_outputs)) if carries else None
 
     @property
     def _kinds(self) -> tuple[int, int, int]:
@@ -59,8 +61,12 @@ class PlusPlusMoE(MoeLayer):
         return a.num_zero, a.num_copy, a.num_constant
 
     @property
-    def num_ids(self) -> int:
-        return self.num_of_experts + sum(self._kinds)
+    def counts(self) -> RouteCounts:
+        ids = self.num_of_experts + sum(self._kinds)
+        return super().counts._replace(ids=ids, router_outputs=ids)
+
+    def router_config(self) -> RouterConfig:
+        return replace(super().router_config(), weigh="renormalised" if self.args.compat else "raw")
 
     def gate(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
         logits = super().gate(x)
@@ -68,10 +74,10 @@ class PlusPlusMoE(MoeLayer):
             return logits
         if self.previous is not None:
             logits = logits + matmul_f32_accum(self.previous, self.gate_residual)
-        self.note("carried", logits)
+        self.record("carry", logits)
         return logits
 
-    def special(self, x: Float[Array, "B T D"]) -> list[Float[Array, "B T O"] | None]:
+    def zero_computation_experts(self, x: Float[Array, "B T D"]) -> list[Float[Array, "B T O"] | None]:
         zero, copy, constant = self._kinds
         return [None] * zero + [x] * copy + [self._constant(x, i) for i in range(constant)]
 
@@ -84,17 +90,12 @@ class PlusPlusMoE(MoeLayer):
         mixed = reading.rule.mix(jax.nn.softmax(logits, axis=-1).astype(x.dtype), terms)
         return reading.rule.combine(reading.ledger_out("router", mixed))
 
-    def topk_expert(
-        self, gate_logits: Float[Array, "B T R"]
-    ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"], Float[Array, "B T R"]]:
-        return self.select(gate_logits, "softmax", "renormalised" if self.args.compat else "raw")
-
     def balanceloss(
         self, selected_experts: Int[Array, "B T K"], gate_softmax: Float[Array, "B T R"]
     ) -> Float[Array, ""]:
         """Balance with a weight for each kind of expert (equation 9)."""
-        routes = jnp.arange(self.num_routes)
+        routes = jnp.arange(self.counts.router_outputs)
         factors = jnp.where(routes < self.num_of_experts, 1.0, self.args.tau)
         if self.args.compat:
             factors = jnp.where(routes == 4, 1.3, 1.0)
-        return self.balance(self.routing(selected_experts, gate_softmax, gate_softmax), factors=factors)
+        return self.balance(as_routing(selected_experts, gate_softmax, gate_softmax), factors=factors)

@@ -1,5 +1,6 @@
 """ReMoE: ReLU routing, differentiable everywhere, with a controlled sparsity (Wang et al., arXiv 2412.14711)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.layers.feed_forward.moe_layer import Info, MoeArgs, MoeLayer
+from moejax.layers.feed_forward.moe_args import MoeArgs
+from moejax.layers.feed_forward.moe_layer import MoeLayer, RouteCounts
 from moejax.layers.feed_forward.registry import register_moe
 from moejax.routing.core import keep_sum
 from moejax.routing.losses import mean_over
@@ -37,8 +39,8 @@ class ReLUMoE(MoeLayer):
         self.log_l1 = jnp.log(self.args.l1_initial)
 
     @property
-    def num_slots(self) -> int:
-        return self.num_of_experts
+    def counts(self) -> RouteCounts:
+        return super().counts._replace(slots=self.num_of_experts)
 
     def topk_expert(
         self, gate_logits: Float[Array, "B T R"]
@@ -59,7 +61,7 @@ class ReLUMoE(MoeLayer):
         """Mean over tokens of ``sum_e f_e ReLU(z_e)``, ``f_e`` the expert's load over its fair share (equation 11)."""
         active = (gate_softmax > 0).astype(gate_softmax.dtype)
         load = mean_over(active, self.mask, (0, 1))
-        self.note("active_experts", load.sum())
+        self.record("active_experts", load.sum())
         share = load * (self.num_of_experts / self.num_selected)
         return (jax.lax.stop_gradient(share) * mean_over(gate_softmax, self.mask, (0, 1))).sum()
 
@@ -69,12 +71,12 @@ class ReLUMoE(MoeLayer):
         gate_softmax: Float[Array, "B T R"],
         gate_logits: Float[Array, "B T R"],
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-        """As ever, the balance loss weighted by the coefficient of now instead of ``balance_loss_coef``."""
+        """As in the base class, with the current L1 coefficient in place of ``balance_loss_coef``."""
         _, balance, z = super().combine_loss(selected_experts, gate_softmax, gate_logits)
         coefficient = jax.lax.stop_gradient(jnp.exp(self.log_l1.astype(balance.dtype)))
         return coefficient * balance + self.args.router_z_loss_coef * z, balance, z
 
-    def after_step(self, load: Float[Array, " S"], info: Info) -> Self:
+    def after_step(self, load: Float[Array, " S"], info: Mapping[str, Array]) -> Self:
         """The layer with the coefficient of the next step."""
         # sparser than wanted is fewer active experts than K
         direction = jnp.sign(info["active_experts"] - self.num_selected)

@@ -1,7 +1,7 @@
 """Mixtures with a shared expert: DeepSeekMoE (arXiv 2401.06066) and DeepSeek-V3 (arXiv 2412.19437)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import jax
@@ -9,12 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import ConfigError
+from moejax.layers.feed_forward.call_view import Info
 from moejax.layers.feed_forward.dense import MLP, MLPConfig
-from moejax.layers.feed_forward.moe_layer import Info, MoeArgs, MoeLayer
+from moejax.layers.feed_forward.moe_args import MoeArgs
+from moejax.layers.feed_forward.moe_layer import MoeLayer
 from moejax.layers.feed_forward.registry import register_moe
+from moejax.layers.feed_forward.router import RouterConfig
+from moejax.layers.feed_forward.shared import SharedExpert
 from moejax.routing.losses import Scope
-from moejax.routing.selection import balanced_bias, biased, limit_groups
-from moejax.routing.weights import renormalised, scaled
+from moejax.routing.selection import balanced_bias
+from moejax.routing.weights import renormalised
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,6 @@ class SharedMoE(MoeLayer):
     """
 
     Args = SharedArgs
-    num_shared = 1
 
     def __init__(
         self,
@@ -57,15 +60,10 @@ class SharedMoE(MoeLayer):
         given = [expert] * (num_of_experts + 1) if isinstance(expert, MLP) else expert and list(expert)
         super().__init__(in_embed_dim, out_embed_dim, num_of_experts, num_selected, given and given[:-1], args)
         copies = 1 if args.compat else args.num_shared
-        self.shared = _side_by_side([given[-1]] * copies) if given else self._drawn(args, copies)
-
-    @property
-    def shared_dim(self) -> int:
-        """Hidden units of the shared experts."""
-        return self.shared.output.shape[-1]
+        self.shared = SharedExpert(_side_by_side([given[-1]] * copies) if given else self._drawn(args, copies))
 
     def _drawn(self, args: SharedArgs, copies: int) -> MLP:
-        unit, hidden = self.experts.unit, copies * self.experts.output.shape[-1]
+        unit, hidden = self.experts.unit, copies * self.experts.down.shape[-1]
         k1, k2 = jax.random.split(args.draw("shared"))
         return MLP(
             self._initial(k1, (unit.branches, hidden, self.in_embed_dim), args.std_expert),
@@ -75,16 +73,15 @@ class SharedMoE(MoeLayer):
             MLPConfig(self.in_embed_dim, hidden, unit, args.expert_bias),
         )
 
-    def topk_expert(
-        self, gate_logits: Float[Array, "B T R"]
-    ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"], Float[Array, "B T R"]]:
-        return self.select(gate_logits, "softmax", "renormalised" if self.args.compat else "raw")
+    def router_config(self) -> RouterConfig:
+        return replace(super().router_config(), weigh="renormalised" if self.args.compat else "raw")
 
     def forward(
         self, x: Float[Array, "B T D"], return_id_experts: bool = False
     ) -> tuple[Float[Array, "B T O"], Float[Array, ""], None, Info]:
         routed, auxiliary_loss, _, info = super().forward(x, return_id_experts)
-        shared = self.reading.gate("shared", self.shared(x, self.reading)[:, :, None])[:, :, 0]
+        assert self.shared is not None
+        shared = self.shared(x, self.reading)
         if self.args.compat:
             shared, routed = 0.5 * shared, 0.5 * routed
         return self.reading.rule.add(routed, shared), auxiliary_loss, None, info
@@ -92,11 +89,11 @@ class SharedMoE(MoeLayer):
 
 def _side_by_side(several: Sequence[MLP]) -> MLP:
     """One dense layer that computes the sum of several."""
-    c, input_biases = several[0].config, [e.input_bias for e in several if e.input_bias is not None]
-    output_biases = [e.output_bias for e in several if e.output_bias is not None]
+    c, input_biases = several[0].config, [e.gate_up_bias for e in several if e.gate_up_bias is not None]
+    output_biases = [e.down_bias for e in several if e.down_bias is not None]
     return MLP(
-        jnp.concatenate([e.input for e in several], axis=1),
-        jnp.concatenate([e.output for e in several], axis=1),
+        jnp.concatenate([e.gate_up for e in several], axis=1),
+        jnp.concatenate([e.down for e in several], axis=1),
         jnp.concatenate(input_biases, axis=1) if input_biases else None,
         jnp.stack(output_biases).sum(0) if output_biases else None,
         MLPConfig(c.model_dim, c.hidden_dim * len(several), c.unit, c.bias),
@@ -135,29 +132,23 @@ class DeepSeekV3MoE(SharedMoE):
 
     Args = DeepSeekV3Args
 
-    def add_weights(self, args: DeepSeekV3Args) -> None:
-        experts, groups, kept = self.num_routed, args.num_groups, args.num_selected_groups
-        if not 1 <= kept <= groups or experts % groups or kept * experts // groups < self.num_selected:
-            raise ConfigError(
-                f"num_groups={groups}, num_selected_groups={kept}: groups must divide the {experts} experts, and those "
-                f"selected, no more than there are, must hold {self.num_selected}."
-            )
-        self.router_bias = None if args.compat else jnp.zeros(self.num_routes)
+    def router_config(self) -> RouterConfig:
+        a, base = self.args, replace(super().router_config(), score="sigmoid", weigh="renormalised")
+        if a.compat:
+            return base
+        groups = {"num_groups": a.num_groups, "num_selected_groups": a.num_selected_groups}
+        return replace(base, **groups, scale=a.routed_scaling_factor, selection_bias=True)
+
+    @property
+    def router_bias(self) -> Float[Array, " E"] | None:
+        """The balancing bias of the selection."""
+        return self.router.selection_bias
 
     def topk_expert(
         self, gate_logits: Float[Array, "B T R"]
     ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"], Float[Array, "B T R"]]:
-        a, bias = self.args, self.router_bias
-        if bias is None:
-            weights, selected, _ = self.select(gate_logits, "sigmoid", "renormalised")
-            return weights, selected, jax.nn.softmax(gate_logits, axis=-1)
-
-        def adjust(scores: Array) -> Array:
-            scores = biased(scores, bias.astype(scores.dtype))
-            return scores if a.num_groups == 1 else limit_groups(scores, a.num_groups, a.num_selected_groups)
-
-        weights, selected, scores = self.select(gate_logits, "sigmoid", scaled(a.routed_scaling_factor), adjust=adjust)
-        return weights, selected, renormalised(scores)
+        weights, selected, scores = self.select(gate_logits)
+        return weights, selected, jax.nn.softmax(gate_logits, axis=-1) if self.args.compat else renormalised(scores)
 
     def balanceloss(
         self, selected_experts: Int[Array, "B T K"], gate_softmax: Float[Array, "B T R"]
@@ -167,7 +158,7 @@ class DeepSeekV3MoE(SharedMoE):
             selected_experts = jax.lax.top_k(gate_softmax, self.num_selected)[1]
         return super().balanceloss(selected_experts, gate_softmax)
 
-    def after_step(self, load: Float[Array, " S"], info: Info) -> Self:
+    def after_step(self, load: Float[Array, " S"], info: Mapping[str, Array]) -> Self:
         """The layer with its bias moved towards even loads."""
         if self.router_bias is None:
             return self

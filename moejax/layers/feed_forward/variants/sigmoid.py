@@ -1,13 +1,15 @@
 """Sigmoid routing: renormalised as in DeepSeek-V3, or as sigma-MoE publishes it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
-from moejax.layers.feed_forward.moe_layer import MoeArgs, MoeLayer
+from moejax.layers.feed_forward.moe_args import MoeArgs
+from moejax.layers.feed_forward.moe_layer import MoeLayer
 from moejax.layers.feed_forward.registry import register_moe
+from moejax.layers.feed_forward.router import RouterConfig
 from moejax.routing.losses import entropy_loss
 from moejax.routing.selection import drop_experts
 from moejax.routing.weights import renormalised
@@ -20,10 +22,13 @@ class SigmoidMoE(MoeLayer):
     The balance loss looks at the sigmoids over their sum; LibMoE's at the softmax of the logits.
     """
 
+    def router_config(self) -> RouterConfig:
+        return replace(super().router_config(), score="sigmoid")
+
     def topk_expert(
         self, gate_logits: Float[Array, "B T R"]
     ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"], Float[Array, "B T R"]]:
-        weights, selected, scores = self.select(gate_logits, "sigmoid", "renormalised")
+        weights, selected, scores = self.select(gate_logits)
         return weights, selected, jax.nn.softmax(gate_logits, axis=-1) if self.args.compat else renormalised(scores)
 
 
@@ -47,6 +52,9 @@ class SigmaMoE(MoeLayer):
 
     Args = SigmaArgs
 
+    def router_config(self) -> RouterConfig:
+        return replace(super().router_config(), score="sigmoid", weigh="raw")
+
     def topk_expert(
         self, gate_logits: Float[Array, "B T R"]
     ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"], Float[Array, "B T R"]]:
@@ -54,7 +62,7 @@ class SigmaMoE(MoeLayer):
         rate, key = self.args.expert_dropout, self.key
         if rate and key is not None:
             options["adjust"] = lambda scores: drop_experts(scores, key, rate, self.num_selected)
-        weights, selected, _ = self.select(gate_logits, "sigmoid", "raw", **options)
+        weights, selected, _ = self.select(gate_logits, **options)
         return weights, selected, jax.nn.softmax(gate_logits, axis=-1)
 
     def balanceloss(

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.layers.feed_forward.moe_layer import MoeArgs, MoeLayer
+from moejax.layers.feed_forward.moe_args import MoeArgs
+from moejax.layers.feed_forward.moe_layer import MoeLayer, RouteCounts
 from moejax.layers.feed_forward.registry import register_moe
 from moejax.routing import Routing, null_reward
 from moejax.routing.losses import mean_over
@@ -33,22 +34,15 @@ class TernaryMoE(MoeLayer):
     Args = TernaryArgs
 
     @property
-    def num_ids(self) -> int:
-        return self.num_of_experts + self.num_null
-
-    @property
-    def num_null(self) -> int:
-        return self.num_selected
-
-    @property
-    def num_routes(self) -> int:
-        return 2 * self.num_of_experts + self.num_selected
+    def counts(self) -> RouteCounts:
+        experts, null = self.num_of_experts, self.num_selected
+        return super().counts._replace(ids=experts + null, null=null, router_outputs=2 * experts + null)
 
     def route_ids(self) -> Int[Array, " R"]:
-        routes = jnp.arange(self.num_routes)
+        routes = jnp.arange(self.counts.router_outputs)
         return jnp.where(routes < self.num_of_experts, routes, routes - self.num_of_experts)
 
-    def special(self, x: Float[Array, "B T D"]) -> list[None]:
+    def zero_computation_experts(self, x: Float[Array, "B T D"]) -> list[None]:
         """Null routes."""
         return [None] * self.num_selected
 
@@ -61,7 +55,7 @@ class TernaryMoE(MoeLayer):
         total = computing + p[..., 2 * experts :].sum(-1, keepdims=True)
         return weights / jnp.maximum(total, 1e-6), selected, p
 
-    def resolve(
+    def routes_to_experts(
         self, selected_experts: Int[Array, "B T K"], weights: Float[Array, "B T K"]
     ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
         """Experts with signed weights; of two slots with one expert the first carries both, the second nothing."""
@@ -105,8 +99,8 @@ class TernaryMoE(MoeLayer):
         gate_softmax: Float[Array, "B T R"],
         gate_logits: Float[Array, "B T R"],
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-        """As ever, and the reward for null routes."""
+        """As in the base class, and the reward for null routes."""
         auxiliary_loss, balance, z = super().combine_loss(selected_experts, gate_softmax, gate_logits)
         reward = null_reward(gate_softmax[..., 2 * self.num_of_experts :], self.mask)
-        self.note("null_probability", -reward)
+        self.record("null_probability", -reward)
         return auxiliary_loss + self.args.reward_coef * reward, balance, z

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moejax.layers.feed_forward.moe_layer import MoeArgs, MoeLayer
+from moejax.layers.feed_forward.moe_args import MoeArgs
+from moejax.layers.feed_forward.moe_layer import MoeLayer
 from moejax.layers.feed_forward.registry import register_moe
 from moejax.layers.linear import matmul
 from moejax.routing.scores import cosine
@@ -43,7 +44,7 @@ class XMoE(MoeLayer):
 
     def init_gate_weights(self, std: float = 0.02, *, key: PRNGKeyArray) -> Float[Array, "R W"]:
         """The experts' embeddings."""
-        return self._initial(key, (self.num_routes, self._width), std)
+        return self._initial(key, (self.counts.router_outputs, self._width), std)
 
     def gate(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
         reduced = matmul(self.reading.ledger_in("router", x), self.reduction)
