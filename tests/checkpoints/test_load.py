@@ -15,18 +15,8 @@ from safetensors.numpy import save_file
 
 import moejax
 from moejax.checkpoints import read_config, save_folder
-from moejax.models import Decoder
 
-
-def assert_same(a: Decoder, b: Decoder) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b), "architectures differ"
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype, path
-        assert np.array_equal(x, y), f"{jax.tree_util.keystr(path)} differs"
-
-
-def as_bytes(tensors: dict[str, np.ndarray]) -> dict[str, tuple]:
-    return {k: (v.dtype, v.shape, v.tobytes()) for k, v in tensors.items()}
+from .compare import as_bytes, assert_same
 
 
 def write_fused(model: Any, folder: Path) -> None:

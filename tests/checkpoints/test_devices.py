@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import moejax
-from tests.convert.files import OLMOE, olmoe_shapes, random_tensors, write_model
+
+from .files import OLMOE, olmoe_shapes, random_tensors, write_model
 
 _PROGRAM = """
 import sys

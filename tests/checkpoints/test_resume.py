@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import moejax
-from tests.convert.files import OLMOE, olmoe_shapes, random_tensors, write_model
+
+from .files import OLMOE, olmoe_shapes, random_tensors, write_model
 
 _ROOT = Path(__file__).parents[2]
 _LONG = OLMOE | {"num_hidden_layers": 40}

@@ -4,7 +4,6 @@ import json
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -12,25 +11,10 @@ import transformers
 
 import moejax
 from moejax.checkpoints import load_folder, load_orbax, load_torch, save_folder, to_tensors
-from moejax.checkpoints.safetensors import SafetensorsFolder
-from moejax.models import Decoder
-from tests.convert import tiny
-from tests.convert.files import OLMOE, olmoe_shapes, random_tensors, write_model
 
-
-def raw(folder: Path) -> dict[str, tuple]:
-    """Every tensor of a folder: dtype, shape and bytes."""
-    source = SafetensorsFolder(folder)
-    return {k: (str(e.dtype), e.shape, source.read(k).tobytes()) for k, e in source.entries.items()}
-
-
-def same_leaves(a: Decoder, b: Decoder) -> bool:
-    one, other = jax.tree.leaves(a), jax.tree.leaves(b)
-    assert len(one) == len(other)
-    return all(
-        x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-        for x, y in zip(one, other, strict=True)
-    )
+from . import tiny
+from .compare import raw, same_leaves
+from .files import OLMOE, olmoe_shapes, random_tensors, write_model
 
 
 @pytest.fixture(params=tiny.FAMILIES)

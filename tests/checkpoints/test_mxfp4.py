@@ -20,8 +20,9 @@ from moejax.checkpoints.verify import verify
 from moejax.models import family
 from moejax.ops import mxfp4
 from moejax.ops.mxfp4 import MXFP4
-from tests.convert import tiny
-from tests.convert.test_round_trip import raw, same_leaves
+
+from . import tiny
+from .compare import raw, same_leaves
 
 _LARGEST = Fraction(2) ** 127 * Fraction(255, 128)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert.files import GPT_OSS, OLMOE, gpt_oss_shapes, write_sparse, write_sparse_shards
+from .files import GPT_OSS, OLMOE, gpt_oss_shapes, write_sparse, write_sparse_shards
 
 _ROOT = Path(__file__).parents[2]
 _ALLOWED = 512 << 20

@@ -16,7 +16,8 @@ import moejax
 from moejax.checkpoints import read_config
 from moejax.checkpoints.safetensors import SafetensorsFile, SafetensorsFolder
 from moejax.errors import CheckpointError, ConfigError
-from tests.convert.files import OLMOE, header_bytes, olmoe_shapes, random_tensors, write_model, write_sparse_shards
+
+from .files import OLMOE, header_bytes, olmoe_shapes, random_tensors, write_model, write_sparse_shards
 
 
 def _entry(begin: Any, end: Any, shape: Any = (2, 3), dtype: Any = "F32") -> dict[str, Any]:

@@ -13,7 +13,8 @@ import moejax
 from moejax import cli
 from moejax.checkpoints.memory import estimate
 from moejax.checkpoints.verify import verify
-from tests.convert.files import OLMOE, olmoe_shapes, random_tensors, write_model
+
+from .files import OLMOE, olmoe_shapes, random_tensors, write_model
 
 _ROOT = Path(__file__).parents[2]
 _RUN = CliRunner()
@@ -160,7 +161,7 @@ def test_a_model_is_measured_without_its_weights(source: Path) -> None:
 
 
 def test_model_config() -> None:
-    from tests.convert import tiny
+    from . import tiny
 
     model = tiny.make("qwen3_moe")
     for given in (model, moejax.load(model), moejax.load(model).decoder):
