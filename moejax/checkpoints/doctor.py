@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from moejax._version import __version__
 from moejax.checkpoints.convert import parse_dtype
 from moejax.checkpoints.describe import ModelConfig, architecture
 from moejax.checkpoints.load import pack
@@ -25,11 +26,9 @@ def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
         ConfigError: the model's configuration is not supported.
         CheckpointError: there is no such model.
     """
-    import moejax  # which imports this room; what runs counts, whatever is installed
-
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "versions": {"moejax": moejax.__version__} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"moejax": __version__} | {name: _version(name) for name in _PACKAGES},
         "devices": [_device(device) for device in jax.local_devices()],
     }
     if model is not None:
