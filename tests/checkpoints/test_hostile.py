@@ -38,15 +38,15 @@ def _refused(path: Path, content: bytes, said: str) -> None:
 
 
 HEADERS: dict[str, tuple[Any, str]] = {
-    "a list": (b"[1, 2]", "no JSON object"),
-    "null": (b"null", "no JSON object"),
+    "a list": (b"[1, 2]", "not a JSON object"),
+    "null": (b"null", "not a JSON object"),
     "not JSON": (b"{nonsense}", "not valid JSON"),
-    "not UTF-8": (b'{"\xff\xfe": 1}', "byte 2 is no UTF-8"),
-    "UTF-16": ('{"a": 1}'.encode("utf-16"), "no UTF-8"),
+    "not UTF-8": (b'{"\xff\xfe": 1}', "byte 2 is not valid UTF-8"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not valid UTF-8"),
     "nested deep": (b"[" * 1_000_000, "not valid JSON"),
     "a number of a million digits": (b'{"a": ' + b"9" * 1_000_000 + b"}", "not valid JSON"),
-    "a key twice": (b'{"a": {"dtype": "U8"}, "a": {"dtype": "U8"}}', "'a' stands there twice"),
-    "a field twice": (b'{"a": {"dtype": "U8", "dtype": "F32"}}', "'dtype' stands there twice"),
+    "a key twice": (b'{"a": {"dtype": "U8"}, "a": {"dtype": "U8"}}', "'a' occurs twice"),
+    "a field twice": (b'{"a": {"dtype": "U8", "dtype": "F32"}}', "'dtype' occurs twice"),
     "an entry that is no object": ({"a": 7}, "malformed"),
     "an entry that is a list": ({"a": []}, "malformed"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2, 3]}}, "malformed"),
@@ -60,10 +60,10 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a size as text": ({"a": _entry(0, 24, shape=("2", 3))}, "shape"),
     "a shape that is a number": ({"a": _entry(0, 24, shape=6)}, "shape"),
     "a shape that is text": ({"a": _entry(0, 24, shape="23")}, "shape"),
-    "a huge shape": ({"a": _entry(0, 24, shape=(2**40, 2**40))}, "no memory holds"),
-    "a huge empty shape": ({"a": _entry(0, 0, shape=(2**62, 0, 2**62))}, "no memory holds"),
+    "a huge shape": ({"a": _entry(0, 24, shape=(2**40, 2**40))}, "too large for any memory"),
+    "a huge empty shape": ({"a": _entry(0, 0, shape=(2**62, 0, 2**62))}, "too large for any memory"),
     "too many axes": ({"a": _entry(0, 4, shape=(1,) * 40)}, "shape"),
-    "a shape of other size": ({"a": _entry(0, 24, shape=(2, 4))}, "has 24 bytes, its shape .* needs 32"),
+    "a shape of other size": ({"a": _entry(0, 24, shape=(2, 4))}, "has 24 bytes, but its shape .* needs 32"),
     "negative offsets": ({"a": _entry(-24, 0)}, "data_offsets"),
     "offsets backwards": ({"a": _entry(24, 0)}, "data_offsets"),
     "offsets that are no integers": ({"a": _entry(0.0, 24.0)}, "data_offsets"),
@@ -198,22 +198,22 @@ def test_index_that_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "model" / "model-1.safetensors").rename(tmp_path / "outside.safetensors")
     moved = {key: name if shard == "model-1.safetensors" else shard for key, shard in index["weight_map"].items()}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": moved}))
-    with pytest.raises(CheckpointError, match="names no file in the folder"):
+    with pytest.raises(CheckpointError, match="is not the name of a file in the folder"):
         moejax.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\xfe", "no UTF-8"),
-        (b"[]", "no JSON object"),
+        (b"\xff\xfe", "not valid UTF-8"),
+        (b"[]", "not a JSON object"),
         (b"{}", "no 'weight_map'"),
         (b'{"weight_map": []}', "no 'weight_map'"),
         (b'{"weight_map": {}}', "no 'weight_map'"),
         (b'{"weight_map": {"a": 1}}', "no 'weight_map'"),
-        (b'{"weight_map": {"a": "b", "a": "c"}}', "'a' stands there twice"),
+        (b'{"weight_map": {"a": "b", "a": "c"}}', "'a' occurs twice"),
         (b'{"weight_map": {"a": "gone.safetensors"}}', "missing shards: gone.safetensors"),
-        (b'{"weight_map": {"a": "model-1.safetensors"}}', "promises keys that its shards lack: a"),
+        (b'{"weight_map": {"a": "model-1.safetensors"}}', "lists keys that its shards lack: a"),
     ],
 )
 def test_index(tmp_path: Path, content: bytes, said: str) -> None:
@@ -240,7 +240,7 @@ def test_links(tmp_path: Path) -> None:
     linked.mkdir()
     (linked / "config.json").write_bytes((source / "config.json").read_bytes())
     (linked / "model.safetensors").symlink_to(source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"a link that leaves its folder, to .*private.*Copy the file there"):
+    with pytest.raises(CheckpointError, match=r"a link that leaves its folder, to .*private.*copy it into the folder"):
         moejax.convert(linked, tmp_path / "out", progress=False)
 
     (linked / "model.safetensors").unlink()
@@ -295,11 +295,14 @@ def test_pickles_are_refused_with_the_mend(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"model_type": "olmo\xe9"}', "no UTF-8"),
+        (b'{"model_type": "olmo\xe9"}', "not valid UTF-8"),
         (b"[" * 100_000, "not valid JSON"),
-        (b"7", "no JSON object"),
-        (b'{"model_type": "olmoe", "model_type": "mixtral"}', "'model_type' stands there twice"),
-        (json.dumps(OLMOE | {"num_hidden_layers": 10**12}).encode(), "num_hidden_layers=1000000000000 is no number"),
+        (b"7", "not a JSON object"),
+        (b'{"model_type": "olmoe", "model_type": "mixtral"}', "'model_type' occurs twice"),
+        (
+            json.dumps(OLMOE | {"num_hidden_layers": 10**12}).encode(),
+            "layers=1000000000000 is not an integer",
+        ),
         (json.dumps(OLMOE | {"num_experts": -6}).encode(), "num_experts=-6"),
         (json.dumps(OLMOE | {"hidden_size": "24"}).encode(), "hidden_size='24'"),
         (json.dumps(OLMOE | {"vocab_size": 131.5}).encode(), "vocab_size=131.5"),

@@ -11,6 +11,7 @@ import transformers
 
 import moejax
 from moejax.checkpoints import load_folder, load_orbax, load_torch, save_folder, to_tensors
+from moejax.checkpoints.orbax import FORMAT
 
 from . import tiny
 from .compare import raw, same_leaves
@@ -63,7 +64,7 @@ def test_dtype(tmp_path: Path, dtype: str) -> None:
     if dtype != "float16":  # which rounds
         wide = moejax.load(source, dtype="float32").decoder
         assert same_leaves(wide, load_orbax(tmp_path / "orbax", "float32"))
-    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["moejax"] == {"format": 2, "dtype": dtype}
+    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["moejax"] == {"format": FORMAT, "dtype": dtype}
 
 
 def test_stored_leaves_are_read_by_orbax_alone(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_save_folder_writes_the_same_and_over_the_old(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
     assert raw(tmp_path / "saved") == raw(source)
     assert to_tensors(decoder).keys() == raw(source).keys()
-    with pytest.raises(moejax.ConfigError, match="not that of the decoder"):
+    with pytest.raises(moejax.ConfigError, match="does not describe this decoder"):
         save_folder(decoder, OLMOE | {"rms_norm_eps": 1e-3}, tmp_path / "saved")
 
 
