@@ -100,7 +100,7 @@ def _unpacker(placed: NamedSharding | None) -> Callable[[MXFP4, DTypeLike], jax.
 def _packed_placement(plan: PackedPlan, placed: NamedSharding | None) -> NamedSharding | None:
     """Return the sharding of a leaf's blocks and scales.
 
-    It is the leaf's sharding, but the last axis is not split if a device's part of it would not hold whole blocks.
+    It is the leaf's sharding, but the last axis is not split if a device's part of it would cut a block.
     """
     if placed is None:
         return None

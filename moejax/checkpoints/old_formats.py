@@ -26,8 +26,8 @@ class Rename:
     Attributes:
         old: the path in the older format, with ``{layer}`` for the index of a layer.
         new: the path in the decoder.
-        applies: tells from the Hugging Face config whether a model has the leaf. It is needed where two kinds of model
-            had different old paths for what is one new path. By default every model has it.
+        applies: returns from the Hugging Face config whether the line holds for a model. It is needed if a new path had
+            different old paths in different families. By default the line holds for every model.
     """
 
     old: str
@@ -37,7 +37,7 @@ class Rename:
 
 # The table of renames from format 2 to format 3. No leaf has been renamed yet.
 RENAMES: Sequence[Rename] = ()
-"""The first line counts that matches a path or a module in front of it; put the longer of two such paths first."""
+"""The first line that matches a leaf's path or its module counts, so a longer path goes before a shorter one."""
 
 
 def current_path(path: str, fields: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@
                       that part of the decoder under their paths, ``{"layers.0.attention_norm.weight": [D], ..}``
 
 A leaf is stored uncompressed, since weights do not shrink, in chunks of complete entries of its first axis. So it is
-written directly from its own memory, and a device restores its experts without reading those of other devices.
+written directly from its own memory, and a device restores its experts without reading the experts of other devices.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ Shardings = Mapping[str, jax.sharding.Sharding]
 def save_part(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
     """Write some leaves as the Orbax checkpoint ``path``, which appears when it is complete.
 
-    This takes next to no memory beside the leaves' own.
+    The leaves are hardly copied: this takes little memory beyond the leaves themselves.
     """
     # imported late: the import takes a second, and loading Hugging Face files never needs it
     import orbax.checkpoint as ocp

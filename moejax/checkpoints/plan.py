@@ -140,7 +140,7 @@ def count_nonfinite(values: np.ndarray) -> int:
 
 
 def _count(values: np.ndarray) -> int:
-    """Count the NaN and infinite values of a flat array."""
+    """Count the NaN and infinite values of an array, all at once."""
     if values.dtype.itemsize != 2:
         return values.size - int(np.count_nonzero(np.isfinite(values)))
     # a value is not finite if all bits of its exponent are ones; this is three times as fast as numpy.isfinite,

@@ -38,7 +38,7 @@ class Tokenizer:
         return cls(backend)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the token ids of a text; ``special`` adds those of the tokenizer's template, such as a start token."""
+        """Return the token ids of a text; ``special`` adds the template's tokens, such as a start token."""
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -57,6 +57,6 @@ class Tokenizer:
         """
         ids = self.encode(text, special=False)
         if len(ids) != 1:
-            shown = ", ".join(repr(p) for p in self.pieces(ids)) or "none"
+            shown = ", ".join(repr(p) for p in self.pieces(ids)) or "no tokens"
             raise PromptError(f"{text!r} is {len(ids)} tokens, not one: {shown}. Name a single token, or its id.")
         return ids[0]

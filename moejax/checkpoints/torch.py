@@ -1,4 +1,4 @@
-"""A torch model in memory as a source of tensors; torch itself is never imported here."""
+"""A torch model in memory as a source of tensors; this module never imports torch."""
 
 import sys
 from collections.abc import Mapping

@@ -52,7 +52,10 @@ class Verification:
 
     @property
     def passed(self) -> bool | None:
-        """True if the order of summation explains the difference; ``None`` if the dtype is too coarse to tell."""
+        """True if another order of summation explains the difference, and all weights and logits are finite.
+
+        ``None`` if the dtype is too coarse to tell.
+        """
         if self.nonfinite or not np.isfinite(self.relative_rms):
             return False
         return self.relative_rms <= TOLERANCE if self.dtype in ("float32", "float64") else None
@@ -91,26 +94,26 @@ def verify(source: Any, *, dtype: Any = "float32", batch: int = 2, length: int =
     decoder = load_folder(folder, jnp.dtype(dtype))
     length = min(length, decoder.config.max_positions)
     tokens = np.random.default_rng(seed).integers(0, decoder.config.vocab_size, (batch, length))
-    ours, routed = _ours(decoder, tokens)
+    logits, routed = _run_moejax(decoder, tokens)
     bad = {path: count for path, leaf in leaf_paths(decoder) if (count := count_nonfinite(np.asarray(leaf)))}
     del decoder
     with _for_transformers(folder) as readable:
-        theirs, scores = _theirs(readable, name, tokens, bool(routed))
-    error = ours - theirs
+        expected, scores = _run_transformers(readable, name, tokens, bool(routed))
+    error = logits - expected
     return Verification(
         model=str(source),
         dtype=name,
         tokens=(batch, length),
-        relative_rms=float(np.sqrt(np.mean(error**2) / np.mean(theirs**2))),
+        relative_rms=float(np.sqrt(np.mean(error**2) / np.mean(expected**2))),
         max_difference=float(np.abs(error).max()),
-        argmax_agreement=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+        argmax_agreement=float((logits.argmax(-1) == expected.argmax(-1)).mean()),
         routing_agreement=_agreement(routed, scores),
         nonfinite=bad,
         versions={"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
 
 
-def _ours(decoder: Decoder, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+def _run_moejax(decoder: Decoder, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return our logits ``[B, T, V]`` and the expert ids ``[B, T, K]`` of each layer with experts."""
     with jax.default_matmul_precision("highest"):
         hidden = jax.jit(Decoder.hidden)(decoder, jnp.asarray(tokens))
@@ -118,7 +121,9 @@ def _ours(decoder: Decoder, tokens: np.ndarray) -> tuple[np.ndarray, list[np.nda
     return logits, [np.asarray(r.feed_forward.ids) for r in hidden.routing if r.feed_forward is not None]
 
 
-def _theirs(folder: ModelFolder, dtype: str, tokens: np.ndarray, routed: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+def _run_transformers(
+    folder: ModelFolder, dtype: str, tokens: np.ndarray, routed: bool
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the logits ``[B, T, V]`` of transformers and the router scores ``[B*T, E]`` of each layer.
 
     The list is empty if transformers does not report scores, or if ``routed`` is false.

@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = {
     "problem_type",
 }
 _REQUIRED = object()
-"""The default of fields that have none."""
+"""Stands for the default of a field that must be present."""
 
 
 class Fields:

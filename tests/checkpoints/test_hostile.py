@@ -1,4 +1,4 @@
-"""Files that somebody made to hurt, or that something broke: a clear error, and no memory spent on them."""
+"""Hostile and damaged files raise a clear error, and no memory is spent on them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def _entry(begin: Any, end: Any, shape: Any = (2, 3), dtype: Any = "F32") -> dic
 
 
 def _refused(path: Path, content: bytes, said: str) -> None:
-    """Opening the file fails with a message, within a little memory."""
+    """Check that opening the file raises an error with this message and takes little memory."""
     path.write_bytes(content)
     tracemalloc.start()
     with pytest.raises(CheckpointError, match=said) as error:
@@ -47,12 +47,12 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a number of a million digits": (b'{"a": ' + b"9" * 1_000_000 + b"}", "not valid JSON"),
     "a key twice": (b'{"a": {"dtype": "U8"}, "a": {"dtype": "U8"}}', "'a' occurs twice"),
     "a field twice": (b'{"a": {"dtype": "U8", "dtype": "F32"}}', "'dtype' occurs twice"),
-    "an entry that is no object": ({"a": 7}, "malformed"),
+    "an entry that is not an object": ({"a": 7}, "malformed"),
     "an entry that is a list": ({"a": []}, "malformed"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2, 3]}}, "malformed"),
     "an unknown dtype": ({"a": _entry(0, 24, dtype="F7")}, "dtype 'F7'; known are"),
     "a dtype in lower case": ({"a": _entry(0, 24, dtype="f32")}, "dtype 'f32'"),
-    "a dtype that is no text": ({"a": _entry(0, 24, dtype=["F32"])}, "dtype"),
+    "a dtype that is not text": ({"a": _entry(0, 24, dtype=["F32"])}, "dtype"),
     "an endless dtype": ({"a": _entry(0, 24, dtype="F" * 99_999)}, "dtype"),
     "a negative size": ({"a": _entry(0, 24, shape=(-2, -3))}, "shape"),
     "a size of half": ({"a": _entry(0, 24, shape=(2.0, 3))}, "shape"),
@@ -66,7 +66,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a shape of other size": ({"a": _entry(0, 24, shape=(2, 4))}, "has 24 bytes, but its shape .* needs 32"),
     "negative offsets": ({"a": _entry(-24, 0)}, "data_offsets"),
     "offsets backwards": ({"a": _entry(24, 0)}, "data_offsets"),
-    "offsets that are no integers": ({"a": _entry(0.0, 24.0)}, "data_offsets"),
+    "offsets that are not integers": ({"a": _entry(0.0, 24.0)}, "data_offsets"),
     "offsets as text": ({"a": _entry("0", "24")}, "data_offsets"),
     "three offsets": ({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 12, 24]}}, "data_offsets"),
     "offsets beyond the file": ({"a": _entry(0, 24), "b": _entry(24, 48)}, "'b': truncated"),
@@ -108,7 +108,7 @@ def test_header_that_claims_gigabytes_of_a_large_file(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_what_is_in_order_is_read(tmp_path: Path) -> None:
+def test_a_valid_file_is_read(tmp_path: Path) -> None:
     tensors = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.zeros((0, 5), np.uint8),
@@ -234,7 +234,7 @@ def test_key_in_two_shards(tmp_path: Path) -> None:
 
 
 def test_links(tmp_path: Path) -> None:
-    """Out of the folder: refused. Within it, or to the blobs of the hub's cache: fine. The folder itself: fine."""
+    """Links out of the folder are refused; links inside it, and a folder that is itself a link, are followed."""
     source = write_model(tmp_path / "private", random_tensors(olmoe_shapes(OLMOE)))
     linked = tmp_path / "linked"
     linked.mkdir()
@@ -272,7 +272,7 @@ def test_links_of_the_hubs_cache(tmp_path: Path) -> None:
         moejax.load(snapshot)
 
 
-def test_file_that_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_file(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", random_tensors(olmoe_shapes(OLMOE)))
     (source / "model.safetensors").unlink()
     os.mkfifo(source / "model.safetensors")  # to open it would wait for ever
@@ -318,14 +318,14 @@ def test_config(tmp_path: Path, content: bytes, said: str) -> None:
     tracemalloc.stop()
 
 
-def test_config_may_be_no_endless_file(tmp_path: Path) -> None:
+def test_a_huge_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"{")
     os.truncate(tmp_path / "config.json", 8 << 30)  # sparse
     with pytest.raises(ConfigError, match="too many for a JSON file"):
         read_config(tmp_path)
 
 
-def test_integers_are_no_weights(tmp_path: Path) -> None:
+def test_integers_are_not_weights(tmp_path: Path) -> None:
     tensors = random_tensors(olmoe_shapes(OLMOE))
     tensors["model.norm.weight"] = np.ones(24, np.int64)
     with pytest.raises(CheckpointError, match=r"mistyped model\.norm\.weight: int64"):

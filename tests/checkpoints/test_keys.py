@@ -1,4 +1,4 @@
-"""The key tables, read forwards and backwards, are inverse to each other for every architecture."""
+"""Writing by the key tables is the inverse of reading by them, for every architecture."""
 
 import doctest
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def configs(draw: st.DrawFn) -> dict:
 
 
 def counting_decoder(config: dict, dtype: np.dtype) -> Decoder:
-    """Every number of every leaf is another one, or follows 2038 others where ``dtype`` has only 16 bits."""
+    """All numbers in all leaves differ; if ``dtype`` has only 16 bits, they repeat after 2039 numbers."""
     leaves, tree = jax.tree.flatten(Decoder.abstract(family("olmoe").config(config)))
     total = sum(leaf.size for leaf in leaves)
     numbers = np.arange(total) % (2039 if dtype.itemsize == 2 else total)

@@ -42,7 +42,7 @@ def test_fused_experts(toy_torch: Any, tmp_path: Path, toy_lm: moejax.LM) -> Non
 
 
 def test_published_and_fused_layouts_have_different_keys(published: Path, read_tensors: Callable) -> None:
-    """Guards the two tests above against testing the same layout twice."""
+    """Otherwise the two tests above would test the same layout twice."""
     keys = read_tensors(published).keys()
     assert "model.layers.1.mlp.experts.8.up_proj.weight" in keys
     assert not any(key.endswith("gate_up_proj") for key in keys)
