@@ -237,7 +237,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a small decoder on text; writes metrics, checkpoints, and a model that every other command takes."""
-    from moejax.checkpoints.load import BUNDLED
+    from moejax.checkpoints.folder import BUNDLED
     from moejax.report.training import follow
     from moejax.training import Run, TrainConfig
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.checkpoints import find, load_folder, load_torch, read_config
+from moejax.checkpoints import load_folder, load_torch, open_folder
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, Sampling, generate_tokens
@@ -298,6 +298,6 @@ def load(
             raise ConfigError("a transformers model in memory has unpacked its experts; load its folder instead.")
         decoder, config = load_torch(source, dtype, mesh=mesh, rules=sharding), source.config.to_dict()
         return LM(decoder, name=source.config.model_type, hugging_face=config)
-    folder = find(source)
+    folder = open_folder(source)
     decoder = load_folder(folder, dtype, mesh=mesh, rules=sharding, keep_packed=keep_packed)
-    return LM(decoder, Tokenizer.from_folder(folder), str(source), read_config(folder))
+    return LM(decoder, Tokenizer.from_folder(folder.path), str(source), folder.hugging_face)

@@ -1,22 +1,21 @@
-"""What a model is, without its weights."""
+"""Describe a model from its config alone, without its weights."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoints.files import read_config
-from moejax.checkpoints.load import find
+from moejax.checkpoints.folder import open_folder
 from moejax.errors import ConfigError
 from moejax.models import FAMILIES, Config, family
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers that describe a model, under the names that Hugging Face configs have for them.
+    """The sizes of a model, under the names that Hugging Face configs have for them.
 
-    ``intermediate_size`` is the width of a routed expert, whatever a family calls it; where there are none (then
-    ``num_experts`` is zero), that of the dense layers.
+    ``intermediate_size`` is the width of a routed expert, whatever its family calls it. A model without experts has
+    ``num_experts=0``, and ``intermediate_size`` is the width of its dense layers.
     """
 
     model_type: str
@@ -31,7 +30,7 @@ class ModelConfig:
 
     @classmethod
     def of(cls, config: Config) -> "ModelConfig":
-        """From an architecture."""
+        """Take the sizes from the config of a decoder."""
         return cls(
             model_type=config.model_type,
             vocab_size=config.vocab_size,
@@ -45,41 +44,44 @@ class ModelConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Return a dictionary that can be written as JSON."""
         return asdict(self)
 
 
 def list_supported_models() -> list[str]:
-    """The ``model_type`` names of the families that can be loaded."""
+    """Return the ``model_type`` names of the families that can be loaded."""
     return list(FAMILIES)
 
 
 def get_model_config(model: Any) -> ModelConfig:
-    """The config of a loaded model, a ``transformers`` model, a folder, a bundled name or a hub id.
+    """Return the sizes of a model.
 
-    Of the last, only ``config.json`` is downloaded.
+    Args:
+        model: a loaded model, a ``transformers`` model, a folder, a bundled name or a hub id. For a hub id, only
+            ``config.json`` is downloaded.
 
     Raises:
-        ConfigError: there is none, or it is not supported.
+        ConfigError: the model has no config, or its configuration is not supported.
         CheckpointError: there is no such model.
     """
     return ModelConfig.of(architecture(model))
 
 
 def architecture(model: Any) -> Config:
-    """As :func:`get_model_config`, in full."""
+    """Return the complete config of a model's decoder; arguments and errors are as in :func:`get_model_config`."""
     if isinstance(model, Config):
         return model
     if isinstance(model, str | Path):
-        return _supported(read_config(find(model, ["config.json"])))
+        return _decoder_config(open_folder(model, ["config.json"]).hugging_face)
     decoder = getattr(model, "decoder", model)
     config = getattr(decoder, "config", None)
     if isinstance(config, Config):
         return config
     if config is None or not hasattr(config, "to_dict"):
         raise ConfigError(f"a {type(model).__name__} has no config: give a model, its folder, or its name.")
-    return _supported(config.to_dict())
+    return _decoder_config(config.to_dict())
 
 
-def _supported(fields: Mapping[str, Any]) -> Config:
+def _decoder_config(fields: Mapping[str, Any]) -> Config:
+    """Return the config of the decoder that a Hugging Face config describes."""
     return family(fields.get("model_type")).config(fields)

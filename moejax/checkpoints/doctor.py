@@ -1,4 +1,4 @@
-"""What this machine has, and whether a model fits it: what ``moejax doctor`` prints."""
+"""Examine this machine, and whether a model fits it, for ``moejax doctor``."""
 
 import contextlib
 import importlib.metadata
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from moejax._version import __version__
 from moejax.checkpoints.convert import parse_dtype
 from moejax.checkpoints.describe import ModelConfig, architecture
 from moejax.checkpoints.load import pack
@@ -15,34 +16,40 @@ from moejax.checkpoints.memory import estimate
 from moejax.errors import ConfigError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "torch", "transformers")
-_SHOWN = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16")
 
 
 def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
-    """Versions, devices and, given a model, its memory in ``dtype`` or in the usual ones; reads no weights.
+    """Collect versions, devices and, if a model is given, how much memory it takes. No weights are read.
+
+    Args:
+        model: a loaded model, a folder, a bundled name or a hub id.
+        dtype: the dtype of the weights; by default memory is given for float32 and for bfloat16.
+
+    Returns:
+        A dictionary that can be written as JSON.
 
     Raises:
         ConfigError: the model's configuration is not supported.
         CheckpointError: there is no such model.
     """
-    import moejax  # which imports this room; what runs counts, whatever is installed
-
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "versions": {"moejax": moejax.__version__} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"moejax": __version__} | {name: _version(name) for name in _PACKAGES},
         "devices": [_device(device) for device in jax.local_devices()],
     }
     if model is not None:
         config = architecture(model)
-        dtypes = _SHOWN if dtype is None else (parse_dtype(dtype).name,)
+        dtypes = _DTYPES if dtype is None else (parse_dtype(dtype).name,)
         memory = [estimate(config, parse_dtype(name)).to_dict() for name in dtypes]
-        with contextlib.suppress(ConfigError):  # where there is nothing that could stay packed
+        with contextlib.suppress(ConfigError):  # the model is not published with MXFP4 experts
             memory.append(estimate(pack(config), parse_dtype(dtypes[-1])).to_dict())
-        found |= {"model": str(model), "config": ModelConfig.of(config).to_dict(), "memory": memory}
-    return found
+        facts |= {"model": str(model), "config": ModelConfig.of(config).to_dict(), "memory": memory}
+    return facts
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package; ``None`` if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -50,7 +57,7 @@ def _version(package: str) -> str | None:
 
 
 def _device(device: jax.Device) -> dict[str, Any]:
-    """A device and its memory; a CPU has the machine's."""
+    """Return a device and its memory in bytes; for a CPU device, the machine's memory."""
     stats = device.memory_stats() or {}
     total, used = stats.get("bytes_limit"), stats.get("bytes_in_use")
     if total is None and device.platform == "cpu":

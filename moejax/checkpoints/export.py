@@ -1,4 +1,7 @@
-"""A model as Hugging Face files: the key tables read backwards, one part of the model in memory at a time."""
+"""Write a model as Hugging Face files, with one part of the model in memory at a time.
+
+The key tables of the families (:mod:`moejax.models.keys`) are used in the direction from leaves to tensors.
+"""
 
 import json
 import os
@@ -12,18 +15,19 @@ import numpy as np
 
 from moejax.checkpoints.files import MARK, copy_side_files, need_room, staged, write_object
 from moejax.checkpoints.plan import layouts, leaf_paths, parts
+from moejax.checkpoints.readers import CheckpointReader, DecoderReader, open_reader
 from moejax.checkpoints.safetensors import DTYPES, Entry
 from moejax.checkpoints.summary import Conversion, peak_bytes, progress_bar
-from moejax.checkpoints.weights import DecoderWeights, Weights, open_weights
 from moejax.errors import CheckpointError
 from moejax.models import Decoder, family
 from moejax.models.keys import KeyTable
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""From dtypes to their names in safetensors headers."""
 
 
 def to_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
-    """The decoder's weights under their published keys, as views where the layout allows."""
+    """Return the decoder's weights under their published keys, as views where the layout allows it."""
     table = family(decoder.config.model_type).keys
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in leaf_paths(decoder):
@@ -33,46 +37,52 @@ def to_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
 
 
 def export(source: Any, destination: Any, *, max_shard_bytes: int = 5_000_000_000, progress: bool = True) -> Conversion:
-    """Write a model as Hugging Face files, which transformers and everything else that knows the family can load.
+    """Write a model as Hugging Face files, which transformers and other software for the family can load.
 
-    The folder appears under its name only when it is complete. Experts that were packed in the files
-    are written in full, those that are packed in memory (``load(.., keep_packed=True)``) as they are.
+    The folder appears under its name only when it is complete. A folder with MXFP4 experts is written with experts in
+    full. A loaded model whose experts are MXFP4 in memory (``load(.., keep_packed=True)``) is written with MXFP4
+    experts.
 
     Args:
         source: a folder of either kind, a bundled name, a hub id, or a loaded model.
         destination: the folder to make.
-        max_shard_bytes: a file's tensors are at most this large, unless one alone is larger.
-        progress: show a bar on stderr.
+        max_shard_bytes: the most bytes of tensors in a file; a single tensor that is larger gets a file of its own.
+        progress: show a progress bar on stderr.
 
     Raises:
-        ConfigError: the configuration is not supported, or not known.
+        ConfigError: the configuration is not supported, or a loaded model does not have its Hugging Face config.
         CheckpointError: the source's files are damaged; or the destination exists.
     """
     start, target = time.perf_counter(), Path(destination)
     if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: at least 1 is needed.")
-    weights = open_weights(source)
+        raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
+    reader = open_reader(source)
     with staged(target) as partial:
-        _write(weights, partial, max_shard_bytes, progress)
-        if weights.folder is not None:
-            copy_side_files(weights.folder, partial)
+        _write(reader, partial, max_shard_bytes, progress)
+        if reader.folder is not None:
+            copy_side_files(reader.folder, partial)
         elif (tokenizer := getattr(source, "tokenizer", None)) is not None:
             tokenizer.backend.save(str(partial / "tokenizer.json"))
-    total = sum(entry.nbytes for entry in weights.leaves.values())
-    return Conversion(target, total, time.perf_counter() - start, peak_bytes(), len(parts(weights.leaves)), 0)
+    total = sum(entry.nbytes for entry in reader.leaves.values())
+    return Conversion(target, total, time.perf_counter() - start, peak_bytes(), len(parts(reader.leaves)), 0)
 
 
 def save_folder(decoder: Decoder, hugging_face: dict[str, Any], folder: Path) -> None:
-    """Write a decoder's ``model.safetensors`` and ``config.json`` into a folder that may hold an earlier version.
+    """Write a decoder's ``model.safetensors`` and ``config.json`` into a folder, over an earlier version if any.
+
+    Args:
+        decoder: the decoder.
+        hugging_face: the fields of the Hugging Face config that describes it.
+        folder: the folder, which is made if it does not exist.
 
     Raises:
-        ConfigError: the decoder is not what the config describes.
+        ConfigError: the Hugging Face config describes another decoder.
     """
-    weights = DecoderWeights(decoder, hugging_face)
+    reader = DecoderReader(decoder, hugging_face)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "partial"
     partial.mkdir(exist_ok=True)
-    _write(weights, partial, None, progress=False)
+    _write(reader, partial, None, progress=False)
     for name in ("model.safetensors", "config.json"):
         os.replace(partial / name, folder / name)
     partial.rmdir()
@@ -80,61 +90,67 @@ def save_folder(decoder: Decoder, hugging_face: dict[str, Any], folder: Path) ->
 
 @dataclass(frozen=True)
 class _Shard:
-    """A file to write: its name, its header, and where each tensor's data begins."""
+    """A safetensors file to write.
+
+    Attributes:
+        name: the name of the file.
+        header: its length and header, as the file begins with them.
+        offsets: the position in the file at which the data of each tensor begins, in bytes.
+    """
 
     name: str
     header: bytes
     offsets: Mapping[str, int]
 
 
-def _write(weights: Weights, folder: Path, max_shard_bytes: int | None, progress: bool) -> None:
+def _write(reader: CheckpointReader, folder: Path, max_shard_bytes: int | None, progress: bool) -> None:
     """Write weights and config into ``folder``."""
-    table = family(weights.hugging_face.get("model_type")).keys
-    entries = {key: entry for path in weights.leaves for key, entry in _tensors(table, path, weights.leaves[path])}
+    table = family(reader.hugging_face.get("model_type")).keys
+    entries = {key: entry for path in reader.leaves for key, entry in _tensors(table, path, reader.leaves[path])}
     need_room(folder, sum(entry.nbytes for entry in entries.values()))
     shards = _plan_shards(entries, max_shard_bytes)
     for shard in shards:
         (folder / shard.name).write_bytes(shard.header)
     with progress_bar(progress, "exporting", sum(entry.nbytes for entry in entries.values())) as advance:
-        for part in parts(weights.leaves):
-            for shard, key, data in _placed(table, weights.read(part), shards):
+        for part in parts(reader.leaves):
+            for shard, key, data in _with_shards(table, reader.read(part), shards):
                 with (folder / shard.name).open("r+b") as file:
                     file.seek(shard.offsets[key])
                     file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
                 advance(data.nbytes)
     if len(shards) > 1:
-        homes = {key: shard.name for shard in shards for key in shard.offsets}
+        weight_map = {key: shard.name for shard in shards for key in shard.offsets}
         size = {"total_size": sum(entry.nbytes for entry in entries.values())}
-        write_object(folder / "model.safetensors.index.json", {"metadata": size, "weight_map": homes})
-    packed = any(entry.dtype == np.uint8 for entry in weights.leaves.values())
+        write_object(folder / "model.safetensors.index.json", {"metadata": size, "weight_map": weight_map})
+    packed = any(entry.dtype == np.uint8 for entry in reader.leaves.values())
     dropped = {MARK, "torch_dtype", "dtype"} | (set() if packed else {"quantization_config"})
-    config = {key: value for key, value in weights.hugging_face.items() if key not in dropped}
-    write_object(folder / "config.json", config | {"dtype": str(weights.leaves["embedding"].dtype)})
+    config = {key: value for key, value in reader.hugging_face.items() if key not in dropped}
+    write_object(folder / "config.json", config | {"dtype": str(reader.leaves["embedding"].dtype)})
 
 
 def _tensors(table: KeyTable, path: str, leaf: Entry) -> Iterator[tuple[str, Entry]]:
-    """The tensors as which a leaf is published."""
+    """Yield key, shape and dtype of the tensors as which a leaf is published."""
     for key, shape in layouts(table, path, leaf.shape)[-1].tensors:
         yield key, Entry(shape, leaf.dtype)
 
 
-def _placed(
+def _with_shards(
     table: KeyTable, leaves: dict[str, np.ndarray], shards: list[_Shard]
 ) -> Iterator[tuple[_Shard, str, np.ndarray]]:
-    """A part's tensors, each with the shard that it belongs to; leaves are forgotten as they are done."""
-    homes = {key: shard for shard in shards for key in shard.offsets}
+    """Yield the tensors of a part, each with its key and its shard; empty ``leaves``, so that each is freed in turn."""
+    shard_of = {key: shard for shard in shards for key in shard.offsets}
     while leaves:
         path, leaf = leaves.popitem()
         for key, data in layouts(table, path, leaf.shape)[-1].split(leaf).items():
-            yield homes[key], key, data
+            yield shard_of[key], key, data
 
 
-def _plan_shards(entries: Mapping[str, Entry], most: int | None) -> list[_Shard]:
-    """Fill one file after the other with tensors in the order given."""
+def _plan_shards(entries: Mapping[str, Entry], max_shard_bytes: int | None) -> list[_Shard]:
+    """Fill one file after the other with tensors, in the order given."""
     groups: list[dict[str, Entry]] = [{}]
     size = 0
     for key, entry in entries.items():
-        if groups[-1] and most is not None and size + entry.nbytes > most:
+        if groups[-1] and max_shard_bytes is not None and size + entry.nbytes > max_shard_bytes:
             groups.append({})
             size = 0
         groups[-1][key] = entry
@@ -147,7 +163,8 @@ def _plan_shards(entries: Mapping[str, Entry], most: int | None) -> list[_Shard]
 
 
 def _shard(name: str, entries: Mapping[str, Entry]) -> _Shard:
-    # wide types first, so that every tensor is aligned to its type, as readers of mapped files like it
+    """Lay out the tensors of one file."""
+    # wide dtypes come first, so that every tensor is aligned to its dtype, as readers of mapped files prefer it
     ordered = sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins, end = {}, 0
@@ -158,4 +175,4 @@ def _shard(name: str, entries: Mapping[str, Entry]) -> _Shard:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    return _Shard(name, len(text).to_bytes(8, "little") + text, {key: start + at for key, at in begins.items()})
+    return _Shard(name, len(text).to_bytes(8, "little") + text, {key: start + begin for key, begin in begins.items()})

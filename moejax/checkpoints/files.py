@@ -1,16 +1,16 @@
-"""Reading the files of a folder that nobody vouches for, and writing a folder that is either complete or absent.
+"""Read the files of an untrusted folder, and write a folder that is either complete or absent.
 
 A model folder comes from strangers. Its JSON is parsed strictly, and its files must lie inside it: a link out of the
-folder could make ``moejax convert`` copy a private file of the user's into a model that is then published. One link
-that leaves is allowed, because every download has it: the Hugging Face cache keeps ``models--name/snapshots/revision``
-as links into ``models--name/blobs``, so there the whole of ``models--name`` counts as the folder. The folder itself
-may be a link, since the user named it.
+folder could make ``moejax convert`` copy one of the user's private files into a model that is then published. One kind
+of link out of the folder is allowed, because every download has it: in the Hugging Face cache, the files of
+``models--name/snapshots/revision`` are links into ``models--name/blobs``. For such a folder, files may lie anywhere
+inside ``models--name``. The folder itself may be a link, since the user named it.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,53 +25,59 @@ _SIDE_FILES = (
     "chat_template.jinja",
 )
 _MAX_JSON = 100_000_000
+"""Most bytes of a JSON file."""
 
 MARK = "moejax"
-"""The field of a config that says that ``moejax convert`` wrote the folder."""
+"""The field that ``moejax convert`` adds to the config of a folder that it writes: a dict with format and dtype."""
 
-# Above everything that was published by far; a config that claims more would cost memory before anything else fails.
+# Far above every published model. A config that claims more would cost memory before anything else fails.
 _LIMITS = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000, "vocab_size": 2**31}
 _SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def parse_object(data: bytes, where: str, error: type[MoejaxError]) -> dict[str, Any]:
-    """The JSON object that ``data`` holds: UTF-8, no key twice.
+    """Parse a JSON object strictly: it must be UTF-8, and no key may occur twice in an object.
+
+    Args:
+        data: the text.
+        where: the file, as the error message names it.
+        error: the class of the error that is raised.
 
     Raises:
-        error: it holds none.
+        error: ``data`` is not such an object.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
-                raise _TwiceError(key)
-            found[key] = value
-        return found
+            if key in fields:
+                raise _DuplicateKeyError(key)
+            fields[key] = value
+        return fields
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
-    except _TwiceError as twice:
-        raise error(f"{where}: the key {twice.args[0]!r:.80} stands there twice.") from None
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except _DuplicateKeyError as duplicate:
+        raise error(f"{where}: the key {duplicate.args[0]!r:.80} occurs twice.") from None
     except UnicodeDecodeError as reason:
-        raise error(f"{where}: not valid JSON: byte {reason.start} is no UTF-8.") from None
+        raise error(f"{where}: not valid JSON: byte {reason.start} is not valid UTF-8.") from None
     except (ValueError, RecursionError) as reason:
         raise error(f"{where}: not valid JSON: {reason}.") from None
     if not isinstance(value, dict):
-        raise error(f"{where}: holds no JSON object.")
+        raise error(f"{where}: not a JSON object.")
     return value
 
 
-class _TwiceError(Exception):
-    """A key that an object has twice."""
+class _DuplicateKeyError(Exception):
+    """An object has a key twice; the argument is the key."""
 
 
 def read_object(folder: Path, name: str, error: type[MoejaxError]) -> dict[str, Any] | None:
-    """The JSON object in a file of ``folder``; ``None`` if there is no such file.
+    """Parse the JSON object in the file ``name`` of ``folder``; return ``None`` if there is no such file.
 
     Raises:
         CheckpointError: the file is a link that leaves the folder.
-        error: the file is no JSON object.
+        error: the file is too large, or is not a JSON object.
     """
     path = inside(folder, name)
     if path is None:
@@ -81,84 +87,84 @@ def read_object(folder: Path, name: str, error: type[MoejaxError]) -> dict[str, 
     return parse_object(path.read_bytes(), str(path), error)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's ``config.json``, without the mark of ``moejax convert``.
+def check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Raise ``ConfigError`` if a size in a config is not a positive integer, or is far too large.
 
-    Raises:
-        ConfigError: there is none, or it is no JSON object, or a size in it is none.
-        CheckpointError: it is a link out of the folder.
+    Args:
+        config: the fields of ``config.json``.
+        where: the file, as the error message names it.
     """
-    config = read_object(folder, "config.json", ConfigError)
-    if config is None:
-        raise ConfigError(f"{folder}: no config.json; not a model folder.")
     for name, limit in (_LIMITS | dict.fromkeys(_SIZES, 2**24)).items():
         value = config.get(name)
         if value is not None and (type(value) is not int or not 0 < value <= limit):
-            raise ConfigError(f"{folder}/config.json: {name}={value!r:.40} is no number from 1 to {limit}.")
-    return {key: value for key, value in config.items() if key != MARK}
+            raise ConfigError(f"{where}: {name}={value!r:.40} is not an integer from 1 to {limit}.")
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """The file ``name`` directly in ``folder``, or ``None`` if it is not there.
+    """Return the path of the file ``name`` directly in ``folder``, or ``None`` if there is no such file.
 
     Raises:
-        CheckpointError: ``name`` is a path, or leads to something that is no file, or out of the folder.
+        CheckpointError: ``name`` has path separators, is not a regular file, or is a link that leaves the folder.
     """
     if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
-        raise CheckpointError(f"{folder}: {name!r:.80} names no file in the folder; the checkpoint is hostile.")
+        raise CheckpointError(
+            f"{folder}: {name!r:.80} is not the name of a file in the folder; the checkpoint is hostile."
+        )
     path = folder / name
     if not path.exists():
         return None
     real = path.resolve()
     if not real.is_file():
         raise CheckpointError(f"{path}: not a regular file.")
-    if not real.is_relative_to(_home(folder.resolve())):
+    if not real.is_relative_to(_boundary(folder.resolve())):
         raise CheckpointError(
-            f"{path}: a link that leaves its folder, to {real}. Copy the file there, if you trust it."
+            f"{path}: a link that leaves its folder, to {real}. If you trust the file, copy it into the folder."
         )
     return path
 
 
-def _home(folder: Path) -> Path:
-    """The folder that the files of a model folder must lie in: see the module's text."""
+def _boundary(folder: Path) -> Path:
+    """Return the folder in which the files of a model folder must lie (see the docstring of this module)."""
     repository = folder.parent.parent
     cached = folder.parent.name == "snapshots" and repository.name.startswith("models--")
     return repository if cached else folder
 
 
 def copy_side_files(source: Path, destination: Path) -> None:
-    """Copy the tokenizer and what else belongs to the model but is neither weights nor architecture."""
+    """Copy the tokenizer's files, ``generation_config.json`` and the chat template, where ``source`` has them."""
     for name in _SIDE_FILES:
         if (path := inside(source, name)) is not None:
             shutil.copyfile(path, destination / name)
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON; the file appears only when it is complete."""
+    """Write a JSON object to the file ``path``, which appears only when it is complete."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def refuse_existing(destination: Path) -> None:
-    """Raise ``CheckpointError`` if something stands where a folder is to be made, or it cannot be made there."""
+    """Raise ``CheckpointError`` if ``destination`` exists already, or if its parent is not a folder."""
     if destination.exists() or destination.is_symlink():
         raise CheckpointError(f"{destination} exists already; remove it, or choose another destination.")
     if not destination.absolute().parent.is_dir():
-        raise CheckpointError(f"cannot write {destination}: its parent is no folder.")
+        raise CheckpointError(f"cannot write {destination}: its parent is not a folder.")
 
 
 def need_room(folder: Path, size: int) -> None:
-    """Raise ``CheckpointError`` if the disk of ``folder`` has no ``size`` bytes left."""
+    """Raise ``CheckpointError`` if the disk of ``folder`` has fewer than ``size`` bytes left."""
     if (free := shutil.disk_usage(folder).free) < size:
-        raise CheckpointError(f"{folder}: {size:,} bytes are to be written, and the disk has {free:,} left.")
+        raise CheckpointError(f"{folder}: {size:,} bytes are needed, but the disk has only {free:,} left.")
 
 
 @contextmanager
 def staged(destination: Path, *, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
-    """``<destination>.partial`` to fill; it becomes ``destination`` when the block ends without an error.
+    """Yield the folder ``<destination>.partial``, and rename it to ``destination`` when the block ends without error.
 
-    A partial folder that an earlier run left is kept if ``keep`` says so of it, else removed first.
+    Args:
+        destination: the folder to make.
+        keep: tells whether a partial folder that an earlier run left may be continued; otherwise it is removed first.
 
     Raises:
         CheckpointError: the destination exists or cannot be made.

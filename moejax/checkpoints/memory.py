@@ -1,4 +1,4 @@
-"""How much memory a model's weights and cache take, from its config alone."""
+"""Estimate the memory of a model's weights and cache from its config alone."""
 
 import math
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from moejax.models import Config, Decoder
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Bytes of a layer's weights.
+    """The bytes of one layer's weights.
 
     Attributes:
-        layer: its index.
-        experts: all expert matrices and biases of its feed-forward part.
-        active: of those, what one token uses.
-        rest: attention, router, norms, shared expert, or a dense feed-forward part.
+        layer: the index of the layer.
+        experts: the bytes of all expert matrices and biases of its feed-forward part.
+        active: the bytes of the experts that one token uses.
+        rest: the bytes of attention, router, norms and shared expert, or of a dense feed-forward part.
     """
 
     layer: int
@@ -30,19 +30,19 @@ class LayerMemory:
 
     @property
     def total(self) -> int:
-        """All weights of the layer."""
+        """Bytes of all weights of the layer."""
         return self.experts + self.rest
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a model in one dtype.
+    """The bytes of a model in one dtype.
 
     Attributes:
-        dtype: of all weights, and whether experts stay packed.
-        layers: each layer's.
-        outer: embedding, final norm and head.
-        cache_per_token: keys and values of a token in all layers.
+        dtype: the dtype of all weights, followed by ``", packed experts"`` if experts stay MXFP4.
+        layers: the bytes of each layer.
+        outer: the bytes of embedding, final norm and head.
+        cache_per_token: the bytes that the keys and values of one token take in the caches of all layers.
     """
 
     dtype: str
@@ -52,21 +52,26 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All weights."""
+        """Bytes of all weights."""
         return self.outer + sum(layer.total for layer in self.layers)
 
     @property
     def largest_moe_layer(self) -> int:
-        """Weights of the largest layer with experts; zero if there is none."""
+        """Bytes of the largest layer with experts; zero if no layer has experts."""
         return max((layer.total for layer in self.layers if layer.experts), default=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Return a dictionary that can be written as JSON."""
         return asdict(self) | {"total": self.total, "largest_moe_layer": self.largest_moe_layer}
 
 
 def estimate(config: Config, dtype: np.dtype) -> Memory:
-    """The memory of a model with its values in ``dtype``; what stays packed, stays as it is. Allocates none of it."""
+    """Estimate the memory of a model without allocating it.
+
+    Args:
+        config: the config of its decoder.
+        dtype: the dtype of weights and cache; experts that ``config`` holds as MXFP4 stay MXFP4.
+    """
     abstract = dict(leaf_paths(Decoder.abstract(config, dtype)))
     sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in abstract.items()}
     grouped = parts(sizes)
@@ -84,6 +89,7 @@ def _cache_bytes(config: Config, positions: int, dtype: np.dtype) -> int:
 
 
 def _layer(index: int, config: Config, sizes: Mapping[str, int]) -> LayerMemory:
+    """Divide the bytes of a layer's leaves, given by path, into experts and the rest."""
     part = config.blocks[index].half("feed_forward")
     if not part.sizes.num_experts:
         return LayerMemory(index, 0, 0, sum(sizes.values()))

@@ -1,19 +1,19 @@
-"""Folders of Orbax checkpoints: what ``moejax convert`` writes.
+"""Folders of Orbax checkpoints, as ``moejax convert`` writes them.
 
-    config.json       the Hugging Face config, and a field "moejax" that says what this folder is
-    tokenizer.json    and the other small files of the model, as they were
+    config.json       the Hugging Face config, and a field "moejax" with the format and the dtype of the folder
+    tokenizer.json    and the other small files of the model, copied unchanged
     weights/PART      an Orbax checkpoint for ``embedding``, for each of ``layers.N``, and for ``output``: the leaves of
-                      that part of the decoder under their paths, ``{"layers.0.feed_forward.down": [E, D, F], ..}``
+                      that part of the decoder under their paths, ``{"layers.0.attention_norm.weight": [D], ..}``
 
-A leaf is stored uncompressed (weights do not shrink) in chunks of whole entries of its first axis, so that it is
-written straight from where it lies, and that a device restores its experts without reading the others'.
+A leaf is stored uncompressed, since weights do not shrink, in chunks of complete entries of its first axis. So it is
+written directly from its own memory, and a device restores its experts without reading the experts of other devices.
 """
 
 import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,37 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from moejax.checkpoints.files import MARK, read_config, read_object
+from moejax.checkpoints.folder import ModelFolder
+from moejax.checkpoints.old_formats import READABLE, old_path
 from moejax.checkpoints.plan import leaf_paths, parts, report
 from moejax.checkpoints.safetensors import Entry
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models import Decoder, family
 
-FORMAT = 2
-"""Since queries, keys and values are one leaf."""
+FORMAT = 3
+"""The format that is written. Format 2 had other paths for some leaves (:mod:`moejax.checkpoints.old_formats`)."""
 
 WEIGHTS = "weights"
+"""The subfolder with the checkpoint of each part."""
+
 _CHUNK = 64 << 20
-"""Most bytes of a chunk. Copies above 32 MiB glibc gives back at once; of smaller ones every thread keeps some."""
+"""Most bytes of a chunk. glibc returns copies above 32 MiB to the system at once, but keeps smaller ones per thread."""
 
-
-def is_orbax(folder: Path) -> bool:
-    """Whether the folder says that ``moejax convert`` wrote it."""
-    config = read_object(folder, "config.json", ConfigError)
-    return config is not None and MARK in config
+Shardings = Mapping[str, jax.sharding.Sharding]
+"""From the paths of leaves to their places on devices."""
 
 
 def save_part(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
     """Write some leaves as the Orbax checkpoint ``path``, which appears when it is complete.
 
-    Next to no memory is needed beside the leaves' own.
+    The leaves are hardly copied: this takes little memory beyond the leaves themselves.
     """
-    # imported here: it takes a second and loading Hugging Face files never needs it
+    # imported late: the import takes a second, and loading Hugging Face files never needs it
     import orbax.checkpoint as ocp
 
     with _quiet():
         handler = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=False,  # it gathers a copy of what it will write
+            use_ocdbt=False,  # OCDBT gathers a copy of everything that it will write
             use_compression=False,
             type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, _writer())),
         )
@@ -61,11 +61,12 @@ def save_part(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def _writer() -> Any:
+    """Return a handler that writes NumPy arrays one chunk at a time."""
     import tensorstore as ts
     from orbax.checkpoint import type_handlers
 
     class OneByOne(type_handlers.NumpyHandler):
-        """Writes arrays and their chunks one after the other, so that no more than one chunk at a time is copied."""
+        """Writes arrays and their chunks one after the other, so that at most one chunk is copied at a time."""
 
         def __init__(self) -> None:
             super().__init__(deepcopy_host_arrays=False)
@@ -79,83 +80,105 @@ def _writer() -> Any:
                 await store.write(value)
                 return
             async with self._turn:
-                # one buffer for all chunks of a transposed leaf: the heap keeps what many buffers held
+                # one buffer for all chunks of a transposed leaf, since the heap would keep the memory of many buffers
                 buffer = None if value.flags.c_contiguous else np.empty((rows, *value.shape[1:]), value.dtype)
                 for start in range(0, len(value), rows):
                     piece = value[start : start + rows]
                     if buffer is not None:
                         buffer[: len(piece)] = piece
                         piece = buffer[: len(piece)]
-                    # a chunk is on disk when this returns
+                    # the chunk is on disk when this returns
                     await store[start : start + len(piece)].write(piece, can_reference_source_data_indefinitely=True)
 
     return OneByOne()
 
 
 def _chunk_rows(value: np.ndarray) -> int:
-    """The most entries of the first axis that fit a chunk and divide the axis, since chunks are stored in full."""
+    """Return the most entries of the first axis that fit a chunk and divide the axis, since chunks are stored in full.
+
+    Where no such number is near the limit, return one that does not divide the axis.
+    """
     fit = min(len(value), max(1, _CHUNK // max(1, math.prod(value.shape[1:]) * value.itemsize)))
     return next((rows for rows in range(fit, fit // 4, -1) if len(value) % rows == 0), max(fit, 1))
 
 
 class OrbaxFolder:
-    """A folder that ``moejax convert`` wrote, opened: its config and the shape and dtype of every leaf.
+    """The leaves of a folder that ``moejax convert`` wrote, checked against its config but not read yet.
+
+    Attributes:
+        folder: the folder.
+        abstract: the decoder that the config describes, with ``jax.ShapeDtypeStruct`` leaves.
+        leaves: shape and dtype of every stored leaf by its path in the decoder, in the order of the decoder's tree.
 
     Raises:
-        ConfigError: the configuration is not supported, or of a newer format.
-        CheckpointError: parts or leaves are missing, unused or misshapen; all of them are named together.
+        ConfigError: the configuration is not supported, or the folder's format is not.
+        CheckpointError: parts or leaves are missing, unused or misshapen; one error names all of them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        config, about = read_config(folder), (read_object(folder, "config.json", ConfigError) or {}).get(MARK)
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
+    def __init__(self, folder: ModelFolder) -> None:
+        mark = folder.mark
+        written = mark.get("format") if isinstance(mark, dict) else None
+        if written != FORMAT and written not in READABLE:
             raise ConfigError(
-                f"{folder}: written in a format that this version does not read ({about!r:.80}); convert it again."
+                f"{folder.path}: written in a format that this version does not read ({mark!r:.80}); convert it again."
             )
-        self.folder, self.hugging_face = folder, config
-        kind = family(config.get("model_type"))
-        self.abstract = Decoder.abstract(kind.config(config))
-        self.leaves = self._check(dict(leaf_paths(self.abstract)))
+        self.folder = folder
+        self.abstract = Decoder.abstract(family(folder.hugging_face.get("model_type")).config(folder.hugging_face))
+        wanted = dict(leaf_paths(self.abstract))
+        self._stored_paths = {
+            path: path if written == FORMAT else old_path(path, folder.hugging_face) for path in wanted
+        }
+        self.leaves = self._check(wanted)
+
+    def _part(self, part: str) -> Path:
+        """Return the folder of a part's checkpoint."""
+        return self.folder.path / WEIGHTS / part
 
     def _check(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Entry]:
-        problems, found = [], {}
+        """Compare the stored leaves with the decoder's; return the shape and dtype of each stored leaf."""
+        problems: list[str] = []
+        stored: dict[str, Entry] = {}
         for part in parts(wanted):
-            path = self.folder / WEIGHTS / part
-            if not path.is_dir():
+            if not self._part(part).is_dir():
                 problems.append(f"missing part {part}")
             else:
-                found |= _stored(path)
+                stored |= _entries(self._part(part))
         if not problems:
-            problems += [f"missing {path} {list(leaf.shape)}" for path, leaf in wanted.items() if path not in found]
-            problems += [f"unused {path} {list(entry.shape)}" for path, entry in found.items() if path not in wanted]
+            expected = {self._stored_paths[path]: leaf.shape for path, leaf in wanted.items()}
+            problems += [f"missing {path} {list(shape)}" for path, shape in expected.items() if path not in stored]
+            problems += [f"unused {path} {list(entry.shape)}" for path, entry in stored.items() if path not in expected]
             problems += [
-                f"misshapen {path}: the checkpoint has {list(found[path].shape)}, the config wants {list(leaf.shape)}"
-                for path, leaf in wanted.items()
-                if path in found and found[path].shape != leaf.shape
+                f"misshapen {path}: the checkpoint has {list(stored[path].shape)}, the config wants {list(shape)}"
+                for path, shape in expected.items()
+                if path in stored and stored[path].shape != shape
             ]
-        report(problems, f"{self.folder} does not fit its config")
-        return {path: found[path] for path in wanted}
+        report(problems, f"{self.folder.path} does not fit its config")
+        return {path: stored[self._stored_paths[path]] for path in wanted}
 
-    def restore(
-        self, part: str, dtype: np.dtype | None = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None
-    ) -> dict[str, Any]:
-        """The leaves of a part under their paths: on the host, or laid out over devices by ``shardings``.
+    def restore(self, part: str, dtype: np.dtype | None = None, shardings: Shardings | None = None) -> dict[str, Any]:
+        """Read the leaves of a part.
+
+        Args:
+            part: ``embedding``, one of ``layers.N``, or ``output``.
+            dtype: cast every leaf to it; by default each keeps its stored dtype.
+            shardings: the leaves that go to devices; the others are NumPy arrays.
+
+        Returns:
+            The leaves by their paths in the decoder.
 
         Raises:
             CheckpointError: the files are damaged.
         """
         import orbax.checkpoint as ocp
 
-        paths = parts(self.leaves)[part]
-        args = {path: self._restore_args(path, dtype, (shardings or {}).get(path)) for path in paths}
+        names = {path: self._stored_paths[path] for path in parts(self.leaves)[part]}
+        args = {name: self._restore_args(path, dtype, (shardings or {}).get(path)) for path, name in names.items()}
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             try:
-                restored = checkpointer.restore(
-                    (self.folder / WEIGHTS / part).absolute(), ocp.args.PyTreeRestore(restore_args=args)
-                )
+                restored = checkpointer.restore(self._part(part).absolute(), ocp.args.PyTreeRestore(restore_args=args))
             except (ValueError, OSError) as error:
-                raise CheckpointError(f"{self.folder}: {part} cannot be read: {_first_line(error)}") from error
-        return {path: restored[path] for path in paths}
+                raise CheckpointError(f"{self.folder.path}: {part} cannot be read: {_first_line(error)}") from error
+        return {path: restored[name] for path, name in names.items()}
 
     def _restore_args(self, path: str, dtype: np.dtype | None, sharding: jax.sharding.Sharding | None) -> Any:
         import orbax.checkpoint as ocp
@@ -164,9 +187,25 @@ class OrbaxFolder:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
         return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.leaves[path].shape, dtype=dtype)
 
+    def decoder(self, dtype: DTypeLike | None = None, shardings: Shardings | None = None) -> Decoder:
+        """Read all parts, one after the other, into a decoder.
 
-def _stored(path: Path) -> dict[str, Entry]:
-    """Shape and dtype of every leaf of a part."""
+        Args:
+            dtype: cast every leaf to it; by default each keeps its stored dtype.
+            shardings: the places of leaves on devices; a leaf that is not in it goes to the default device.
+
+        Raises:
+            CheckpointError: the files are damaged.
+        """
+        dtype = None if dtype is None else np.dtype(dtype)
+        leaves: dict[str, jax.Array] = {}
+        for part in parts(self.leaves):
+            leaves |= {path: jnp.asarray(leaf) for path, leaf in self.restore(part, dtype, shardings).items()}
+        return jax.tree.unflatten(jax.tree.structure(self.abstract), [leaves[path] for path in self.leaves])
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    """Return shape and dtype of every leaf of a part."""
     import orbax.checkpoint as ocp
 
     try:
@@ -178,35 +217,36 @@ def _stored(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {_first_line(error)}") from error
 
 
-def load_orbax(folder: Path, dtype: DTypeLike | None = None, shardings: Any = None) -> Decoder:
-    """The decoder of a folder that ``moejax convert`` wrote.
+def load_orbax(
+    folder: Path | ModelFolder,
+    dtype: DTypeLike | None = None,
+    shardings: Shardings | Decoder | Callable[[Decoder], Shardings | Decoder] | None = None,
+) -> Decoder:
+    """Load the decoder of a folder that ``moejax convert`` wrote.
 
     Args:
         folder: the folder.
-        dtype: cast every leaf to it; by default each keeps its own.
-        shardings: where leaves go: a mapping from paths (``layers.0.feed_forward.down``) to ``jax.sharding.Sharding``,
-            or a function that makes one from the abstract decoder, or a tree of the decoder's structure. A device is
-            given its part of a leaf and nothing else. Leaves without a sharding go to the default device.
+        dtype: cast every leaf to it; by default each keeps its stored dtype.
+        shardings: the places of leaves on devices: a mapping from paths (``layers.0.feed_forward.down``) to
+            ``jax.sharding.Sharding``, a decoder whose leaves are shardings, or a function that makes either from the
+            abstract decoder. A device is given its part of a leaf and nothing else. Leaves without a sharding go to
+            the default device.
 
     Raises:
-        ConfigError: the configuration is not supported.
+        ConfigError: the configuration is not supported, or the folder's format is not.
         CheckpointError: the leaves do not fit it.
     """
-    source = OrbaxFolder(folder)
+    stored = OrbaxFolder(folder if isinstance(folder, ModelFolder) else ModelFolder.read(folder))
     if callable(shardings) and not isinstance(shardings, Decoder):
-        shardings = shardings(source.abstract)
+        shardings = shardings(stored.abstract)
     if isinstance(shardings, Decoder):
         shardings = dict(leaf_paths(shardings))
-    dtype = None if dtype is None else np.dtype(dtype)
-    leaves: dict[str, jax.Array] = {}
-    for part in parts(source.leaves):
-        leaves |= {path: jnp.asarray(leaf) for path, leaf in source.restore(part, dtype, shardings).items()}
-    return jax.tree.unflatten(jax.tree.structure(source.abstract), [leaves[path] for path in source.leaves])
+    return stored.decoder(dtype, shardings)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes that Orbax logs at every part."""
+    """Suppress the messages that Orbax logs for every part."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -217,4 +257,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if there is no message."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""From headers to a plan: where every leaf of the decoder comes from, decided and checked before a byte is read."""
+"""Plans for loading: which tensors make up each leaf of the decoder, checked before any data is read."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,13 +17,22 @@ from moejax.models.keys import Index, KeyTable, Layout
 from moejax.ops.mxfp4 import BLOCK, MXFP4
 
 _LISTED = 8
+"""The most problems that one error message lists."""
+
 _SLICE = 4 << 20
-"""Values that are looked at together."""
+"""The number of values that are tested for NaN and infinity together."""
 
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """One leaf: its path, its shape and dtype, and the layout in which the source has it."""
+    """How to read one leaf.
+
+    Attributes:
+        path: the leaf's path in the decoder.
+        shape: the leaf's shape.
+        dtype: the dtype of its tensors.
+        layout: the layout in which the source has it.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -31,7 +40,13 @@ class LeafPlan:
     layout: Layout
 
     def read(self, source: TensorSource, dtype: DTypeLike | None, index: Index | None = None) -> np.ndarray:
-        """Assemble the leaf in ``dtype``, or in its tensors' own; of ``index``, its part (:meth:`Layout.part`)."""
+        """Assemble the leaf from its tensors.
+
+        Args:
+            source: the tensors.
+            dtype: cast the leaf to it; by default it keeps the dtype of its tensors.
+            index: a slice for each axis, if only that part of the leaf is needed (:meth:`Layout.part`).
+        """
         if index is None:
             leaf = self.layout.assemble([source.read(key) for key, _ in self.layout.tensors], self.shape)
         else:
@@ -40,20 +55,23 @@ class LeafPlan:
 
     @property
     def keys(self) -> list[str]:
-        """Of the tensors that hold the leaf."""
+        """The keys of the tensors that hold the leaf."""
         return [key for key, _ in self.layout.tensors]
 
     @property
     def is_packed(self) -> bool:
-        """Whether the leaf is a code, not values: no other dtype means anything."""
+        """True if the leaf holds the codes of MXFP4, not values, so that it must not be cast to another dtype."""
         return self.dtype == np.uint8
 
     def copy(self, source: SafetensorsFolder, dtype: DTypeLike | None, bad: dict[str, int] | None = None) -> np.ndarray:
-        """As :meth:`read`, but nothing of the files stays mapped.
+        """Assemble the leaf as :meth:`read` does, but with copies, so that nothing of the files stays mapped.
 
-        Memory for the leaf and a few MiB, and, of tensors that are cut into groups, for one of them.
+        This takes memory for the leaf and a few MiB, and for one more tensor if the layout cuts tensors into groups.
 
-        ``bad``, if given, takes the number of values that are not finite, by the tensors' keys.
+        Args:
+            source: the files.
+            dtype: cast the leaf to it; by default it keeps the dtype of its tensors.
+            bad: if given, the number of NaN and infinite values is added under the key of each tensor that has any.
         """
         dtype = self.dtype if dtype is None or self.is_packed else dtype
         groups, start = self.layout.groups, 0
@@ -62,17 +80,25 @@ class LeafPlan:
             end = start + math.prod(shape) // groups
             piece = data[0, start:end] if groups == 1 else np.empty(math.prod(shape), dtype)
             source.copy_to(key, piece)
-            _note(bad, key, piece)
+            _record(bad, key, piece)
             if groups > 1:
                 data[:, start:end] = piece.reshape(groups, -1)
             start = end
-        # one tensor that holds the concatenated data is laid out as its parts would be
+        # the layout treats one tensor that holds the concatenated data like the separate tensors
         return self.layout.assemble([data], self.shape)
 
 
 @dataclass(frozen=True)
 class PackedPlan:
-    """A leaf whose values the source has packed: the plans of blocks and scales (:class:`moejax.ops.mxfp4.MXFP4`)."""
+    """How to read one leaf that the source has as MXFP4 (:class:`moejax.ops.mxfp4.MXFP4`).
+
+    Attributes:
+        path: the leaf's path in the decoder.
+        shape: the shape of its unpacked values.
+        blocks: how to read the blocks of four-bit codes.
+        scales: how to read the scales.
+        dtype: the dtype of the unpacked values, unless another is asked for.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -81,31 +107,32 @@ class PackedPlan:
     dtype: np.dtype = np.dtype(jnp.bfloat16)
 
     def copy(self, source: SafetensorsFolder, dtype: DTypeLike | None, bad: dict[str, int] | None = None) -> np.ndarray:
-        """As :meth:`LeafPlan.copy`."""
+        """Assemble and unpack the leaf; the arguments are as in :meth:`LeafPlan.copy`."""
         blocks, scales = (plan.copy(source, None) for plan in (self.blocks, self.scales))
         leaf = np.empty(self.shape, self.dtype if dtype is None else dtype)
-        # one expert at a time: what is unpacked is four times as large
+        # one expert at a time, since unpacked values take four times the memory
         for out, *packed in zip(leaf, blocks, scales, strict=True):
             out[...] = unpack(MXFP4(*map(jnp.asarray, packed)), leaf.dtype)
-        _note(bad, self.blocks.keys[0], leaf)
+        _record(bad, self.blocks.keys[0], leaf)
         return leaf
 
     @property
     def keys(self) -> list[str]:
-        """Of the tensors that hold the leaf."""
+        """The keys of the tensors that hold the leaf."""
         return self.blocks.keys + self.scales.keys
 
 
 unpack = jax.jit(MXFP4.unpack, static_argnums=1)
 
 
-def _note(bad: dict[str, int] | None, key: str, values: np.ndarray) -> None:
+def _record(bad: dict[str, int] | None, key: str, values: np.ndarray) -> None:
+    """Write the number of NaN and infinite values under ``key``, if there are any."""
     if bad is not None and (count := count_nonfinite(values)):
         bad[key] = count
 
 
 def count_nonfinite(values: np.ndarray) -> int:
-    """How many of the floats are NaN or infinite, looking at a few MiB at a time."""
+    """Count the NaN and infinite values, testing a few MiB at a time."""
     flat = values.reshape(-1) if values.ndim < 2 or values.flags.c_contiguous else None
     if flat is None:
         return sum(count_nonfinite(row) for row in values)
@@ -113,38 +140,48 @@ def count_nonfinite(values: np.ndarray) -> int:
 
 
 def _count(values: np.ndarray) -> int:
+    """Count the NaN and infinite values of an array, all at once."""
     if values.dtype.itemsize != 2:
         return values.size - int(np.count_nonzero(np.isfinite(values)))
-    # all ones in the exponent; three times as fast as asking a type that numpy does not know
+    # a value is not finite if all bits of its exponent are ones; this is three times as fast as numpy.isfinite,
+    # which has no loop for bfloat16
     mask = np.uint16(0x7C00 if values.dtype == np.float16 else 0x7F80)
     return int(np.count_nonzero((values.view(np.uint16) & mask) == mask))
 
 
 def leaf_paths(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of every leaf of a decoder's tree, in the tree's order."""
+    """Yield the dotted path and the value of every leaf of a decoder's tree, in the tree's order."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def part_of(path: str) -> str:
-    """The part that a leaf is read and written with: ``embedding``, one of ``layers.N``, or ``output``."""
+    """Return the part that a leaf is read and written with: ``embedding``, one of ``layers.N``, or ``output``."""
     first, *rest = path.split(".")
     return f"layers.{rest[0]}" if first == "layers" else first if first == "embedding" else "output"
 
 
 def parts(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The paths of each part, in order."""
-    found: dict[str, list[str]] = {}
+    """Group paths by their part (:func:`part_of`), in the order given."""
+    grouped: dict[str, list[str]] = {}
     for path in paths:
-        found.setdefault(part_of(path), []).append(path)
-    return found
+        grouped.setdefault(part_of(path), []).append(path)
+    return grouped
 
 
 def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) -> list[LeafPlan | PackedPlan]:
-    """A plan for every leaf of ``abstract``, in the tree's order.
+    """Plan how to read every leaf of a decoder.
+
+    Args:
+        abstract: the decoder, with ``jax.ShapeDtypeStruct`` leaves.
+        table: the key table of its family.
+        entries: shape and dtype of every tensor of the checkpoint.
+
+    Returns:
+        One plan for each leaf, in the tree's order.
 
     Raises:
-        CheckpointError: keys are missing, unused or misshapen, or no floats; all of them are named together.
+        CheckpointError: tensors are missing, unused, misshapen or not floats; one error names all of them.
     """
     problems: list[str] = []
 
@@ -172,50 +209,56 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
 
 
 def _holds(path: str, leaf: jax.ShapeDtypeStruct, table: KeyTable, entries: Mapping[str, Entry]) -> bool:
-    """Whether the checkpoint holds a tensor of any layout of the leaf."""
-    known = _entry_name(path) in table
+    """Return whether the checkpoint holds a tensor of any layout of the leaf."""
+    known = split_layer(path)[0] in table
     return known and any(key in entries for layout in layouts(table, path, leaf.shape) for key, _ in layout.tensors)
 
 
 def report(problems: list[str], what: str) -> None:
-    """Raise ``CheckpointError`` if there are problems, naming the first of them and how many more there are."""
+    """Raise ``CheckpointError`` if there are problems: it lists the first of them and counts the rest."""
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise CheckpointError(f"{what}: {'; '.join(problems[:_LISTED])}{more}.")
 
 
 def _problems(layout: Layout, entries: Mapping[str, Entry], floats: bool) -> list[str]:
-    found = []
+    """Describe what is wrong with a leaf's tensors; ``floats`` tells whether they must be floats or must not be."""
+    problems = []
     for key, shape in layout.tensors:
         if key not in entries:
-            found.append(f"missing {key} {list(shape)}")
+            problems.append(f"missing {key} {list(shape)}")
         elif entries[key].shape != shape:
-            found.append(f"misshapen {key}: the file has {list(entries[key].shape)}, the config wants {list(shape)}")
+            problems.append(f"misshapen {key}: the file has {list(entries[key].shape)}, the config wants {list(shape)}")
         elif jnp.issubdtype(entries[key].dtype, jnp.floating) != floats:
-            found.append(f"mistyped {key}: {entries[key].dtype} are no weights here")
-    if found:
-        return found
+            problems.append(f"mistyped {key}: {entries[key].dtype} instead of {'a float' if floats else 'uint8'}")
+    if problems:
+        return problems
     first = layout.tensors[0][0]
     return [
-        f"dtype of {key} is {entries[key].dtype}, that of {first} is {entries[first].dtype}"
+        f"dtype of {key} is {entries[key].dtype}, but {first} has {entries[first].dtype}"
         for key, _ in layout.tensors
         if entries[key].dtype != entries[first].dtype
     ]
 
 
 def layouts(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[Layout]:
-    """The layouts in which a leaf may be published."""
-    layer = path.split(".")[1] if path.startswith("layers.") else ""
-    return [source(shape).in_layer(layer) for source in table[_entry_name(path)]]
+    """Return the layouts in which a leaf of ``shape`` may be published, with the preferred one last."""
+    template, layer = split_layer(path)
+    return [source(shape).in_layer(layer) for source in table[template]]
 
 
-def _entry_name(path: str) -> str:
-    """The name of a leaf's entry in a key table."""
+def split_layer(path: str) -> tuple[str, str]:
+    """Split the layer's index off a leaf's path.
+
+    ``"layers.7.attention.output.weight"`` gives ``("layers.{layer}.attention.output.weight", "7")``. The first is the
+    name of the leaf in a key table. A leaf that is in no layer keeps its path, with an empty index.
+    """
     first, _, rest = path.partition(".")
-    return f"layers.{{layer}}.{rest.partition('.')[2]}" if first == "layers" else path
+    layer, _, inner = rest.partition(".")
+    return (f"layers.{{layer}}.{inner}", layer) if first == "layers" else (path, "")
 
 
 def _choose(path: str, shape: tuple[int, ...], table: KeyTable, entries: Mapping[str, Entry]) -> Layout:
-    """The first layout that the checkpoint holds a part of, else the last."""
+    """Return the first layout with a tensor that the checkpoint holds, or the preferred layout if there is none."""
     choices = layouts(table, path, shape)
     return next((choice for choice in choices if any(key in entries for key, _ in choice.tensors)), choices[-1])

@@ -1,7 +1,7 @@
-"""Safetensors files: headers first, data only when it is asked for.
+"""Safetensors files: their headers are read and checked first, their data only on demand.
 
-Nothing in a header is believed. It may be at most 100 MB, as in the reference implementation, so that a claim of
-gigabytes is refused before it is read; its tensors must tile the rest of the file, without overlap and without gaps.
+Headers are not trusted. A header may have at most 100 MB, as in the reference implementation, so that a claim of
+gigabytes is refused before it is read. The tensors must tile the rest of the file, without overlaps and without gaps.
 """
 
 import math
@@ -26,29 +26,34 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+"""The dtypes that can be read, by their names in headers."""
 
 _MAX_HEADER = 100_000_000
+"""Most bytes of a header."""
+
 _MAX_RANK = 32
+"""Most axes of a tensor."""
+
 _PIECE = 16 << 20
-"""Bytes that are copied at a time."""
+"""The number of bytes that are copied at a time."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that a source offers, before its data is read."""
+    """Shape and dtype of a tensor or leaf whose data has not been read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Number of bytes of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @runtime_checkable
 class TensorSource(Protocol):
-    """Named tensors to load a model from."""
+    """Tensors under their published keys, from which a model is loaded."""
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -56,12 +61,15 @@ class TensorSource(Protocol):
         ...
 
     def read(self, key: str) -> np.ndarray:
-        """The data of one tensor; a view where possible."""
+        """Return the data of a tensor, as a view where possible."""
         ...
 
 
 class SafetensorsFile:
-    """One file.
+    """One safetensors file, whose header has been read and checked.
+
+    Attributes:
+        entries: shape and dtype of every tensor.
 
     Raises:
         CheckpointError: the file is truncated, damaged, or not a safetensors file.
@@ -77,46 +85,48 @@ class SafetensorsFile:
         _check_tiling(path, self._spans, size - self._start)
 
     def read(self, key: str) -> np.ndarray:
-        """A read-only view of the mapped file."""
+        """Return a read-only view of the mapped file."""
         entry, (begin, _) = self.entries[key], self._spans[key]
         if math.prod(entry.shape) == 0:
             return np.zeros(entry.shape, entry.dtype)
         return np.memmap(self._path, entry.dtype, "r", self._start + begin, entry.shape)
 
     def copy_to(self, key: str, out: np.ndarray) -> None:
-        """Fill the flat array ``out`` with a tensor's values, cast to its dtype.
+        """Fill the flat array ``out`` with the values of a tensor, cast to the dtype of ``out``.
 
-        Reads instead of mapping: mapped pages count as the process's memory for as long as the system likes.
+        The file is read, not mapped, because the system decides how long mapped pages count as the process's memory.
 
         Raises:
-            CheckpointError: the file became shorter since its header was read.
+            CheckpointError: the file has become shorter since its header was read.
         """
         entry, step = self.entries[key], _PIECE // self.entries[key].dtype.itemsize
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._start + self._spans[key][0])
             for first in range(0, out.size, step):
-                into = out[first : first + step]
-                piece = into if into.dtype == entry.dtype else np.empty(into.shape, entry.dtype)
+                target = out[first : first + step]
+                piece = target if target.dtype == entry.dtype else np.empty(target.shape, entry.dtype)
                 if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
                     raise CheckpointError(f"{self._path}: became shorter while it was read.")
-                if piece is not into:
-                    with np.errstate(over="ignore"):  # what overflows becomes infinite, which callers look for
-                        into[...] = piece
+                if piece is not target:
+                    with np.errstate(over="ignore"):  # values that overflow become infinite; callers test for these
+                        target[...] = piece
 
 
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """Read the header of a file of ``size`` bytes; return it with the position at which the data begins."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header of {length}).")
         if length > _MAX_HEADER:
-            raise CheckpointError(f"{path}: claims a header of {length} bytes; {_MAX_HEADER} is the most there may be.")
+            raise CheckpointError(f"{path}: claims a header of {length} bytes; at most {_MAX_HEADER} are allowed.")
         return parse_object(
             file.read(length), f"{path}: not a safetensors file: its header", CheckpointError
         ), 8 + length
 
 
 def _entry(path: Path, key: str, item: Any) -> tuple[Entry, tuple[int, int]]:
+    """Check the header's item for a tensor; return shape and dtype, and where its data begins and ends."""
     where = f"{path}: {key!r:.200}"
     if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
         raise CheckpointError(f"{where} is malformed: it lacks dtype, shape or data_offsets.")
@@ -124,41 +134,48 @@ def _entry(path: Path, key: str, item: Any) -> tuple[Entry, tuple[int, int]]:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{where} has dtype {dtype!r:.40}; known are {', '.join(DTYPES)}.")
     if not _naturals(shape) or len(shape) > _MAX_RANK:
-        raise CheckpointError(f"{where} has shape {shape!r:.80}, which is none.")
+        raise CheckpointError(f"{where} has shape {shape!r:.80}, which is not a list of at most {_MAX_RANK} sizes.")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has data_offsets {offsets!r:.80}, which are none.")
+        raise CheckpointError(f"{where} has data_offsets {offsets!r:.80}, which are not a begin and an end.")
     entry, span = Entry(tuple(shape), DTYPES[dtype]), (offsets[0], offsets[1])
-    # numpy refuses some empty shapes too: the product of the other dimensions must be addressable
+    # NumPy refuses some empty shapes too: the product of the sizes that are not zero must be addressable
     if math.prod(max(size, 1) for size in shape) * entry.dtype.itemsize >= 2**63:
-        raise CheckpointError(f"{where} has shape {shape!r:.80}, which no memory holds.")
+        raise CheckpointError(f"{where} has shape {shape!r:.80}, which is too large for any memory.")
     if span[1] - span[0] != entry.nbytes:
         raise CheckpointError(
-            f"{where} has {span[1] - span[0]} bytes, its shape {shape!r:.80} in {dtype} needs {entry.nbytes}."
+            f"{where} has {span[1] - span[0]} bytes, but its shape {shape!r:.80} in {dtype} needs {entry.nbytes}."
         )
     return entry, span
 
 
 def _naturals(values: Any) -> bool:
+    """Return whether ``values`` is a list of integers that are not negative."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _check_tiling(path: Path, spans: Mapping[str, tuple[int, int]], size: int) -> None:
-    """Raise ``CheckpointError`` unless the spans cover ``size`` bytes, each once."""
+    """Raise ``CheckpointError`` unless the spans cover each of ``size`` bytes exactly once."""
     end = 0
     for key, span in sorted(spans.items(), key=lambda item: item[1]):
         where = f"{path}: {key!r:.200}"
         if span[1] > size:
-            raise CheckpointError(f"{where}: truncated: it ends at byte {span[1]} of the data, the file at {size}.")
+            raise CheckpointError(
+                f"{where}: truncated: it ends at byte {span[1]} of the data, but the file ends at {size}."
+            )
         if span[0] != end:
             wrong = "overlaps the tensor before it" if span[0] < end else "leaves a gap before it"
             raise CheckpointError(f"{where} {wrong}: it begins at byte {span[0]} of the data, not at {end}.")
         end = span[1]
     if end != size:
-        raise CheckpointError(f"{path}: {size - end} bytes after the last tensor belong to none.")
+        raise CheckpointError(f"{path}: {size - end} bytes after the last tensor belong to no tensor.")
 
 
 class SafetensorsFolder:
-    """All tensors of a Hugging Face folder: one file, or shards listed by ``model.safetensors.index.json``.
+    """All tensors of a Hugging Face folder: of one file, or of shards that ``model.safetensors.index.json`` lists.
+
+    Attributes:
+        paths: the path of each file, by its name.
+        entries: shape and dtype of every tensor.
 
     Raises:
         CheckpointError: a shard is missing, damaged or outside the folder, or lacks a key that the index places there.
@@ -166,52 +183,55 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         index = read_object(folder, "model.safetensors.index.json", CheckpointError)
-        placed = {} if index is None else _weight_map(folder, index)
-        names = sorted(set(placed.values())) if placed else ["model.safetensors"]
+        weight_map = {} if index is None else _weight_map(folder, index)
+        names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
         self.paths = {name: inside(folder, name) for name in names}
         missing = [name for name, path in self.paths.items() if path is None]
         if missing:
-            raise CheckpointError(_missing(folder, missing) if placed else _no_weights(folder))
+            raise CheckpointError(_missing(folder, missing) if weight_map else _no_weights(folder))
         files = {name: SafetensorsFile(path) for name, path in self.paths.items() if path is not None}
-        absent = [key for key, name in placed.items() if key not in files[name].entries]
+        absent = [key for key, name in weight_map.items() if key not in files[name].entries]
         if absent:
-            raise CheckpointError(f"{folder}: the index promises keys that its shards lack: {', '.join(absent[:5])}.")
-        self._home: dict[str, SafetensorsFile] = {}
+            raise CheckpointError(f"{folder}: the index lists keys that its shards lack: {', '.join(absent[:5])}.")
+        self._file_of: dict[str, SafetensorsFile] = {}
         for name, file in files.items():
-            if twice := self._home.keys() & file.entries.keys():
-                raise CheckpointError(f"{folder}: {name} repeats keys of other shards: {', '.join(sorted(twice)[:5])}.")
-            self._home |= dict.fromkeys(file.entries, file)
-        self.entries: Mapping[str, Entry] = {key: file.entries[key] for key, file in self._home.items()}
+            if repeated := sorted(self._file_of.keys() & file.entries.keys()):
+                raise CheckpointError(f"{folder}: {name} repeats keys of other shards: {', '.join(repeated[:5])}.")
+            self._file_of |= dict.fromkeys(file.entries, file)
+        self.entries: Mapping[str, Entry] = {key: file.entries[key] for key, file in self._file_of.items()}
 
     def read(self, key: str) -> np.ndarray:
-        """A read-only view of the mapped shard."""
-        return self._home[key].read(key)
+        """Return a read-only view of the mapped shard."""
+        return self._file_of[key].read(key)
 
     def copy_to(self, key: str, out: np.ndarray) -> None:
-        """As :meth:`SafetensorsFile.copy_to`."""
-        self._home[key].copy_to(key, out)
+        """Fill a flat array with the values of a tensor (:meth:`SafetensorsFile.copy_to`)."""
+        self._file_of[key].copy_to(key, out)
 
 
 def _weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
-    placed = index.get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+    """Return the names of the files that hold the tensors, by their keys."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(
-            f"{folder}/model.safetensors.index.json: not a shard index: no 'weight_map' to file names."
+            f"{folder}/model.safetensors.index.json: not a shard index: no 'weight_map' from keys to file names."
         )
-    return placed
+    return names
 
 
 def _missing(folder: Path, names: list[str]) -> str:
+    """Return the error message for missing shards."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{folder}: missing shards: {', '.join(names[:5])}{more}. Download them again."
 
 
 def _no_weights(folder: Path) -> str:
+    """Return the error message for a folder without safetensors files, which tells how to convert pickles."""
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if not pickles:
         return f"{folder}: no model.safetensors and no model.safetensors.index.json."
     return (
-        f"{folder}: only {pickles[0]}, a pickle, which can run any code when it is read, so it is not read here. "
-        'Where you trust it, convert it to safetensors: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"{folder}: only {pickles[0]}, a pickle, which can run any code when it is read, so it is not read. "
+        'If you trust it, convert it to safetensors: python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('DESTINATION')\"."
     )

@@ -1,4 +1,4 @@
-"""What a long run over a checkpoint shows while it goes on, and says at its end."""
+"""The progress bar of a long run over a checkpoint, and the summary at its end."""
 
 import importlib.util
 import resource
@@ -15,15 +15,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion or an export did.
+    """The summary of a conversion or an export.
 
     Attributes:
         destination: the folder that was written.
-        bytes: read from the source by this run.
-        seconds: that it took.
-        peak_bytes: the most host memory that the process held at any time of its life.
-        parts: of the model, and
-        resumed: those that an earlier run had already written.
+        bytes: the number of bytes that this run read from the source.
+        seconds: the time that it took.
+        peak_bytes: the most host memory that the process has held at any time, in bytes.
+        parts: the number of parts of the model.
+        resumed: the number of parts that an earlier run had already written.
     """
 
     destination: Path
@@ -34,7 +34,7 @@ class Conversion:
     resumed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Return a dictionary that can be written as JSON."""
         return asdict(self) | {"destination": str(self.destination)}
 
     def __str__(self) -> str:
@@ -47,10 +47,10 @@ class Conversion:
 
 
 def peak_bytes() -> int:
-    """The most host memory that this process held at any time."""
+    """Return the most host memory that this process has held at any time, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
-        # what getrusage gives on Linux counts what the process was before exec, that is, its parent
+        # on Linux, getrusage counts the memory before exec too, when the process was a copy of its parent
         lines = (line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return next((int(kibibytes) * 1024 for _, kibibytes, _ in lines), 0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,9 +59,14 @@ def peak_bytes() -> int:
 
 @contextmanager
 def progress_bar(shown: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of ``total`` bytes on stderr; what it yields is called with the bytes that are done.
+    """Show a progress bar on stderr, and yield a function that advances it by a number of bytes.
 
-    There is none where it could not move: in a log file, or in a notebook without ipywidgets.
+    No bar is shown where it could not move: in a log file, or in a notebook without ipywidgets.
+
+    Args:
+        shown: show the bar if it can move.
+        what: the text before the bar.
+        total: the number of bytes at which the bar is full.
     """
     console = Console(stderr=True)
     moves = console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)

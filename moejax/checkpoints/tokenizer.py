@@ -1,4 +1,4 @@
-"""The model's own tokenizer, read from ``tokenizer.json``."""
+"""The tokenizer of a model, read from its ``tokenizer.json``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,18 @@ from moejax.errors import CheckpointError, PromptError
 
 
 class Tokenizer:
-    """Text to token ids and back."""
+    """Converts text to token ids and back.
+
+    Attributes:
+        backend: the tokenizer of the ``tokenizers`` library.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend = backend
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self | None:
-        """The folder's tokenizer, or ``None`` if it has no ``tokenizer.json``.
+        """Read the tokenizer of a model folder; return ``None`` if it has no ``tokenizer.json``.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -34,25 +38,25 @@ class Tokenizer:
         return cls(backend)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids; ``special`` adds what the model's template adds, such as a start token."""
+        """Return the token ids of a text; ``special`` adds the template's tokens, such as a start token."""
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
+        """Return the text of token ids, without special tokens."""
         return self.backend.decode(list(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each id's text by itself, special tokens shown."""
+        """Return the text of each token id by itself; special tokens are included."""
         return [self.backend.decode([i], skip_special_tokens=False) for i in ids]
 
     def token_id(self, text: str) -> int:
-        """The id of a text that is exactly one token.
+        """Return the id of a text that is exactly one token.
 
         Raises:
-            PromptError: it is several tokens, or none.
+            PromptError: the text is several tokens, or no token.
         """
         ids = self.encode(text, special=False)
         if len(ids) != 1:
-            shown = ", ".join(repr(p) for p in self.pieces(ids)) or "none"
+            shown = ", ".join(repr(p) for p in self.pieces(ids)) or "no tokens"
             raise PromptError(f"{text!r} is {len(ids)} tokens, not one: {shown}. Name a single token, or its id.")
         return ids[0]

@@ -1,4 +1,4 @@
-"""A torch model in memory as a source of tensors. Torch itself is imported by whoever made the model, never here."""
+"""A torch model in memory as a source of tensors; this module never imports torch."""
 
 import sys
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _DTYPES = {
 
 
 class TorchModel:
-    """The state dict of a ``transformers`` model.
+    """The state dict of a ``transformers`` model, as a ``TensorSource``.
 
     Raises:
         CheckpointError: a parameter has a dtype that is not a plain float or byte.
@@ -37,7 +37,7 @@ class TorchModel:
         }
 
     def read(self, key: str) -> np.ndarray:
-        """A copy on the host; bfloat16 goes through its bits, since numpy has no such type of its own."""
+        """Copy a tensor to the host; bfloat16 is copied as bits, since torch cannot make a NumPy array of it."""
         tensor = self._state[key].detach().cpu().contiguous()
         dtype = self.entries[key].dtype
         if dtype.itemsize == 2:

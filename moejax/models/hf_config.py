@@ -1,4 +1,4 @@
-"""Reading a Hugging Face ``config.json`` strictly: a field that nobody reads is an error, not a silent difference."""
+"""Read a Hugging Face ``config.json`` strictly: a field that no code reads is an error, not a silent difference."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from moejax.errors import ConfigError
 from moejax.ops.rope import Rope, Yarn
 
-# Fields that cannot change what the forward pass of a released model computes.
+# Fields that cannot change the forward pass of a released model.
 _WITHOUT_EFFECT = {
     "_attn_implementation_autoset",
     "_name_or_path",
@@ -26,7 +26,7 @@ _WITHOUT_EFFECT = {
     "transformers.js_config",
     "transformers_version",
     "use_cache",
-    # PretrainedConfig's own, written by older versions of transformers for every model
+    # fields of PretrainedConfig, which older versions of transformers write for every model
     "bos_token_id",
     "chunk_size_feed_forward",
     "id2label",
@@ -35,20 +35,44 @@ _WITHOUT_EFFECT = {
     "problem_type",
 }
 _REQUIRED = object()
+"""Stands for the default of a field that must be present."""
 
 
 class Fields:
-    """The fields of a config, each marked as read when it is asked for."""
+    """The fields of a config; each is marked as read when it is asked for.
+
+    A family's ``config(fields)`` asks for every field that it knows. At the end, :meth:`finish` raises an error if the
+    config has further fields that may change the model:
+
+        >>> fields = Fields({"hidden_size": 64, "num_local_experts": 8, "residual_multiplier": 0.22})
+        >>> fields.size("hidden_size")
+        64
+        >>> fields.size("num_experts", alias="num_local_experts")
+        8
+        >>> fields("rms_norm_eps", 1e-5)
+        1e-05
+        >>> fields.finish()
+        Traceback (most recent call last):
+        moejax.errors.ConfigError: this family does not know these config fields, ..: residual_multiplier=0.22.
+
+    Args:
+        config: the fields of ``config.json``.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = dict(config)
         self._read: set[str] = set()
 
     def __call__(self, name: str, default: Any = _REQUIRED, *, alias: str | None = None) -> Any:
-        """The field ``name``, or ``alias`` as other versions of transformers call it; ``None`` counts as absent.
+        """Return a field; a field that is ``None`` counts as absent.
+
+        Args:
+            name: the name of the field.
+            default: the value if the field is absent.
+            alias: the name of the field in other versions of transformers.
 
         Raises:
-            ConfigError: absent and no default is given.
+            ConfigError: the field is absent, and no default is given.
         """
         for key in (name, alias):
             if key is not None:
@@ -56,14 +80,14 @@ class Fields:
                 if self._config.get(key) is not None:
                     return self._config[key]
         if default is _REQUIRED:
-            raise ConfigError(f"the model's config has no {name!r}; it is incomplete or of another family.")
+            raise ConfigError(f"the model's config has no {name!r}; it is incomplete or belongs to another family.")
         return default
 
     def size(self, name: str, default: Any = _REQUIRED, *, alias: str | None = None) -> int:
-        """The field ``name``, a positive integer.
+        """Return a field that must be a positive integer; the arguments are as in :meth:`__call__`.
 
         Raises:
-            ConfigError: it is something else, or absent and no default is given.
+            ConfigError: the field is not a positive integer, or it is absent and no default is given.
         """
         value = self(name, default, alias=alias)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -71,19 +95,21 @@ class Fields:
         return value
 
     def must_be(self, name: str, expected: Any) -> None:
-        """Accept ``name`` only if absent or equal to ``expected``.
+        """Accept the field ``name`` only if it is absent or equal to ``expected``.
 
         Raises:
-            ConfigError: another value, which would change the model in a way that is not implemented.
+            ConfigError: the field has another value, which would change the model in a way that is not implemented.
         """
         if (value := self(name, expected)) != expected:
             raise ConfigError(f"config field {name}={value!r} is not supported, only {expected!r} is.")
 
     def rope(self, default_theta: float = 10000.0) -> Rope:
-        """Rotary positions, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4).
+        """Return the rotary positions.
+
+        They come from ``rope_parameters`` (transformers 5), or from ``rope_theta`` and ``rope_scaling`` (version 4).
 
         Raises:
-            ConfigError: a variant that is neither plain nor YaRN.
+            ConfigError: they are of a type that is neither plain nor YaRN.
         """
         self._read |= {"rope_parameters", "rope_theta", "rope_scaling"}
         scaling = dict(self._config.get("rope_parameters") or self._config.get("rope_scaling") or {})
@@ -97,6 +123,7 @@ class Fields:
         return Rope(theta)
 
     def _yarn(self, scaling: dict[str, Any]) -> Yarn:
+        """Return the parameters of YaRN (Peng et al., arXiv 2309.00071), with the defaults of transformers."""
         if mscale := [name for name in ("mscale", "mscale_all_dim") if scaling.get(name)]:
             raise ConfigError(f"YaRN with {' and '.join(mscale)} is not supported.")
         factor = float(scaling["factor"])
@@ -111,23 +138,28 @@ class Fields:
         )
 
     def head_dim(self, model_dim: int, heads: int) -> int:
-        """``head_dim``, by default the model's width shared among the heads.
+        """Return ``head_dim``, by default the model's width divided by the number of heads.
 
         Raises:
-            ConfigError: it is not given, and the heads do not divide the width.
+            ConfigError: the field is absent, and the number of heads does not divide the width.
         """
         if self("head_dim", None) is None and model_dim % heads:
             raise ConfigError(f"hidden_size={model_dim} is not divisible by num_attention_heads={heads}.")
         return self.size("head_dim", model_dim // heads)
 
     def common(self, *, max_positions: int, tied: bool = False) -> dict[str, Any]:
-        """The fields of ``Config`` that every family reads alike, with its defaults."""
+        """Return the fields of ``Config`` that all families read in the same way.
+
+        Args:
+            max_positions: the family's default of ``max_position_embeddings``.
+            tied: the family's default of ``tie_word_embeddings``.
+        """
         return {
             "vocab_size": self.size("vocab_size"),
             "tied": self("tie_word_embeddings", tied),
             "max_positions": self.size("max_position_embeddings", max_positions),
             "eos_ids": self.eos_ids(),
-            # some name -1, of which there is no embedding
+            # some configs have -1, which has no embedding
             "pad_id": max(self("pad_token_id", 0), 0),
         }
 
@@ -135,7 +167,7 @@ class Fields:
         """Read the fields of Qwen's sliding window, which no published mixture uses.
 
         Raises:
-            ConfigError: it is switched on.
+            ConfigError: the window is switched on.
         """
         self.must_be("use_sliding_window", False)
         for name in ("sliding_window", "max_window_layers"):
@@ -145,18 +177,26 @@ class Fields:
             raise ConfigError(f"config field layer_types={kinds!r} is not supported, only full attention is.")
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer of a Qwen model is a mixture: not ``mlp_only_layers``, and on the ``decoder_sparse_step``."""
+        """Return whether a layer of a Qwen model is a mixture.
+
+        It is one if it is not in ``mlp_only_layers``, and if its number, counted from one, is a multiple of
+        ``decoder_sparse_step``.
+        """
         step, dense = self("decoder_sparse_step", 1), self("mlp_only_layers", ())
         return layer not in dense and (layer + 1) % step == 0
 
     def eos_ids(self) -> tuple[int, ...]:
-        """``eos_token_id`` as a tuple: it may be absent, one id or several."""
+        """Return ``eos_token_id``, which may be absent, one id or several, as a tuple."""
         value = self("eos_token_id", ())
         return (value,) if isinstance(value, int) else tuple(value)
 
     def finish(self) -> None:
-        """Raise ``ConfigError`` for fields that are set, were not read and may change the model."""
+        """Check that all fields that may change the model were read; unread fields that are ``None`` or false are fine.
+
+        Raises:
+            ConfigError: a field that was not read may change the model.
+        """
         unknown = {k: v for k, v in self._config.items() if k not in self._read | _WITHOUT_EFFECT}
         if unknown := {k: v for k, v in unknown.items() if v is not None and v is not False}:
             listed = ", ".join(f"{k}={v!r}" for k, v in sorted(unknown.items()))
-            raise ConfigError(f"config fields that this family does not know and that may change the model: {listed}.")
+            raise ConfigError(f"this family does not know these config fields, which may change the model: {listed}.")

@@ -1,9 +1,46 @@
 """Key tables: which tensors of a published checkpoint hold which leaf of the decoder.
 
-A leaf is the concatenation of its tensors' data in the order given, whole or group of heads by group, seen in a shape
-of which the leaf is a transpose. So one table serves reading and writing. A leaf ``PATH`` that may be published as
-MXFP4 has two more entries, ``PATH.blocks`` and ``PATH.scales``, under which a decoder that keeps it packed has its
-leaves.
+A family's table has one line for each leaf: our path on the left, the published key on the right, and between them the
+layout, which says how the tensors' data is arranged in the leaf. ``{layer}`` and ``{expert}`` stand for indices:
+
+    KEYS: KeyTable = {
+        "norm.weight": [whole("model.norm.weight")],
+        "layers.{layer}.attention_norm.weight": [whole("model.layers.{layer}.input_layernorm.weight")],
+        "layers.{layer}.feed_forward.down": [per_expert("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight")],
+    }
+
+A leaf that is published in several ways has several layouts; the last is the one that is written. The same line serves
+reading and writing, since a :class:`Layout` has an inverse. For two experts of width F = 3 in a model of width D = 2:
+
+    >>> down = per_expert("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight")
+    >>> leaf = np.arange(12).reshape(2, 2, 3)  # [E, D, F]
+    >>> layout = down(leaf.shape).in_layer("7")
+    >>> for key, shape in layout.tensors:
+    ...     print(key, shape)
+    model.layers.7.mlp.experts.0.down_proj.weight (2, 3)
+    model.layers.7.mlp.experts.1.down_proj.weight (2, 3)
+    >>> tensors = layout.split(leaf)
+    >>> tensors["model.layers.7.mlp.experts.1.down_proj.weight"]
+    array([[ 6,  7,  8],
+           [ 9, 10, 11]])
+    >>> np.array_equal(layout.assemble(list(tensors.values()), leaf.shape), leaf)
+    True
+
+The layouts, with the shape of the leaf on the left and the shapes of its tensors on the right (``..`` stands for any
+further axes; each of G key/value heads serves H / G query heads):
+
+    whole               [..]                   one tensor [..]
+    stacked             [n, ..]                n tensors [..], one for each key
+    per_expert          [E, ..]                E tensors [..], one for each expert
+    per_expert          [E, 2, F, D]           2E tensors [F, D], with two keys
+    merged_halves       [.., 2, F, D]          one tensor [.., 2F, D]
+    grouped_heads       [G, H / G + 2, C, ..]  three tensors, [H * C, ..] and twice [G * C, ..]
+    transposed          [E, F, D]              one tensor [E, D, F]
+    interleaved         [E, 2, F, D]           one tensor [E, D, 2F]
+    interleaved_rows    [E, 2, F, ..]          one tensor [E, 2F, ..]
+
+A leaf ``PATH`` that may be published as MXFP4 has two more lines, ``PATH.blocks`` and ``PATH.scales``. A decoder that
+keeps the leaf as MXFP4 has its leaves under these paths.
 """
 
 import itertools
@@ -14,17 +51,34 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 Shape = tuple[int, ...]
+"""The sizes of a leaf's or a tensor's axes."""
+
 Index = tuple[slice, ...]
+"""A slice for each axis of a leaf."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one leaf is published.
+    """How the data of one leaf is arranged in the tensors of a published checkpoint.
+
+    The data of the tensors is concatenated in the order given. If ``groups`` is more than one, each tensor is first cut
+    into so many equal pieces, and the data has the first piece of every tensor, then the second, and so on. The data,
+    reshaped to the leaf's axes in the order ``axes``, is a transpose of the leaf.
+
+    :meth:`assemble` makes the leaf from its tensors, and :meth:`split` is its inverse:
+
+        >>> layout = Layout([("query", (4,)), ("key", (2,))], groups=2)
+        >>> leaf = layout.assemble([np.array([0, 1, 2, 3]), np.array([8, 9])], (2, 3))
+        >>> leaf
+        array([[0, 1, 8],
+               [2, 3, 9]])
+        >>> layout.split(leaf)
+        {'query': array([0, 1, 2, 3]), 'key': array([8, 9])}
 
     Attributes:
         tensors: key and shape of each tensor, in order.
-        axes: the leaf's axes in the order in which the concatenated data has them; ``None`` keeps them.
-        groups: into how many equal parts each tensor is cut; the data has the first of each, then the second and so on.
+        axes: the axes of the leaf in the order in which the data has them; ``None`` if that is the leaf's own order.
+        groups: the number of pieces into which each tensor is cut.
     """
 
     tensors: Sequence[tuple[str, Shape]]
@@ -32,27 +86,27 @@ class Layout:
     groups: int = 1
 
     def in_layer(self, layer: str) -> "Layout":
-        """The layout with ``{layer}`` filled in."""
+        """Return the layout with the index ``layer`` in place of ``{layer}``."""
         tensors = [(key.replace("{layer}", layer), shape) for key, shape in self.tensors]
         return replace(self, tensors=tensors)
 
     def assemble(self, parts: list[np.ndarray], shape: Shape) -> np.ndarray:
-        """The leaf of ``shape`` from its tensors."""
+        """Make the leaf of ``shape`` from its tensors, which are given in order."""
         data = _concatenate(parts, self.groups)
         if self.axes is None:
             return data.reshape(shape)
         return data.reshape([shape[i] for i in self.axes]).transpose(np.argsort(self.axes))
 
     def part(self, read: Callable[[str], np.ndarray], shape: Shape, index: Index) -> np.ndarray:
-        """The part ``index`` of the leaf of ``shape``.
+        """Return the part ``index`` of the leaf, while reading as little as the layout allows.
 
-        Of one tensor it is a view, so that no more of a mapped file is read. Of one tensor for each entry of the
-        leading axes, only those in the index are read, and of them only the slice; of tensors cut into groups, only the
-        groups in the index. Any other layout is assembled whole.
+        If the leaf is one tensor, the part is a view, so that no more of a mapped file is read. If there is one tensor
+        for each entry of the leading axes, only the tensors in the index are read, and only the slice of each. If
+        tensors are cut into groups, only the groups in the index are read. Any other leaf is assembled completely.
 
         Args:
-            read: gives a tensor by its key.
-            shape: of the leaf.
+            read: returns a tensor by its key.
+            shape: the shape of the leaf.
             index: a slice for each axis, none of them empty.
         """
         if self.groups > 1:
@@ -72,7 +126,7 @@ class Layout:
         return out.reshape(size)
 
     def split(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of a leaf: the inverse of :meth:`assemble`."""
+        """Return the tensors of a leaf by their keys: the inverse of :meth:`assemble`."""
         data = (leaf if self.axes is None else leaf.transpose(self.axes)).reshape(self.groups, -1)
         ends = np.cumsum([math.prod(shape) // self.groups for _, shape in self.tensors])
         pieces = np.split(data, ends[:-1], axis=1)
@@ -80,33 +134,51 @@ class Layout:
 
 
 def _concatenate(parts: list[np.ndarray], groups: int) -> np.ndarray:
+    """Concatenate the data of tensors, group by group; a single tensor is returned as it is."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(groups, -1) for part in parts], axis=1)
 
 
 Source = Callable[[Shape], Layout]
-"""From a leaf's shape to a layout in which it may be published."""
+"""From the shape of a leaf to a layout in which it may be published."""
 
 KeyTable = Mapping[str, Sequence[Source]]
-"""From a leaf's path (``{layer}`` stands for the index) to the layouts in which it is published, preferred last."""
+"""From leaf paths, with ``{layer}`` for the index, to the layouts in which a leaf is published, preferred last."""
 
 
 def whole(key: str) -> Source:
-    """One tensor of the leaf's own shape."""
+    """One tensor of the leaf's shape.
+
+    >>> whole("lm_head.weight")((5, 2)).tensors
+    [('lm_head.weight', (5, 2))]
+    """
     return lambda shape: Layout([(key, shape)])
 
 
 def merged_halves(key: str) -> Source:
-    """One tensor ``[.., 2F, D]`` for a leaf ``[.., 2, F, D]``: one half after the other."""
+    """One tensor ``[.., 2F, D]`` for a leaf ``[.., 2, F, D]``: the rows of one half come after those of the other.
+
+    >>> leaf = np.array([[["g0"], ["g1"]], [["u0"], ["u1"]]])  # [2, F, D]
+    >>> merged_halves("gate_up_proj")(leaf.shape).split(leaf)["gate_up_proj"].ravel().tolist()
+    ['g0', 'g1', 'u0', 'u1']
+    """
     return lambda shape: Layout([(key, (*shape[:-3], shape[-3] * shape[-2], shape[-1]))])
 
 
 def stacked(*keys: str) -> Source:
-    """One tensor for each entry of the leaf's first axis."""
+    """One tensor for each entry of the leaf's first axis.
+
+    >>> stacked("gate_proj.weight", "up_proj.weight")((2, 3, 4)).tensors
+    [('gate_proj.weight', (3, 4)), ('up_proj.weight', (3, 4))]
+    """
     return lambda shape: Layout([(key, shape[1:]) for key in keys])
 
 
 def per_expert(*keys: str) -> Source:
-    """One tensor for each expert and key; with several keys the leaf's second axis counts them."""
+    """One tensor for each expert and key; with several keys, the leaf's second axis counts them.
+
+    >>> per_expert("{expert}.gate.weight", "{expert}.up.weight")((2, 2, 3, 4)).tensors
+    [('0.gate.weight', (3, 4)), ('0.up.weight', (3, 4)), ('1.gate.weight', (3, 4)), ('1.up.weight', (3, 4))]
+    """
     inner = 2 if len(keys) > 1 else 1
 
     def layout(shape: Shape) -> Layout:
@@ -116,7 +188,15 @@ def per_expert(*keys: str) -> Source:
 
 
 def grouped_heads(query: str, key: str, value: str) -> Source:
-    """Three tensors of heads' rows for a leaf ``[G, R + 2, C, ..]``: each group's queries, then its key and value."""
+    """Three tensors of the heads' rows for a leaf ``[G, H / G + 2, C, ..]``.
+
+    For each of G key/value heads, the leaf has its H / G query heads, then the key head, then the value head.
+
+    >>> leaf = np.array([[["q0"], ["q1"], ["k0"], ["v0"]], [["q2"], ["q3"], ["k1"], ["v1"]]])  # G = 2, H = 4, C = 1
+    >>> tensors = grouped_heads("query", "key", "value")(leaf.shape).split(leaf)
+    >>> [tensor.tolist() for tensor in tensors.values()]
+    [['q0', 'q1', 'q2', 'q3'], ['k0', 'k1'], ['v0', 'v1']]
+    """
 
     def layout(shape: Shape) -> Layout:
         groups, heads, width, *rest = shape
@@ -127,17 +207,31 @@ def grouped_heads(query: str, key: str, value: str) -> Source:
 
 
 def transposed(key: str) -> Source:
-    """One tensor ``[E, D, F]`` for a leaf ``[E, F, D]``."""
+    """One tensor ``[E, D, F]`` for a leaf ``[E, F, D]``.
+
+    >>> transposed("down_proj")((6, 3, 2)).tensors
+    [('down_proj', (6, 2, 3))]
+    """
     return lambda shape: Layout([(key, (shape[0], shape[2], shape[1]))], axes=(0, 2, 1))
 
 
 def interleaved(key: str) -> Source:
-    """One tensor ``[E, D, 2F]`` for a leaf ``[E, 2, F, D]``: halves alternate."""
+    """One tensor ``[E, D, 2F]`` for a leaf ``[E, 2, F, D]``: columns of the two halves alternate.
+
+    >>> leaf = np.array([[[["g0"], ["g1"]], [["u0"], ["u1"]]]])  # [E, 2, F, D]
+    >>> interleaved("gate_up_proj")(leaf.shape).split(leaf)["gate_up_proj"].tolist()
+    [[['g0', 'u0', 'g1', 'u1']]]
+    """
     return lambda shape: Layout([(key, (shape[0], shape[3], shape[1] * shape[2]))], axes=(0, 3, 2, 1))
 
 
 def interleaved_rows(key: str) -> Source:
-    """One tensor ``[E, 2F, ..]`` for a leaf ``[E, 2, F, ..]``: halves alternate."""
+    """One tensor ``[E, 2F, ..]`` for a leaf ``[E, 2, F, ..]``: rows of the two halves alternate.
+
+    >>> leaf = np.array([[["g0", "g1"], ["u0", "u1"]]])  # [E, 2, F]
+    >>> interleaved_rows("gate_up_proj_bias")(leaf.shape).split(leaf)["gate_up_proj_bias"].tolist()
+    [['g0', 'u0', 'g1', 'u1']]
+    """
 
     def layout(shape: Shape) -> Layout:
         experts, halves, rows, *rest = shape

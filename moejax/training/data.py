@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer, PRNGKeyArray
 
-from moejax.checkpoints.load import BUNDLED
+from moejax.checkpoints.folder import BUNDLED
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import MoejaxError
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from moejax.checkpoints import save_folder
-from moejax.checkpoints.load import BUNDLED
+from moejax.checkpoints.folder import BUNDLED
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, MoejaxError
 from moejax.models import Decoder

@@ -1,4 +1,4 @@
-"""Folders as transformers writes them, and as they are when something is wrong with them."""
+"""Folders as transformers writes them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ def published(toy_torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sharded(toy_torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in shards with an index. Do not change it."""
+    """The same model in shards with an index. Do not change it."""
     folder = tmp_path_factory.mktemp("sharded")
     toy_torch.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 2

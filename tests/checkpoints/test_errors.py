@@ -1,4 +1,4 @@
-"""Whatever is wrong with a folder, the error is a ``MoejaxError`` that names it."""
+"""Every fault of a folder raises a ``MoejaxError`` that names the fault."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def shards(sharded: Path, tmp_path: Path) -> Path:
 
 
 def message(source: Path, kind: type[MoejaxError]) -> str:
-    """The message of the error that loading raises: of the right kind, and one line."""
+    """Return the message of the error that loading raises; it must be of the right kind and have one line."""
     with pytest.raises(kind) as error:
         moejax.load(source)
     assert isinstance(error.value, MoejaxError)
@@ -69,18 +69,18 @@ def test_empty_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{'model_type':", "", "[1, 2]", "null", "\udcff"], ids=repr)
-def test_config_is_no_json_object(text: str, folder: Path) -> None:
+def test_config_is_not_a_json_object(text: str, folder: Path) -> None:
     (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    found = message(folder, ConfigError)
-    assert "config.json" in found
-    assert "JSON" in found
+    text = message(folder, ConfigError)
+    assert "config.json" in text
+    assert "JSON" in text
 
 
 def test_unknown_model_type(folder: Path) -> None:
     edit_config(folder, model_type="gpt_neox")
-    found = message(folder, ConfigError)
-    assert "gpt_neox" in found
-    assert "olmoe" in found
+    text = message(folder, ConfigError)
+    assert "gpt_neox" in text
+    assert "olmoe" in text
 
 
 def test_no_model_type(folder: Path) -> None:
@@ -102,8 +102,8 @@ def test_scaled_rope(folder: Path) -> None:
 
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    found = message(folder, CheckpointError)
-    assert "model.safetensors" in found
+    text = message(folder, CheckpointError)
+    assert "model.safetensors" in text
 
 
 def test_missing_shard(shards: Path) -> None:
@@ -116,8 +116,8 @@ def test_all_missing_shards_are_named(shards: Path) -> None:
     lost = sorted(shards.glob("*.safetensors"))[:2]
     for shard in lost:
         shard.unlink()
-    found = message(shards, CheckpointError)
-    assert all(shard.name in found for shard in lost)
+    text = message(shards, CheckpointError)
+    assert all(shard.name in text for shard in lost)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
@@ -125,9 +125,9 @@ def test_truncated_shard(keep: float, shards: Path) -> None:
     cut = sorted(shards.glob("*.safetensors"))[1]
     with cut.open("r+b") as file:
         file.truncate(int(cut.stat().st_size * keep))
-    found = message(shards, CheckpointError)
-    assert "truncated" in found
-    assert cut.name in found
+    text = message(shards, CheckpointError)
+    assert "truncated" in text
+    assert cut.name in text
 
 
 def test_index_that_promises_too_much(shards: Path) -> None:
@@ -139,21 +139,21 @@ def test_index_that_promises_too_much(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
-def test_index_that_is_none(text: str, shards: Path) -> None:
+def test_index_that_is_not_an_index(text: str, shards: Path) -> None:
     (shards / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json" in message(shards, CheckpointError)
 
 
 HEADERS = {
-    "no JSON": b"x" * 40,
-    "no UTF-8": b"\xff" * 40,
-    "no object": b"[1, 2, 3]",
-    "entry is no object": b'{"w": 3}',
+    "not JSON": b"x" * 40,
+    "not UTF-8": b"\xff" * 40,
+    "not an object": b"[1, 2, 3]",
+    "entry is not an object": b'{"w": 3}',
     "entry without shape": b'{"w": {"dtype": "F32", "data_offsets": [0, 4]}}',
     "unknown dtype": b'{"w": {"dtype": "F13", "shape": [1], "data_offsets": [0, 4]}}',
     "bytes do not fit shape": b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-    "offsets are no numbers": b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": ["a", "b"]}}',
-    "shape is no numbers": b'{"w": {"dtype": "F32", "shape": ["a"], "data_offsets": [0, 4]}}',
+    "offsets are not numbers": b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": ["a", "b"]}}',
+    "shape is not numbers": b'{"w": {"dtype": "F32", "shape": ["a"], "data_offsets": [0, 4]}}',
     "negative offsets": b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
     "negative shape": b'{"w": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
     "offsets behind the end": b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [400, 404]}}',
@@ -188,25 +188,25 @@ def test_missing_key_of_one_expert(folder: Path) -> None:
 
 def test_key_too_many(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({"model.layers.1.mlp.shared.weight": np.zeros((3, 2), np.float32)}))
-    found = message(folder, CheckpointError)
-    assert "unused model.layers.1.mlp.shared.weight [3, 2]" in found
+    text = message(folder, CheckpointError)
+    assert "unused model.layers.1.mlp.shared.weight [3, 2]" in text
 
 
 @pytest.mark.parametrize(("key", "want"), [(QUERY, [48, 48]), (EXPERT, [48, 14])])
 def test_wrong_shape_names_key_and_both_shapes(key: str, want: list[int], folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({key: np.zeros((5, 4), np.float32)}))
-    found = message(folder, CheckpointError)
-    assert key in found
-    assert "[5, 4]" in found
-    assert str(want) in found
+    text = message(folder, CheckpointError)
+    assert key in text
+    assert "[5, 4]" in text
+    assert str(want) in text
 
 
 def test_transposed_expert_is_refused(folder: Path) -> None:
-    """Its data has the right size, so only the shape tells."""
+    """Its data has the right size, so only its shape is wrong."""
     edit_tensors(folder, lambda t: t.update({EXPERT: np.ascontiguousarray(t[EXPERT].T)}))
-    found = message(folder, CheckpointError)
-    assert "[14, 48]" in found
-    assert "[48, 14]" in found
+    text = message(folder, CheckpointError)
+    assert "[14, 48]" in text
+    assert "[48, 14]" in text
 
 
 def test_several_problems_are_reported_together(folder: Path) -> None:
@@ -216,15 +216,15 @@ def test_several_problems_are_reported_together(folder: Path) -> None:
         tensors["extra"] = np.zeros(1, np.float32)
 
     edit_tensors(folder, edit)
-    found = message(folder, CheckpointError)
-    assert all(word in found for word in (f"missing {QUERY}", f"misshapen {EXPERT}", "unused extra"))
+    text = message(folder, CheckpointError)
+    assert all(word in text for word in (f"missing {QUERY}", f"misshapen {EXPERT}", "unused extra"))
 
 
 def test_many_problems_are_counted(folder: Path) -> None:
     edit_config(folder, intermediate_size=15)
-    found = message(folder, CheckpointError)
-    # 2 layers, 9 experts, 3 matrices each, of which 8 are listed
-    assert "and 46 more" in found
+    text = message(folder, CheckpointError)
+    # 2 layers, 9 experts, 3 matrices each; 8 of them are listed
+    assert "and 46 more" in text
 
 
 def test_mixed_dtypes_in_one_leaf_are_not_cast_in_silence(folder: Path) -> None:
@@ -242,7 +242,7 @@ def test_broken_tokenizer(folder: Path) -> None:
     assert "tokenizer.json" in message(folder, CheckpointError)
 
 
-def test_no_tokenizer_is_no_error(folder: Path) -> None:
+def test_a_folder_without_tokenizer_loads(folder: Path) -> None:
     assert Tokenizer.from_folder(folder) is None
     with pytest.raises(MoejaxError, match=r"tokenizer\.json"):
         moejax.load(folder).generate("text")
@@ -253,5 +253,5 @@ def test_unreachable_name(name: str) -> None:
     assert repr(name) in message(name, CheckpointError)
 
 
-def test_a_file_is_no_folder(folder: Path) -> None:
+def test_a_file_is_not_a_folder(folder: Path) -> None:
     assert "model.safetensors" in message(folder / "model.safetensors", CheckpointError)

@@ -1,16 +1,19 @@
-"""The key tables, read forwards and backwards, are inverse to each other for every architecture."""
+"""Writing by the key tables is the inverse of reading by them, for every architecture."""
 
+import doctest
 from collections.abc import Mapping
+from types import ModuleType
 
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moejax.checkpoints import load_decoder, to_tensors
 from moejax.checkpoints.safetensors import Entry
-from moejax.models import Decoder, family
+from moejax.models import Decoder, family, hf_config, keys
 
 
 class InMemory:
@@ -45,7 +48,7 @@ def configs(draw: st.DrawFn) -> dict:
 
 
 def counting_decoder(config: dict, dtype: np.dtype) -> Decoder:
-    """Every number of every leaf is another one, or follows 2038 others where ``dtype`` has only 16 bits."""
+    """All numbers in all leaves differ; if ``dtype`` has only 16 bits, they repeat after 2039 numbers."""
     leaves, tree = jax.tree.flatten(Decoder.abstract(family("olmoe").config(config)))
     total = sum(leaf.size for leaf in leaves)
     numbers = np.arange(total) % (2039 if dtype.itemsize == 2 else total)
@@ -86,3 +89,11 @@ def test_every_number_is_exported_once(config: dict) -> None:
     tensors = to_tensors(counting_decoder(config, np.dtype(np.float32)))
     exported = np.sort(np.concatenate([t.ravel() for t in tensors.values()]))
     np.testing.assert_array_equal(exported, np.arange(len(exported)))
+
+
+@pytest.mark.parametrize("module", [hf_config, keys], ids=lambda module: module.__name__)
+def test_examples_of_docstrings(module: ModuleType) -> None:
+    """The worked examples of key tables and config fields say what the code does."""
+    result = doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    assert result.attempted >= 5
+    assert result.failed == 0

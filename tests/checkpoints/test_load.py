@@ -15,18 +15,8 @@ from safetensors.numpy import save_file
 
 import moejax
 from moejax.checkpoints import read_config, save_folder
-from moejax.models import Decoder
 
-
-def assert_same(a: Decoder, b: Decoder) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b), "architectures differ"
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype, path
-        assert np.array_equal(x, y), f"{jax.tree_util.keystr(path)} differs"
-
-
-def as_bytes(tensors: dict[str, np.ndarray]) -> dict[str, tuple]:
-    return {k: (v.dtype, v.shape, v.tobytes()) for k, v in tensors.items()}
+from .compare import as_bytes, assert_same
 
 
 def write_fused(model: Any, folder: Path) -> None:
@@ -52,7 +42,7 @@ def test_fused_experts(toy_torch: Any, tmp_path: Path, toy_lm: moejax.LM) -> Non
 
 
 def test_published_and_fused_layouts_have_different_keys(published: Path, read_tensors: Callable) -> None:
-    """Guards the two tests above against testing the same layout twice."""
+    """Otherwise the two tests above would test the same layout twice."""
     keys = read_tensors(published).keys()
     assert "model.layers.1.mlp.experts.8.up_proj.weight" in keys
     assert not any(key.endswith("gate_up_proj") for key in keys)

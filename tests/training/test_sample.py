@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax import MoejaxError
-from moejax.checkpoints.load import BUNDLED
+from moejax.checkpoints.folder import BUNDLED
 from moejax.training import Run, TrainConfig
 from moejax.training.data import find_text, read_texts
 

@@ -20,8 +20,9 @@ from moejax.checkpoints.verify import verify
 from moejax.models import family
 from moejax.ops import mxfp4
 from moejax.ops.mxfp4 import MXFP4
-from tests.convert import tiny
-from tests.convert.test_round_trip import raw, same_leaves
+
+from . import tiny
+from .compare import raw, same_leaves
 
 _LARGEST = Fraction(2) ** 127 * Fraction(255, 128)
 
@@ -46,7 +47,7 @@ def _same(values: np.ndarray, expected: list[float]) -> bool:
 
 @pytest.mark.parametrize("scale", [0, 1, 2, 63, 126, 127, 128, 190, 252, 253, 254])
 def test_every_byte(scale: int) -> None:
-    """Also -0, subnormal values and those that overflow, each bit for bit."""
+    """Values are equal bit for bit, also -0, subnormal values and values that overflow."""
     values = dequantise(np.arange(256, dtype=np.uint8).reshape(16, 16), np.full(16, scale, np.uint8))
     assert values.dtype == ml_dtypes.bfloat16
     assert values.shape == (512,)
@@ -59,7 +60,7 @@ def test_nan_scale_gives_nothing_finite() -> None:
 
 
 def test_multiplying_is_another_way_to_the_same_bits() -> None:
-    """What a GPU is given. On a CPU, which flushes them, a scale may be lost that is below 2^-126."""
+    """GPUs unpack by multiplication. A CPU flushes subnormal numbers, so scales below 2^-126 may be lost there."""
     blocks = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8).reshape(16, 16), (256, 16, 16))
     scales = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None], (256, 16))
     bits, product = (np.asarray(of(blocks, scales)) for of in (mxfp4._of_bits, jax.jit(mxfp4._multiplied)))
@@ -94,7 +95,7 @@ def test_transformers_decodes_alike() -> None:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    """A tiny GPT-OSS whose experts are blocks and scales, under the keys of the published one."""
+    """A tiny GPT-OSS whose experts are blocks and scales, under the published keys."""
     model = tiny.make("gpt_oss", hidden_size=64, intermediate_size=96, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "dense")
     tensors, rng = load_file(tmp_path / "dense" / "model.safetensors"), np.random.default_rng(0)
@@ -129,12 +130,12 @@ def test_packed_source_converts_and_exports_in_full(packed: Path, tmp_path: Path
 
 
 def test_packed_source_computes_what_transformers_does(packed: Path) -> None:
-    found = verify(packed)
-    assert found.passed, found
-    assert found.routing_agreement == (1.0, 1.0)
+    report = verify(packed)
+    assert report.passed, report
+    assert report.routing_agreement == (1.0, 1.0)
 
 
-def test_a_packed_weight_that_is_no_number(packed: Path, tmp_path: Path) -> None:
+def test_a_packed_weight_that_is_not_finite(packed: Path, tmp_path: Path) -> None:
     tensors = load_file(packed / "model.safetensors")
     tensors["model.layers.0.mlp.experts.down_proj_scales"][3, 2, 1] = 255
     save_file(tensors, packed / "model.safetensors")
@@ -147,7 +148,7 @@ TOKENS = np.random.default_rng(1).integers(1, 90, (2, 11))
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_kept_packed_computes_the_same(packed: Path, dtype: str) -> None:
-    """Forward passes of many tokens and of one, and relevance; the experts take 4.25 bits a value."""
+    """Forward passes of many tokens and of one token agree, and so does relevance; experts take 4.25 bits a value."""
     full, kept = (moejax.load(packed, dtype=dtype, keep_packed=keep) for keep in (False, True))
     moe = kept.decoder.layers[1].feed_forward
     assert {leaf.dtype.name for leaf in jax.tree.leaves((moe.gate_up, moe.down))} == {"uint8"}
@@ -170,7 +171,7 @@ def test_kept_packed_is_written_as_it_was(packed: Path, tmp_path: Path) -> None:
     assert "quantization_config" in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
-def test_an_entry_of_what_is_packed() -> None:
+def test_experts_are_taken_from_a_packed_array() -> None:
     rng = np.random.default_rng(0)
     codes, scales = rng.integers(0, 256, (5, 2, 8, 16), np.uint8), rng.integers(0, 255, (5, 2, 8), np.uint8)
     packed = MXFP4(jnp.asarray(codes), jnp.asarray(scales))

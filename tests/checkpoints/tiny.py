@@ -1,4 +1,4 @@
-"""Tiny random models of every family, of all-distinct sizes, as transformers makes and writes them."""
+"""Tiny random models of every family, as transformers makes and writes them; all sizes are different."""
 
 import functools
 from pathlib import Path
@@ -58,11 +58,11 @@ def _config(family: str, **changes: Any) -> tf.PretrainedConfig:
 
 
 def make(family: str, **changes: Any) -> tf.PreTrainedModel:
-    """A model whose every parameter is random: also biases, norms and sinks, which start as constants."""
+    """Make a model with random parameters, also where transformers starts with constants: biases, norms, sinks."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(_config(family, **changes)).eval()
     for parameter in model.parameters():
-        # some families leave memory as it was for what they expect to load
+        # some families do not initialise parameters that they expect to load
         parameter.data = torch.randn_like(parameter) * 0.2 + (1.0 if parameter.ndim == 1 else 0.0)
     return model.to(torch.bfloat16)
 
@@ -73,6 +73,6 @@ def _made(family: str) -> tf.PreTrainedModel:
 
 
 def write(family: str, folder: Path) -> Path:
-    """The family's model as transformers publishes it, in bfloat16."""
+    """Write the family's model as transformers publishes it, in bfloat16."""
     _made(family).save_pretrained(folder)
     return folder

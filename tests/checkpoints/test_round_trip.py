@@ -4,7 +4,6 @@ import json
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -12,25 +11,11 @@ import transformers
 
 import moejax
 from moejax.checkpoints import load_folder, load_orbax, load_torch, save_folder, to_tensors
-from moejax.checkpoints.safetensors import SafetensorsFolder
-from moejax.models import Decoder
-from tests.convert import tiny
-from tests.convert.files import OLMOE, olmoe_shapes, random_tensors, write_model
+from moejax.checkpoints.orbax import FORMAT
 
-
-def raw(folder: Path) -> dict[str, tuple]:
-    """Every tensor of a folder: dtype, shape and bytes."""
-    source = SafetensorsFolder(folder)
-    return {k: (str(e.dtype), e.shape, source.read(k).tobytes()) for k, e in source.entries.items()}
-
-
-def same_leaves(a: Decoder, b: Decoder) -> bool:
-    one, other = jax.tree.leaves(a), jax.tree.leaves(b)
-    assert len(one) == len(other)
-    return all(
-        x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-        for x, y in zip(one, other, strict=True)
-    )
+from . import tiny
+from .compare import raw, same_leaves
+from .files import OLMOE, olmoe_shapes, random_tensors, write_model
 
 
 @pytest.fixture(params=tiny.FAMILIES)
@@ -79,7 +64,7 @@ def test_dtype(tmp_path: Path, dtype: str) -> None:
     if dtype != "float16":  # which rounds
         wide = moejax.load(source, dtype="float32").decoder
         assert same_leaves(wide, load_orbax(tmp_path / "orbax", "float32"))
-    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["moejax"] == {"format": 2, "dtype": dtype}
+    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["moejax"] == {"format": FORMAT, "dtype": dtype}
 
 
 def test_stored_leaves_are_read_by_orbax_alone(tmp_path: Path) -> None:
@@ -120,7 +105,7 @@ def test_save_folder_writes_the_same_and_over_the_old(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
     assert raw(tmp_path / "saved") == raw(source)
     assert to_tensors(decoder).keys() == raw(source).keys()
-    with pytest.raises(moejax.ConfigError, match="not that of the decoder"):
+    with pytest.raises(moejax.ConfigError, match="does not describe this decoder"):
         save_folder(decoder, OLMOE | {"rms_norm_eps": 1e-3}, tmp_path / "saved")
 
 

@@ -1,4 +1,4 @@
-"""The commands: what they print, and that what a person can mend is one line."""
+"""The commands print what they should, and errors that a user can mend have one line."""
 
 import json
 import subprocess
@@ -13,7 +13,8 @@ import moejax
 from moejax import cli
 from moejax.checkpoints.memory import estimate
 from moejax.checkpoints.verify import verify
-from tests.convert.files import OLMOE, olmoe_shapes, random_tensors, write_model
+
+from .files import OLMOE, olmoe_shapes, random_tensors, write_model
 
 _ROOT = Path(__file__).parents[2]
 _RUN = CliRunner()
@@ -80,11 +81,11 @@ def test_errors_are_one_line(source: Path, tmp_path: Path, case: str) -> None:
 def test_verify_command(source: Path) -> None:
     result = _RUN.invoke(cli.app, ["verify", str(source), "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout.strip().splitlines()[-1])
-    assert found["passed"] is True
-    assert found["relative_rms"] < 1e-5
-    assert found["argmax_agreement"] == 1.0
-    assert found["routing_agreement"] == [1.0] * 3
+    report = json.loads(result.stdout.strip().splitlines()[-1])
+    assert report["passed"] is True
+    assert report["relative_rms"] < 1e-5
+    assert report["argmax_agreement"] == 1.0
+    assert report["routing_agreement"] == [1.0] * 3
     result = _RUN.invoke(cli.app, ["verify", str(source)])
     assert result.stderr == "", "no bars of transformers"
     assert "the same" in result.stdout
@@ -93,33 +94,33 @@ def test_verify_command(source: Path) -> None:
 
 def test_verify_finds_a_difference(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["moejax.checkpoints.verify"]
-    honest = module._ours
+    honest = module._run_moejax
 
     def wrong(decoder, tokens):
         logits, routed = honest(decoder, tokens)
         return logits * 1.0001, routed
 
-    monkeypatch.setattr(module, "_ours", wrong)
-    found = verify(source)
-    assert found.passed is False
-    assert 0.5e-4 < found.relative_rms < 2e-4
+    monkeypatch.setattr(module, "_run_moejax", wrong)
+    report = verify(source)
+    assert report.passed is False
+    assert 0.5e-4 < report.relative_rms < 2e-4
     result = _RUN.invoke(cli.app, ["verify", str(source)])
     assert result.exit_code == 1
     assert "not the same" in result.stdout
 
 
-def test_verify_tells_of_weights_that_are_no_numbers(tmp_path: Path) -> None:
+def test_verify_reports_weights_that_are_not_finite(tmp_path: Path) -> None:
     tensors = random_tensors(olmoe_shapes(OLMOE))
     tensors["model.layers.2.self_attn.q_norm.weight"][3] = np.nan
-    found = verify(write_model(tmp_path / "source", tensors))
-    assert found.passed is False
-    assert found.nonfinite == {"layers.2.attention.query_norm.weight": 1}
+    report = verify(write_model(tmp_path / "source", tensors))
+    assert report.passed is False
+    assert report.nonfinite == {"layers.2.attention.query_norm.weight": 1}
 
 
 def test_verify_in_a_coarse_dtype_gives_no_verdict(source: Path) -> None:
-    found = verify(source, dtype="bfloat16")
-    assert found.passed is None
-    assert 1e-5 < found.relative_rms < 0.2
+    report = verify(source, dtype="bfloat16")
+    assert report.passed is None
+    assert 1e-5 < report.relative_rms < 0.2
 
 
 def test_verify_without_torch(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,12 +130,12 @@ def test_verify_without_torch(source: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_doctor(source: Path) -> None:
-    found = json.loads(_RUN.invoke(cli.app, ["doctor", str(source), "--json"]).stdout)
-    assert found["versions"]["jax"]
-    assert found["versions"]["moejax"] == moejax.__version__
-    assert found["devices"][0]["bytes"] > 0
-    assert found["config"]["num_experts"] == 6
-    wide, narrow = found["memory"]
+    report = json.loads(_RUN.invoke(cli.app, ["doctor", str(source), "--json"]).stdout)
+    assert report["versions"]["jax"]
+    assert report["versions"]["moejax"] == moejax.__version__
+    assert report["devices"][0]["bytes"] > 0
+    assert report["config"]["num_experts"] == 6
+    wide, narrow = report["memory"]
     assert (wide["dtype"], narrow["dtype"]) == ("float32", "bfloat16")
     shapes = olmoe_shapes(OLMOE)
     assert wide["total"] == 2 * narrow["total"] == 4 * sum(int(np.prod(shape)) for shape in shapes.values())
@@ -160,7 +161,7 @@ def test_a_model_is_measured_without_its_weights(source: Path) -> None:
 
 
 def test_model_config() -> None:
-    from tests.convert import tiny
+    from . import tiny
 
     model = tiny.make("qwen3_moe")
     for given in (model, moejax.load(model), moejax.load(model).decoder):
@@ -186,7 +187,7 @@ def test_supported_models() -> None:
 
 
 def test_published_sizes() -> None:
-    """OLMoE-1B-7B has 6.92e9 parameters, of which a token uses 1.28e9."""
+    """OLMoE-1B-7B has 6.92e9 parameters; a token uses 1.28e9 of them."""
     from moejax.models import family
 
     size = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16}
@@ -198,7 +199,7 @@ def test_published_sizes() -> None:
 
 
 def test_memory_of_a_registered_layer() -> None:
-    """Its experts count as experts: of 8, a token uses 2."""
+    """The experts of a registered layer count as experts: a token uses 2 of 8."""
     from moejax.models import family
 
     size = {"vocab_size": 88, "hidden_size": 48, "intermediate_size": 20, "num_hidden_layers": 2}

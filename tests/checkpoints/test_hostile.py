@@ -1,4 +1,4 @@
-"""Files that somebody made to hurt, or that something broke: a clear error, and no memory spent on them."""
+"""Hostile and damaged files raise a clear error, and no memory is spent on them."""
 
 import json
 import os
@@ -16,7 +16,8 @@ import moejax
 from moejax.checkpoints import read_config
 from moejax.checkpoints.safetensors import SafetensorsFile, SafetensorsFolder
 from moejax.errors import CheckpointError, ConfigError
-from tests.convert.files import OLMOE, header_bytes, olmoe_shapes, random_tensors, write_model, write_sparse_shards
+
+from .files import OLMOE, header_bytes, olmoe_shapes, random_tensors, write_model, write_sparse_shards
 
 
 def _entry(begin: Any, end: Any, shape: Any = (2, 3), dtype: Any = "F32") -> dict[str, Any]:
@@ -24,7 +25,7 @@ def _entry(begin: Any, end: Any, shape: Any = (2, 3), dtype: Any = "F32") -> dic
 
 
 def _refused(path: Path, content: bytes, said: str) -> None:
-    """Opening the file fails with a message, within a little memory."""
+    """Check that opening the file raises an error with this message and takes little memory."""
     path.write_bytes(content)
     tracemalloc.start()
     with pytest.raises(CheckpointError, match=said) as error:
@@ -37,21 +38,21 @@ def _refused(path: Path, content: bytes, said: str) -> None:
 
 
 HEADERS: dict[str, tuple[Any, str]] = {
-    "a list": (b"[1, 2]", "no JSON object"),
-    "null": (b"null", "no JSON object"),
+    "a list": (b"[1, 2]", "not a JSON object"),
+    "null": (b"null", "not a JSON object"),
     "not JSON": (b"{nonsense}", "not valid JSON"),
-    "not UTF-8": (b'{"\xff\xfe": 1}', "byte 2 is no UTF-8"),
-    "UTF-16": ('{"a": 1}'.encode("utf-16"), "no UTF-8"),
+    "not UTF-8": (b'{"\xff\xfe": 1}', "byte 2 is not valid UTF-8"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not valid UTF-8"),
     "nested deep": (b"[" * 1_000_000, "not valid JSON"),
     "a number of a million digits": (b'{"a": ' + b"9" * 1_000_000 + b"}", "not valid JSON"),
-    "a key twice": (b'{"a": {"dtype": "U8"}, "a": {"dtype": "U8"}}', "'a' stands there twice"),
-    "a field twice": (b'{"a": {"dtype": "U8", "dtype": "F32"}}', "'dtype' stands there twice"),
-    "an entry that is no object": ({"a": 7}, "malformed"),
+    "a key twice": (b'{"a": {"dtype": "U8"}, "a": {"dtype": "U8"}}', "'a' occurs twice"),
+    "a field twice": (b'{"a": {"dtype": "U8", "dtype": "F32"}}', "'dtype' occurs twice"),
+    "an entry that is not an object": ({"a": 7}, "malformed"),
     "an entry that is a list": ({"a": []}, "malformed"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2, 3]}}, "malformed"),
     "an unknown dtype": ({"a": _entry(0, 24, dtype="F7")}, "dtype 'F7'; known are"),
     "a dtype in lower case": ({"a": _entry(0, 24, dtype="f32")}, "dtype 'f32'"),
-    "a dtype that is no text": ({"a": _entry(0, 24, dtype=["F32"])}, "dtype"),
+    "a dtype that is not text": ({"a": _entry(0, 24, dtype=["F32"])}, "dtype"),
     "an endless dtype": ({"a": _entry(0, 24, dtype="F" * 99_999)}, "dtype"),
     "a negative size": ({"a": _entry(0, 24, shape=(-2, -3))}, "shape"),
     "a size of half": ({"a": _entry(0, 24, shape=(2.0, 3))}, "shape"),
@@ -59,13 +60,13 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a size as text": ({"a": _entry(0, 24, shape=("2", 3))}, "shape"),
     "a shape that is a number": ({"a": _entry(0, 24, shape=6)}, "shape"),
     "a shape that is text": ({"a": _entry(0, 24, shape="23")}, "shape"),
-    "a huge shape": ({"a": _entry(0, 24, shape=(2**40, 2**40))}, "no memory holds"),
-    "a huge empty shape": ({"a": _entry(0, 0, shape=(2**62, 0, 2**62))}, "no memory holds"),
+    "a huge shape": ({"a": _entry(0, 24, shape=(2**40, 2**40))}, "too large for any memory"),
+    "a huge empty shape": ({"a": _entry(0, 0, shape=(2**62, 0, 2**62))}, "too large for any memory"),
     "too many axes": ({"a": _entry(0, 4, shape=(1,) * 40)}, "shape"),
-    "a shape of other size": ({"a": _entry(0, 24, shape=(2, 4))}, "has 24 bytes, its shape .* needs 32"),
+    "a shape of other size": ({"a": _entry(0, 24, shape=(2, 4))}, "has 24 bytes, but its shape .* needs 32"),
     "negative offsets": ({"a": _entry(-24, 0)}, "data_offsets"),
     "offsets backwards": ({"a": _entry(24, 0)}, "data_offsets"),
-    "offsets that are no integers": ({"a": _entry(0.0, 24.0)}, "data_offsets"),
+    "offsets that are not integers": ({"a": _entry(0.0, 24.0)}, "data_offsets"),
     "offsets as text": ({"a": _entry("0", "24")}, "data_offsets"),
     "three offsets": ({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 12, 24]}}, "data_offsets"),
     "offsets beyond the file": ({"a": _entry(0, 24), "b": _entry(24, 48)}, "'b': truncated"),
@@ -107,7 +108,7 @@ def test_header_that_claims_gigabytes_of_a_large_file(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_what_is_in_order_is_read(tmp_path: Path) -> None:
+def test_a_valid_file_is_read(tmp_path: Path) -> None:
     tensors = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.zeros((0, 5), np.uint8),
@@ -197,22 +198,22 @@ def test_index_that_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "model" / "model-1.safetensors").rename(tmp_path / "outside.safetensors")
     moved = {key: name if shard == "model-1.safetensors" else shard for key, shard in index["weight_map"].items()}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": moved}))
-    with pytest.raises(CheckpointError, match="names no file in the folder"):
+    with pytest.raises(CheckpointError, match="is not the name of a file in the folder"):
         moejax.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\xfe", "no UTF-8"),
-        (b"[]", "no JSON object"),
+        (b"\xff\xfe", "not valid UTF-8"),
+        (b"[]", "not a JSON object"),
         (b"{}", "no 'weight_map'"),
         (b'{"weight_map": []}', "no 'weight_map'"),
         (b'{"weight_map": {}}', "no 'weight_map'"),
         (b'{"weight_map": {"a": 1}}', "no 'weight_map'"),
-        (b'{"weight_map": {"a": "b", "a": "c"}}', "'a' stands there twice"),
+        (b'{"weight_map": {"a": "b", "a": "c"}}', "'a' occurs twice"),
         (b'{"weight_map": {"a": "gone.safetensors"}}', "missing shards: gone.safetensors"),
-        (b'{"weight_map": {"a": "model-1.safetensors"}}', "promises keys that its shards lack: a"),
+        (b'{"weight_map": {"a": "model-1.safetensors"}}', "lists keys that its shards lack: a"),
     ],
 )
 def test_index(tmp_path: Path, content: bytes, said: str) -> None:
@@ -233,13 +234,13 @@ def test_key_in_two_shards(tmp_path: Path) -> None:
 
 
 def test_links(tmp_path: Path) -> None:
-    """Out of the folder: refused. Within it, or to the blobs of the hub's cache: fine. The folder itself: fine."""
+    """Links out of the folder are refused; links inside it, and a folder that is itself a link, are followed."""
     source = write_model(tmp_path / "private", random_tensors(olmoe_shapes(OLMOE)))
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "config.json").write_bytes((source / "config.json").read_bytes())
     (linked / "model.safetensors").symlink_to(source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"a link that leaves its folder, to .*private.*Copy the file there"):
+    with pytest.raises(CheckpointError, match=r"a link that leaves its folder, to .*private.*copy it into the folder"):
         moejax.convert(linked, tmp_path / "out", progress=False)
 
     (linked / "model.safetensors").unlink()
@@ -271,7 +272,7 @@ def test_links_of_the_hubs_cache(tmp_path: Path) -> None:
         moejax.load(snapshot)
 
 
-def test_file_that_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_file(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", random_tensors(olmoe_shapes(OLMOE)))
     (source / "model.safetensors").unlink()
     os.mkfifo(source / "model.safetensors")  # to open it would wait for ever
@@ -294,11 +295,14 @@ def test_pickles_are_refused_with_the_mend(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"model_type": "olmo\xe9"}', "no UTF-8"),
+        (b'{"model_type": "olmo\xe9"}', "not valid UTF-8"),
         (b"[" * 100_000, "not valid JSON"),
-        (b"7", "no JSON object"),
-        (b'{"model_type": "olmoe", "model_type": "mixtral"}', "'model_type' stands there twice"),
-        (json.dumps(OLMOE | {"num_hidden_layers": 10**12}).encode(), "num_hidden_layers=1000000000000 is no number"),
+        (b"7", "not a JSON object"),
+        (b'{"model_type": "olmoe", "model_type": "mixtral"}', "'model_type' occurs twice"),
+        (
+            json.dumps(OLMOE | {"num_hidden_layers": 10**12}).encode(),
+            "layers=1000000000000 is not an integer",
+        ),
         (json.dumps(OLMOE | {"num_experts": -6}).encode(), "num_experts=-6"),
         (json.dumps(OLMOE | {"hidden_size": "24"}).encode(), "hidden_size='24'"),
         (json.dumps(OLMOE | {"vocab_size": 131.5}).encode(), "vocab_size=131.5"),
@@ -314,14 +318,14 @@ def test_config(tmp_path: Path, content: bytes, said: str) -> None:
     tracemalloc.stop()
 
 
-def test_config_may_be_no_endless_file(tmp_path: Path) -> None:
+def test_a_huge_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"{")
     os.truncate(tmp_path / "config.json", 8 << 30)  # sparse
     with pytest.raises(ConfigError, match="too many for a JSON file"):
         read_config(tmp_path)
 
 
-def test_integers_are_no_weights(tmp_path: Path) -> None:
+def test_integers_are_not_weights(tmp_path: Path) -> None:
     tensors = random_tensors(olmoe_shapes(OLMOE))
     tensors["model.norm.weight"] = np.ones(24, np.int64)
     with pytest.raises(CheckpointError, match=r"mistyped model\.norm\.weight: int64"):

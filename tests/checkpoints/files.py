@@ -1,4 +1,4 @@
-"""Checkpoints made byte by byte, so that they can be large at no cost, or wrong in one place."""
+"""Checkpoints that are made byte by byte, so that they can be large at no cost, or wrong in one place."""
 
 import json
 import math
@@ -87,19 +87,19 @@ def gpt_oss_shapes(config: dict[str, Any], *, packed: bool) -> dict[str, tuple[s
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Distinct bfloat16 values for every tensor."""
+    """Return random bfloat16 values for every tensor."""
     rng = np.random.default_rng(seed)
     return {key: rng.normal(size=shape).astype(ml_dtypes.bfloat16) for key, shape in shapes.items()}
 
 
 def header_bytes(header: dict[str, Any] | bytes, length: int | None = None) -> bytes:
-    """Length and header as a safetensors file begins with them; ``length`` lies about it."""
+    """Return the bytes with which a safetensors file begins; ``length``, if given, is a false length of the header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text
 
 
 def write_sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> int:
-    """A safetensors file of zeros, by dtype and shape, that takes no room on disk; the bytes of its data."""
+    """Write a safetensors file of zeros that takes no room on disk; return the bytes of its data."""
     header, end = {}, 0
     for key, (dtype, shape) in tensors.items():
         begin, end = end, end + {"BF16": 2, "U8": 1}[dtype] * math.prod(shape)
@@ -112,7 +112,7 @@ def write_sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) ->
 
 
 def write_sparse_shards(folder: Path, config: dict[str, Any]) -> int:
-    """A sharded OLMoE of zeros, a shard for each layer and one for the rest; the bytes of its largest layer."""
+    """Write an OLMoE of zeros, with one shard for each layer and one for the rest; return the bytes of a layer."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     groups: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
@@ -126,7 +126,7 @@ def write_sparse_shards(folder: Path, config: dict[str, Any]) -> int:
 
 
 def write_model(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any] = OLMOE) -> Path:
-    """A folder with one ``model.safetensors`` and a config."""
+    """Write a folder with one ``model.safetensors`` and a config."""
     from safetensors.numpy import save_file
 
     folder.mkdir(exist_ok=True)

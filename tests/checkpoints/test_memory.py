@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert.files import GPT_OSS, OLMOE, gpt_oss_shapes, write_sparse, write_sparse_shards
+from .files import GPT_OSS, OLMOE, gpt_oss_shapes, write_sparse, write_sparse_shards
 
 _ROOT = Path(__file__).parents[2]
 _ALLOWED = 512 << 20
@@ -17,13 +17,16 @@ _ALLOWED = 512 << 20
 
 def _convert(source: Path, destination: Path, *options: str) -> dict:
     command = [sys.executable, "-m", "moejax", "convert", str(source), str(destination), "--json", *options]
-    # a process of its own, since a peak is that of a process's whole life
+    # a separate process, since a process reports the peak since its start
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
 def _check(tmp_path: Path, layer: int, total: int, *options: str) -> None:
-    """Convert ``tmp_path/source``, whose largest layer and whole are as large as told in what is written."""
+    """Convert ``tmp_path/source`` and check the peak.
+
+    ``layer`` and ``total`` are the bytes of its largest layer and of the model, as they are written.
+    """
     assert total > layer + _ALLOWED, "the model must be too large to be held at once"
     done = _convert(tmp_path / "source", tmp_path / "destination", *options)
     shutil.rmtree(tmp_path / "destination")

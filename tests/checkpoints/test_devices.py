@@ -1,11 +1,12 @@
-"""A folder of Orbax checkpoints is restored over several devices, each given its part."""
+"""A folder of Orbax checkpoints is restored over several devices, and each device is given its part."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import moejax
-from tests.convert.files import OLMOE, olmoe_shapes, random_tensors, write_model
+
+from .files import OLMOE, olmoe_shapes, random_tensors, write_model
 
 _PROGRAM = """
 import sys
@@ -18,14 +19,14 @@ from moejax.checkpoints.plan import leaf_paths
 
 mesh = jax.make_mesh((4,), ("expert",))
 assert len(jax.devices()) == 4
-whole = dict(leaf_paths(moejax.load(sys.argv[1]).decoder))
+unsharded = dict(leaf_paths(moejax.load(sys.argv[1]).decoder))
 experts = ("gate_up", "down")
-split = {path: NamedSharding(mesh, P("expert") if path.endswith(experts) else P()) for path in whole}
+split = {path: NamedSharding(mesh, P("expert") if path.endswith(experts) else P()) for path in unsharded}
 tree = jax.tree.unflatten(jax.tree.structure(moejax.load(sys.argv[1]).decoder), list(split.values()))
 for shardings in (split, tree, lambda abstract: split):
     for dtype in (None, "float32"):
         restored = dict(leaf_paths(load_orbax(Path(sys.argv[1]), dtype, shardings)))
-        for path, leaf in whole.items():
+        for path, leaf in unsharded.items():
             leaf = leaf if dtype is None else leaf.astype(dtype)
             assert restored[path].sharding.is_equivalent_to(split[path], leaf.ndim), path
             assert restored[path].dtype == leaf.dtype

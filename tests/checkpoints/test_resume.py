@@ -1,4 +1,4 @@
-"""A conversion that was killed never looks finished, and the next one goes on where it stopped."""
+"""A conversion that was killed never looks finished, and the next run continues where it stopped."""
 
 import json
 import os
@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 import moejax
-from tests.convert.files import OLMOE, olmoe_shapes, random_tensors, write_model
+
+from .files import OLMOE, olmoe_shapes, random_tensors, write_model
 
 _ROOT = Path(__file__).parents[2]
 _LONG = OLMOE | {"num_hidden_layers": 40}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but those in which Orbax notes when it wrote."""
+    """Return all files except for the ones in which Orbax notes the time."""
     files = [
         p for p in folder.rglob("*") if p.is_file() and p.name not in ("_CHECKPOINT_METADATA", "commit_success.txt")
     ]
@@ -40,20 +41,20 @@ def test_killed_conversion_is_resumed(source: Path, tmp_path: Path) -> None:
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
     assert not destination.exists()
-    assert not (partial / "config.json").exists(), "what is partial must not look like a model"
+    assert not (partial / "config.json").exists(), "a partial folder must not look like a model"
     with pytest.raises(moejax.MoejaxError):
         moejax.load(partial)
     done = moejax.convert(source, destination, progress=False)
     assert 4 <= done.resumed < done.parts == 42
     assert 0 < done.bytes < sum(t.nbytes for t in random_tensors(olmoe_shapes(_LONG)).values())
     assert not partial.exists()
-    moejax.convert(source, tmp_path / "whole", progress=False)
-    assert contents(destination) == contents(tmp_path / "whole")
+    moejax.convert(source, tmp_path / "uninterrupted", progress=False)
+    assert contents(destination) == contents(tmp_path / "uninterrupted")
     assert not [p for p in destination.rglob("*") if "tmp" in p.name or "fingerprint" in p.name]
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
-    """Let a conversion fail when it has written some parts."""
+    """Make a conversion fail after it has written some parts."""
     module = sys.modules["moejax.checkpoints.convert"]  # the package has the function under this name
     save, written = module.save_part, []
 
@@ -107,7 +108,7 @@ def test_existing_destination_is_refused(source: Path, tmp_path: Path) -> None:
     for write in (moejax.convert, moejax.export):
         with pytest.raises(moejax.CheckpointError, match="exists already; remove it, or choose another"):
             write(source, tmp_path / "out", progress=False)
-        with pytest.raises(moejax.CheckpointError, match="parent is no folder"):
+        with pytest.raises(moejax.CheckpointError, match="parent is not a folder"):
             write(source, tmp_path / "none" / "out", progress=False)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -124,7 +125,7 @@ def test_everything_wrong_is_said_before_anything_is_written(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
-def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     tensors = random_tensors(olmoe_shapes(OLMOE))
     tensors["model.layers.1.mlp.experts.4.up_proj.weight"][2, 3] = np.nan
     tensors["lm_head.weight"][5] = -np.inf
@@ -147,7 +148,7 @@ def test_weights_too_large_for_the_dtype(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", tensors)
     with pytest.raises(moejax.CheckpointError, match=r"'model\.norm\.weight' \(1\)"):
         moejax.convert(source, tmp_path / "out", dtype="float16", progress=False)
-    with pytest.raises(moejax.CheckpointError, match="dtype 'int8' is none for weights"):
+    with pytest.raises(moejax.CheckpointError, match="weights cannot have dtype 'int8'"):
         moejax.convert(source, tmp_path / "out", dtype="int8", progress=False)
 
 
