@@ -1,6 +1,7 @@
 """Mixture-of-Experts language models for JAX researchers: load, run, explain, train."""
 
 from moejax import rules, xla
+from moejax._version import __version__
 from moejax.checkpoints import convert, export, get_model_config, list_supported_models
 from moejax.dlbacktrace import Backtrace
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
@@ -26,8 +27,6 @@ from moejax.relevance import (
     explain_batch,
 )
 from moejax.rules import Gates
-
-__version__ = "0.1.0"
 
 xla.without_library_sums()
 
@@ -56,6 +55,7 @@ __all__ = [
     "RouterChoice",
     "Span",
     "Token",
+    "__version__",
     "ablate",
     "baselines",
     "convert",
