@@ -1,4 +1,8 @@
-"""Cross-references of the docstrings, as links: ``:func:`explain``` becomes the name, linked where it has a page."""
+"""What the pages make of the sources: cross-references as links, functions that have the name of their file.
+
+``:func:`explain``` in a docstring becomes the name, linked where it has a page. A room that exports the function
+``explain`` of its file ``explain.py`` shows the function, as the import does.
+"""
 
 import re
 from typing import Any
@@ -9,11 +13,22 @@ _ROLE = re.compile(r":(?:func|class|meth|attr|data|mod|exc|obj):`(?P<short>~?)(?
 
 
 class Roles(griffe.Extension):
-    """Rewrites every docstring of a package once all of it is known."""
+    """Changes a package once all of it is known."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
-        """Replace the roles; a name that leads nowhere stays as code."""
+        """Replace the roles; a name that leads nowhere stays as code. Then show functions in place of their files."""
+        loader.resolve_aliases()
         rewrite(pkg, loader.modules_collection)
+        show_functions(pkg)
+
+
+def show_functions(module: griffe.Module) -> None:
+    """Replace members that are files by the functions of the same name that the module imports from them."""
+    for name, member in list(module.members.items()):
+        if isinstance(member, griffe.Module):
+            show_functions(member)
+            if module.imports.get(name) == f"{member.path}.{name}":
+                module.members[name] = griffe.Alias(name, member.members[name], parent=module)
 
 
 def rewrite(obj: griffe.Object, collection: griffe.ModulesCollection) -> None:

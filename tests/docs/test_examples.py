@@ -49,7 +49,9 @@ def test_examples_in_the_text_run(page: Path, tmp_path: Path, monkeypatch: pytes
         exec(compile(block, page.name, "exec"), {})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")) + [ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem
+)
 def test_files_that_a_page_names_exist(path: Path) -> None:
     """Paths in code, such as ``moejax/rules/gates.py``; patterns and folders to come are left out."""
     named = re.findall(r"`((?:moejax|scripts|tests|docs)/[\w/.]+\.(?:py|md|sh))`", path.read_text())

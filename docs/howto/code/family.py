@@ -1,6 +1,6 @@
 """A model family: how its ``config.json`` maps to a ``Config``, and where its checkpoints hold each leaf.
 
-``model_type`` is ``example_moe``: experts are published under names of their own, and routing weights always sum to one.
+``model_type`` is ``example_moe``: experts have names of their own in the files, and routing weights sum to one.
 """
 
 from moejax.layers import GLU, BlockConfig, MixtureConfig, RouterConfig

@@ -1,4 +1,4 @@
-"""Two implementations: a grouped matmul that multiplies by all experts and selects, and attention that keeps no scores."""
+"""A grouped matmul that multiplies by all experts and then selects, and attention that keeps no scores."""
 
 import jax
 import jax.numpy as jnp
