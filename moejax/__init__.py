@@ -1,7 +1,7 @@
 """Mixture-of-Experts language models for JAX researchers: load, run, explain, train."""
 
 from moejax import rules, xla
-from moejax._version import __version__
+from moejax._version import __version__ as __version__
 from moejax.checkpoints import convert, export, get_model_config, list_supported_models
 from moejax.dlbacktrace import Backtrace
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
@@ -55,7 +55,6 @@ __all__ = [
     "RouterChoice",
     "Span",
     "Token",
-    "__version__",
     "ablate",
     "baselines",
     "convert",

@@ -1,3 +1,3 @@
-"""The version of the package; the only place where it is written."""
+"""The version of moejax; pyproject.toml and the package read it from this file."""
 
 __version__ = "0.1.0"
