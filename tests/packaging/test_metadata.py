@@ -43,6 +43,9 @@ def test_what_is_packed_exists() -> None:
 
 def test_patent_notice_stays() -> None:
     """Where it stood, at the end of the README, and with the other limits."""
-    notice = "The authors of LXT state that LRP is patented and free only for personal and scientific use; ask before you sell it."
+    notice = (
+        "The authors of LXT state that LRP is patented and free only for personal and scientific use; "
+        "ask before you sell it."
+    )
     for page in ("README.md", "docs/limits.md"):
         assert notice in " ".join((ROOT / page).read_text().split()), page

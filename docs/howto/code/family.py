@@ -4,9 +4,8 @@
 """
 
 from moejax.layers import GLU, BlockConfig, MixtureConfig, RouterConfig
-from moejax.models import Config, register_family
+from moejax.models import Config, Fields, register_family
 from moejax.models.families._shared import GROUPED_QUERY, LAYER, OUTER, grouped_query
-from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, per_expert, whole
 
 EXPERT = LAYER + "moe.experts.{expert}."
@@ -21,7 +20,7 @@ KEYS: KeyTable = {
 """From a leaf's path to the tensors that hold it; one table for reading and writing."""
 
 
-@register_family("example_moe", keys=KEYS)
+@register_family("example_moe", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields. A field that is set and that nobody reads is an error, unless it cannot change the model."""
     dim, eps = fields.size("hidden_size"), fields("rms_norm_eps", 1e-5)
@@ -36,7 +35,6 @@ def config(fields: Fields) -> Config:
     return Config(
         model_type="example_moe",
         blocks=(BlockConfig(attention, mixture, eps),) * fields.size("num_hidden_layers"),
-        rope=fields.rope(),
         norm_eps=eps,
         **fields.common(max_positions=4096),
     )
@@ -52,8 +50,7 @@ if __name__ == "__main__":
     from safetensors.numpy import save_file
 
     import moejax
-    from moejax.models import Decoder
-    from moejax.models.families import family
+    from moejax.models import Decoder, family
 
     published = {
         "model_type": "example_moe",

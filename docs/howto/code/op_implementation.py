@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.ops.attention import register_attention
 from moejax.ops.attention.plain import plain
+from moejax.ops.attention.registry import Options, register_attention
 from moejax.ops.experts import Assignment, register_matmul
 
 
@@ -24,18 +24,17 @@ def dense(x: Array, weight: Array, assignment: Assignment, transpose: bool) -> A
     return selected if transpose else selected.reshape(len(x), *weight.shape[1:-1])
 
 
-@register_attention("recomputed")
+@register_attention("recomputed", priority=0)
 def recomputed(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S G C"],
     v: Float[Array, "B S G C"],
     mask: Bool[Array, "B T S"],
-    *,
-    scale: float,
-    sinks: Float[Array, " H"] | None = None,
+    sinks: Float[Array, " H"] | None,
+    options: Options,
 ) -> Float[Array, "B T H C"]:
     """The plain reference, whose scores the backward pass computes again instead of keeping them."""
-    return jax.checkpoint(lambda q, k, v: plain(q, k, v, mask, scale=scale, sinks=sinks))(q, k, v)
+    return jax.checkpoint(lambda q, k, v: plain(q, k, v, mask, sinks, options))(q, k, v)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def top_tokens(report: dict[str, Any], target: int = 0, top: int = 10) -> Figure
 
 if __name__ == "__main__":
     import moejax
-    from moejax.report import PLOTS
+    from moejax import report as views
 
     lm = moejax.load("tiny-olmoe")
     report = moejax.explain(lm, "And the LORD said unto").to_dict()
-    figure = PLOTS["top-tokens"](report)
+    figure = views.plot("top-tokens", report)
     assert len(figure.axes[0].patches) == len(report["tokens"])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from moejax import LM, PromptError
 from moejax.models import Decoder, Hidden
 from moejax.relevance import Target, register_target
-from moejax.relevance.engine import TargetValues
+from moejax.relevance.seeds import TargetValues
 from moejax.relevance.targets import TargetTerms
 from moejax.rules import Reading
 
@@ -52,9 +52,10 @@ class MeanDirection(Target):
     def seeds(self, rows: list[list[TargetTerms]], dtype: Any) -> "MeanSeeds":
         """The targets of B sequences as arrays."""
         last = jnp.asarray([[target.position for target in targets] for targets in rows], jnp.int32)
-        return MeanSeeds(last, jnp.asarray(self.vector, dtype), self.layer)
+        vectors = jnp.broadcast_to(jnp.asarray(self.vector, dtype), (*last.shape, np.size(self.vector)))
+        return MeanSeeds(last, vectors, self.layer)
 
-    def label(self, lm: LM, aim: TargetTerms, ids: np.ndarray | Sequence[int]) -> str:
+    def label(self, lm: LM, terms: TargetTerms, ids: np.ndarray | Sequence[int]) -> str:
         """The target's name in tables and pictures."""
         return f"mean of stream {self.layer} along a direction"
 
@@ -62,10 +63,13 @@ class MeanDirection(Target):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MeanSeeds:
-    """What the engine differentiates: a function of the forward pass that is linear in what it reads."""
+    """What the engine differentiates: a function of the forward pass that is linear in what it reads.
+
+    A pytree; the first two axes of every leaf are B and N.
+    """
 
     last: Int[Array, "B N"]
-    vector: Float[Array, " D"]
+    vectors: Float[Array, "B N D"]
     layer: int = field(metadata={"static": True})
 
     @property
@@ -80,7 +84,7 @@ class MeanSeeds:
         # sequences are padded behind their ends: only tokens up to the last position count
         counts = jnp.arange(stream.shape[1]) <= self.last[..., None]
         weights = counts / counts.sum(-1, keepdims=True)
-        target = jnp.einsum("bnt,btd,d->bn", weights, stream.astype(self.vector.dtype), self.vector)
+        target = jnp.einsum("bnt,btd,bnd->bn", weights, stream.astype(self.vectors.dtype), self.vectors)
         last = jnp.take_along_axis(hidden.stream, self.last[..., None], axis=1)
         ids = jnp.zeros((*self.last.shape, 0), jnp.int32)
         return TargetValues(target, ids, jax.lax.stop_gradient(decoder.logits(last)))
