@@ -1,12 +1,12 @@
 """Time loading checkpoints of published sizes from disk to the device, and what memory it takes.
 
     python scripts/bench_load.py DIR             # writes 14 GB at a time to DIR; needs a GPU with 48 GB or more
-    python scripts/bench_load.py DIR --toy       # small models, to see that everything runs
+    python scripts/bench_load.py DIR --toy       # small models, to check that everything runs
 
-Files of random bytes in the published layouts are written to DIR, each model's removed after it was measured. Every
-load runs in a process of its own, whose peak is its own; "anon" is the peak of what is no mapped file (those the system
-can drop). The disk's rate is that of reading the same files in pieces of 16 MiB; "cold" drops them from the system's
-cache before, where the system lets a process ask for that.
+The script writes files of random bytes in the published layouts to DIR, and removes each model's files after measuring
+it. Every load runs in its own process, so that its peak memory is its own. "anon" is the peak of memory that is not a
+mapped file (the system can drop mapped files). The disk's rate is measured by reading the same files in pieces of
+16 MiB. "cold" first drops the files from the system's cache, if the system allows it; "warm" does not.
 """
 
 import argparse
@@ -28,13 +28,15 @@ from rich.table import Table
 from moejax.study.bench.shapes import GPT_OSS_20B, OLMOE_1B_7B, TOY
 
 MODELS = {"OLMoE-1B-7B (bfloat16)": (OLMOE_1B_7B, False), "GPT-OSS-20b (MXFP4)": (GPT_OSS_20B, True)}
-SHRUNK = TOY | {"intermediate_size": 64}  # whole blocks of MXFP4
+SHRUNK = TOY | {"intermediate_size": 64}  # a multiple of 32, the size of an MXFP4 block
 _PIECE = 16 << 20
+"""Bytes that are read or written at a time."""
 _SHARD = 4_000_000_000
+"""Largest size of a file, in bytes."""
 
 
 def write(folder: Path, config: dict[str, Any], packed: bool) -> int:
-    """Random weights in the published layout; their bytes."""
+    """Write random weights in the published layout; return their size in bytes."""
     import ml_dtypes
 
     from moejax.checkpoints.export import _plan_shards
@@ -53,16 +55,16 @@ def write(folder: Path, config: dict[str, Any], packed: bool) -> int:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     shards = _plan_shards(entries, _SHARD)
-    # bfloat16 numbers of ordinary size, and bytes: whatever is drawn here is repeated through the file
+    # bfloat16 numbers of ordinary size, drawn once and repeated through the file
     values = np.random.default_rng(0).normal(0, 0.02, _PIECE // 2).astype(ml_dtypes.bfloat16).view(np.uint8)
     for shard in shards:
         with (folder / shard.name).open("wb") as file:
             file.write(shard.header)
             for key in sorted(shard.offsets, key=shard.offsets.__getitem__):
-                left = entries[key].nbytes
+                remaining = entries[key].nbytes
                 fill = np.full(_PIECE, 120, np.uint8) if key.endswith("_scales") else values
-                while left:
-                    left -= file.write(fill[:left].data)
+                while remaining:
+                    remaining -= file.write(fill[:remaining].data)
             os.fsync(file.fileno())
     index = {"weight_map": {key: shard.name for shard in shards for key in shard.offsets}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -77,7 +79,7 @@ def forget(folder: Path) -> None:
 
 
 def read_seconds(folder: Path) -> float:
-    """Time to read all files in order."""
+    """Return the seconds that reading all files in order takes."""
     start, buffer = time.perf_counter(), bytearray(_PIECE)
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -87,7 +89,7 @@ def read_seconds(folder: Path) -> float:
 
 
 def load(folder: Path, keep_packed: bool) -> None:
-    """Load in this process; print what it took."""
+    """Load the model in this process; print time and memory as JSON."""
     import jax
 
     import moejax
@@ -118,18 +120,20 @@ def load(folder: Path, keep_packed: bool) -> None:
 
 
 def _watch(largest: list[int]) -> None:
-    """Keep the largest memory that is no mapped file, looking every 5 ms."""
+    """Record the largest anonymous memory (not mapped files) in ``largest[0]``, sampled every 5 ms."""
     while True:
         largest[0] = max(largest[0], _status("RssAnon"))
         time.sleep(0.005)
 
 
 def _status(name: str) -> int:
+    """Return a size from /proc/self/status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 def measure(folder: Path, *options: str) -> dict[str, Any]:
+    """Load the folder in a process of its own; return what :func:`load` prints."""
     command = [sys.executable, __file__, str(folder), "--load", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -139,8 +143,8 @@ def measure(folder: Path, *options: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("folder", type=Path, help="where the files are written")
+    parser.add_argument("--toy", action="store_true", help="small models")
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--keep-packed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -158,7 +162,7 @@ def main() -> None:
         "host peak GB",
         "anon GB",
     )
-    table, found = Table(*columns), {}
+    table, result = Table(*columns), {}
     for name, (config, packed) in MODELS.items():
         folder = args.folder / config["model_type"]
         shutil.rmtree(folder, ignore_errors=True)
@@ -172,19 +176,19 @@ def main() -> None:
             for options in [()] + ([("--keep-packed",)] if packed else []):
                 if cache == "cold":
                     forget(folder)
-                found = measure(folder, *options)
+                result = measure(folder, *options)
                 row = [
                     f"{size / 1e9:.2f}",
-                    f"{found['seconds']:.1f}",
-                    f"{size / found['seconds'] / 1e9:.2f}",
+                    f"{result['seconds']:.1f}",
+                    f"{size / result['seconds'] / 1e9:.2f}",
                     f"{rate:.2f}",
                 ]
-                row += [f"{found[key] / 1e9:.2f}" for key in ("weights", "device_peak", "host_peak")]
-                row.append(f"{found['host_anonymous'] / 1e9:.2f} (start {found['host_before'] / 1e9:.2f})")
+                row += [f"{result[key] / 1e9:.2f}" for key in ("weights", "device_peak", "host_peak")]
+                row.append(f"{result['host_anonymous'] / 1e9:.2f} (start {result['host_before'] / 1e9:.2f})")
                 table.add_row(f"{name}, {cache}{' kept packed' if options else ''}", *row)
         shutil.rmtree(folder)
     Console(width=170).print(
-        f"{found['device']}, jax {found['jax']}, {math.ceil(os.cpu_count() or 1)} CPU cores", table
+        f"{result['device']}, jax {result['jax']}, {math.ceil(os.cpu_count() or 1)} CPU cores", table
     )
 
 

@@ -1,9 +1,10 @@
-"""Time transformers on a published shape: forward, gradient, greedy decoding; and LXT, if installed.
+"""Time transformers (forward, gradient, greedy decoding) and, if installed, LXT on a published shape.
 
     python scripts/bench_peers.py --model olmoe-1b-7b
-    python scripts/bench_peers.py --toy                 # small shapes on the CPU, as always without a GPU
+    python scripts/bench_peers.py --toy                 # small shapes on the CPU; the default without a GPU
 
-Random weights; bfloat16 on a GPU, float32 on a CPU. Medians after warm-up, wall time with the device awaited.
+Weights are random: bfloat16 on a GPU, float32 on a CPU. Times are medians of wall time after warm-up, with the device
+synchronised.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from moejax.study.bench.shapes import SHAPES, TOY
 
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Return the median milliseconds of ``repeats`` calls, after two calls to warm up."""
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
@@ -34,7 +36,7 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
 
 
 def build(shape: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
-    """A model of that shape, its matrices normal with standard deviation 0.02."""
+    """Build a transformers model of that shape; matrices are normal with standard deviation 0.02."""
     options = dict(shape)
     config = transformers.AutoConfig.for_model(options.pop("model_type"), **options, eos_token_id=None, pad_token_id=0)
     with torch.device(device):
@@ -44,12 +46,13 @@ def build(shape: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
 
 
 def forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the last position."""
     with torch.no_grad():
         return model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
 
 
 def gradient(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Gradient times input of the largest logit, per token; with LXT's patches this is relevance."""
+    """Return gradient times input of the largest logit, for each token; with LXT's patches this is relevance."""
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     model(inputs_embeds=embedded, use_cache=False, logits_to_keep=1).logits[0, -1].max().backward()
     assert embedded.grad is not None
@@ -57,14 +60,15 @@ def gradient(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def generate(model: Any, tokens: torch.Tensor, new: int) -> torch.Tensor:
+    """Continue greedily by exactly ``new`` tokens."""
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 
 
 def patch(module: ModuleType) -> None:
-    """LXT's rules for norms, attention, gated units and, as it has them for Qwen3-MoE, stacked experts."""
+    """Apply LXT's rules for norms, attention and gated units, and its Qwen3-MoE rule for stacked experts."""
     for name in ("find_pruneable_heads_and_indices", "prune_linear_layer"):
-        # which its BERT, not used here, imports, and newer transformers do not have
+        # LXT's BERT module, which is not used here, imports these names; newer transformers lack them
         if not hasattr(transformers.pytorch_utils, name):
             setattr(transformers.pytorch_utils, name, None)
     patches = importlib.import_module("lxt.efficient.patches")
@@ -79,11 +83,15 @@ def patch(module: ModuleType) -> None:
 
 
 def show(case: str, ms: float | str) -> None:
+    """Print a row: the case and its milliseconds or a message."""
     print(f"{case:<40}" + (ms if isinstance(ms, str) else f"{ms:>10.2f}"), flush=True)
 
 
 def attempt(case: str, run: Callable[[], object], repeats: int, per: int = 1, less: float = 0.0) -> float:
-    """Time it and print it; what fails says so in its row."""
+    """Time a call and print a row; return its milliseconds.
+
+    The row shows ``(ms - less) / per``. If the call fails, the row says why, and the result is 0.
+    """
     try:
         ms = median_ms(run, repeats)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
@@ -96,9 +104,9 @@ def attempt(case: str, run: Callable[[], object], repeats: int, per: int = 1, le
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="olmoe-1b-7b")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--repeats", type=int, default=10, help="calls to take the median over")
+    parser.add_argument("--toy", action="store_true", help="small shapes on the CPU")
     args = parser.parse_args()
     toy = args.toy or not torch.cuda.is_available()
     device = "cpu" if toy else "cuda"

@@ -1,11 +1,11 @@
-"""Train every registered MoE layer in the same small decoder on the same text, beside a dense one of equal compute.
+"""Train every registered MoE layer in the same small decoder on the same text, and a dense decoder of equal compute.
 
     python scripts/prepare_corpus.py
     python scripts/compare_moe.py --config scripts/configs/decoder_small.json --out runs/compare
 
-Prints one line as each is done, and at the end a table: loss on held-out text, balance of the experts' loads, decision
-of the routers, time per step. The dense decoder's feed-forward layers are as wide as the experts that a token is routed
-to, together. Layers with a shared expert spend one expert more on each token, ``remoe`` a number that varies.
+The script prints a line after each run and a table at the end: loss on held-out text, balance of the experts' loads,
+statistics of the routers, time per step. The dense decoder's feed-forward layers are as wide as the routed experts of a
+token together. Layers with a shared expert spend one more expert on each token; ``remoe`` spends a varying number.
 """
 
 import argparse
@@ -26,35 +26,37 @@ console = Console(width=140)
 
 
 def measure(name: str, config: TrainConfig, out: Path) -> dict:
-    """Train one decoder and look at it."""
+    """Train one decoder; return its losses, router statistics and time per step."""
     run = Run(config, out / name)
     rows = list(run)
     last, steady = rows[-1], rows[len(rows) // 2 :]
     leaves = jax.tree.leaves(run.decoder)
-    found = {
+    result = {
         "name": name,
         "parameters": sum(leaf.size for leaf in leaves),
         "train": float(np.mean([row["cross_entropy"] for row in steady[-5:]])),
         "heldout": last["heldout"],
-        # the first rows hold the compilation
+        # the first row includes compilation
         "ms": 1e3 * float(np.median([row["seconds_per_step"] for row in rows[1:] or rows])),
     }
     if "load_entropy" in last:
-        found |= {"load_entropy": float(np.mean(last["load_entropy"])), "largest": float(np.max(last["largest_load"]))}
-        found |= {"unused": float(np.mean(last["unused_experts"]))}
+        result |= {"load_entropy": float(np.mean(last["load_entropy"])), "largest": float(np.max(last["largest_load"]))}
+        result |= {"unused": float(np.mean(last["unused_experts"]))}
     for extra in ("balance_loss", "active_experts", "null_probability"):
         if extra in last:
-            found[extra] = float(np.mean(last[extra]))
-    return found
+            result[extra] = float(np.mean(last[extra]))
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("scripts/configs/decoder_small.json"))
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--only", nargs="*", help="names of layers, and 'dense'; all by default")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, to see how much a difference means")
+    parser.add_argument(
+        "--config", type=Path, default=Path("scripts/configs/decoder_small.json"), help="training config"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs")
+    parser.add_argument("--only", nargs="*", help="names of layers, or 'dense'; by default all")
+    parser.add_argument("--steps", type=int, help="instead of the config's number of steps")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each layer, to see how large the spread is")
     args = parser.parse_args()
     base = TrainConfig.read(args.config, steps=args.steps)
     console.print(
@@ -70,15 +72,15 @@ def main() -> None:
         if args.only and name not in args.only:
             continue
         for seed in range(args.seeds):
-            found = measure(name, replace(config, seed=seed), args.out / f"seed{seed}")
-            results.append(found | {"seed": seed})
+            result = measure(name, replace(config, seed=seed), args.out / f"seed{seed}")
+            results.append(result | {"seed": seed})
             print(json.dumps(results[-1]), flush=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     show(results)
 
 
 def show(results: list[dict]) -> None:
-    """Means over seeds, best held-out loss first."""
+    """Print means over seeds, lowest held-out loss first."""
     table = Table(
         "layer",
         "M parameters",

@@ -1,4 +1,4 @@
-"""Convert a Hugging Face checkpoint to Orbax: the same as ``moejax convert``.
+"""Convert a Hugging Face checkpoint to Orbax; the same as ``moejax convert``.
 
 python scripts/convert_checkpoint.py allenai/OLMoE-1B-7B-0125-Instruct olmoe-orbax --dtype bfloat16
 """

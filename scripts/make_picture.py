@@ -1,4 +1,4 @@
-"""Draw the README's picture: what the bundled model reads to predict the next word.
+"""Draw the README's picture: which tokens, experts and layers of the bundled model predicted the next word.
 
 python scripts/make_picture.py notebooks/explain.png
 """

@@ -181,10 +181,7 @@ def r_strings(data: bytes) -> list[str]:
 
 
 def read_austen(files: Files) -> Documents:
-    """Read chapters of six novels, one document each.
-
-    The novels are the objects of an R lazy-load file: for each a length, then a zlib stream.
-    """
+    """Read chapters of six novels from an R lazy-load file: for each novel a length, then a zlib stream."""
     data = next(iter(files.values()))
     documents: Documents = []
     while data:
@@ -200,10 +197,7 @@ def read_austen(files: Files) -> Documents:
 
 
 def read_bible(files: Files) -> Documents:
-    """Read chapters, one document each: a heading, then one verse a line.
-
-    The package's program prints the text, because only that program knows where verses end.
-    """
+    """Read chapters: a heading, then a verse a line. Only the package's program knows where verses end."""
     with tempfile.TemporaryDirectory() as folder:
         for path, data in files.items():
             (Path(folder) / Path(path).name).write_bytes(data)
@@ -230,10 +224,7 @@ def gloss_sentences(line: str) -> str:
 
 
 def read_wordnet(files: Files, size: int = 2000) -> Documents:
-    """Read glosses and examples, one synset a line, shuffled by the hash of the line.
-
-    A document has about ``size`` characters.
-    """
+    """Read glosses and examples, a synset a line, shuffled by its hash; a document has about ``size`` characters."""
     lines = [line for data in files.values() for line in data.decode().splitlines() if not line.startswith(" ")]
     lines.sort(key=lambda line: sha256(line.encode()).digest())
     documents: Documents = []
@@ -256,10 +247,7 @@ def page_text(page: str) -> str:
 
 
 def read_python_docs(files: Files) -> Documents:
-    """Read documentation pages, one document each.
-
-    Indices, pages under 500 characters and the changelog (shipped compressed) are left out.
-    """
+    """Read documentation pages, except indices, pages under 500 characters and the (compressed) changelog."""
     pages = {
         path.partition("/html/")[2].removesuffix(".html"): page_text(data.decode()) for path, data in files.items()
     }
@@ -310,8 +298,7 @@ def load_domain(domain: Domain, cache: Path, allow_changed: bool) -> tuple[Docum
 def hold_out(domain: str, documents: Documents, fraction: float, seed: int) -> dict[str, Documents]:
     """Hold out documents, in the order of their names' hashes, until ``fraction`` of the characters is reached.
 
-    A document with more than half of the characters to hold out stays in training, so that no single document makes
-    up the held-out part.
+    A document with more than half of those characters stays in training, so that it does not make up the whole part.
     """
     budget = fraction * sum(len(text) for _, text in documents)
     order = {sha256(f"{seed}/{domain}/{name}".encode()).digest(): (name, text) for name, text in documents}

@@ -3,8 +3,9 @@
     python scripts/prepare_corpus.py
     python scripts/train_tiny.py --corpus data/corpus --out runs/tiny --export moejax/bundled/tiny-olmoe
 
-The run saves its state every ``--save-every`` steps. Started again, it continues from the newest complete state, however
-it was stopped. It prints held-out loss per domain beside the 5-gram baseline, expert load per layer, and samples.
+The run saves its state every ``--save-every`` steps. Started again, it continues from the newest complete state,
+however it was stopped. It prints held-out loss per domain beside the 5-gram baseline, expert load per layer, and
+samples.
 """
 
 import argparse

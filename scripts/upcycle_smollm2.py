@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8, help="experts of a layer")
     parser.add_argument("--selected", type=int, default=2, help="experts of a token")
     parser.add_argument("--layer", help="a registered MoE layer; by default Mixtral's")
-    parser.add_argument("--noise", type=float, default=0.0, help="noise on each expert's weights")
+    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, in units of each matrix's own")
     parser.add_argument("--drop", type=float, default=0.0, help="part of each expert's hidden units to draw anew")
     parser.add_argument("--split", type=int, default=1, help="experts that each copy of the dense layer becomes")
     parser.add_argument("--steps", type=int, default=500)

@@ -1,4 +1,4 @@
-"""GGUF as ``scripts/prepare_smollm2.py`` reads it, against values written down by hand."""
+"""``scripts/prepare_smollm2.py`` reads GGUF: compared with values written by hand."""
 
 import importlib.util
 import struct
@@ -22,7 +22,7 @@ def script() -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        # where dataclasses look their module up
+        # dataclasses look up their module in sys.modules
         patch.setitem(__import__("sys").modules, spec.name, module)
         spec.loader.exec_module(module)
     return module
@@ -51,16 +51,16 @@ def test_file(script: ModuleType) -> None:
         head += string(name) + struct.pack("<IQQIQ", 2, *shape[::-1], kind, offset)
     data = head + b"\0" * (-len(head) % 32)
     data += np.arange(6, dtype=np.float32).tobytes() + b"\0" * 8 + struct.pack("<e32b", 2.0, *range(32))
-    metadata, found = script.read_gguf(data)
+    metadata, arrays = script.read_gguf(data)
     assert metadata == {"n": -7, "t": "caf", "l": [5, 6]}
-    assert found["a"].tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert found["b"].tolist() == [[2.0 * i for i in range(32)]]
+    assert arrays["a"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert arrays["b"].tolist() == [[2.0 * i for i in range(32)]]
     with pytest.raises(SystemExit, match="not a GGUF file of version 3"):
         script.read_gguf(b"GGML" + data[4:])
 
 
 def test_rows_of_rotated_pairs(script: ModuleType) -> None:
-    """Neighbours 2i, 2i+1 of a head become i, i + C/2; two heads of width 6."""
+    """Neighbouring rows 2i, 2i+1 of a head become rows i, i + C/2, for two heads of width C = 6."""
     rows = np.arange(12)[:, None]
     assert script.unpermuted(rows, 2).ravel().tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
 
