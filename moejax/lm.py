@@ -1,5 +1,6 @@
 """A language model as a user holds it: decoder, configuration and tokenizer."""
 
+import html
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ def _logits(weights: FlatDecoder, tokens: Array, valid: Array | None, gates: Gat
     return shard_map_data(run, batch_mesh(weights.config), (weights, tokens, valid, gates), placed, split(0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LM:
     """A loaded model. ``decoder`` is the pytree of weights; everything else is host-side convenience.
 
@@ -47,6 +48,13 @@ class LM:
     tokenizer: Tokenizer | None = None
     name: str = "model"
     hugging_face: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        tokenizer = "" if self.tokenizer else ", no tokenizer"
+        return f"LM({self.name!r}, {self.decoder!r}{tokenizer})"
+
+    def _repr_html_(self) -> str:
+        return self.decoder._repr_html_().replace("Decoder", f"LM {html.escape(self.name)}", 1)
 
     @property
     def config(self) -> Config:

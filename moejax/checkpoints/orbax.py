@@ -23,11 +23,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from moejax.checkpoints.folder import ModelFolder
-from moejax.checkpoints.old_formats import READABLE, old_path
+from moejax.checkpoints.old_formats import READABLE
 from moejax.checkpoints.plan import leaf_paths, parts, report
 from moejax.checkpoints.safetensors import Entry
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models import Decoder, family
+from moejax.models.old_paths import old_path
 
 FORMAT = 3
 """The format that is written. Format 2 had other paths for some leaves (:mod:`moejax.checkpoints.old_formats`)."""

@@ -13,7 +13,7 @@ from moejax.layers.parts import Axes, Role, Sizes
 _OUTER: Mapping[str, Axes] = {"embedding": ("vocab", "model"), "head": ("vocab", "model"), "norm.weight": (None,)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
     """Architecture of a decoder.
 
@@ -38,6 +38,25 @@ class Config:
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        letters = ", ".join(f"{name}={value}" for name, value in self.summary.items())
+        return f"Config({self.model_type}: {letters})"
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """The counts and widths under their letters (docs/glossary.md); what the model does not have is left out."""
+        counts = {
+            "V": self.vocab_size,
+            "L": self.num_layers,
+            "D": self.model_dim,
+            "H": self.num_heads,
+            "C": self.head_dim,
+            "E": self.num_experts,
+            "K": self.num_selected,
+            "F": self.expert_dim or self.dense_dim,
+        }
+        return {letter: count for letter, count in counts.items() if count}
 
     @property
     def model_dim(self) -> int:

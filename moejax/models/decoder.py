@@ -1,5 +1,6 @@
 """The only decoder: embedding, blocks, final norm, head."""
 
+import math
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moejax.layers import Block, BlockAux, Call, RMSNorm, Rotary, Rotation
 from moejax.layers.linear import matmul_f32_accum, normal
 from moejax.models.config import Config
+from moejax.ops.mxfp4 import MXFP4
 from moejax.routing import Routing
 from moejax.rules import Reading
 
@@ -62,6 +64,26 @@ class Decoder(nnx.Module):
     norm: RMSNorm = nnx.data()
     head: Float[Array, "V D"] | None = nnx.data()
     config: Config = nnx.static()
+
+    def __repr__(self) -> str:
+        return f"Decoder({self.config!r}, {self.dtype.name}, {self.num_parameters:,} parameters)"
+
+    def _repr_html_(self) -> str:
+        # imported here: the reports import what only a person who looks at something needs
+        from moejax.report.objects import properties_html
+
+        rows = {"family": self.config.model_type, "parameters": f"{self.num_parameters:,}", "dtype": self.dtype.name}
+        return properties_html("Decoder", rows | {k: str(v) for k, v in self.config.summary.items()})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the weights, read off the embedding."""
+        return jnp.dtype(self.embedding.dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights are; of a packed matrix, its values."""
+        return sum(math.prod(matrix.shape) for matrix in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, MXFP4)))
 
     @classmethod
     def init(cls, config: Config, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Self:

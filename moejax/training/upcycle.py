@@ -133,7 +133,11 @@ def upcycle(
 def _chosen(config: Config, layers: Patterns) -> dict[str, int]:
     """Paths and indices of the dense layers that match."""
     patterns = [layers] if isinstance(layers, str | re.Pattern) else list(layers)
-    dense = {f"layers.{i}.feed_forward": i for i, block in enumerate(config.blocks) if block.half("feed_forward").sizes.dense_dim}
+    dense = {
+        f"layers.{i}.feed_forward": i
+        for i, block in enumerate(config.blocks)
+        if block.half("feed_forward").sizes.dense_dim
+    }
 
     def matches(path: str) -> bool:
         return any(p.fullmatch(path) if isinstance(p, re.Pattern) else fnmatchcase(path, p) for p in patterns)

@@ -121,7 +121,10 @@ def test_packed_source_converts_and_exports_in_full(packed: Path, tmp_path: Path
     assert raw(tmp_path / "full") == raw(tmp_path / "direct")
     assert {dtype for dtype, _, _ in raw(tmp_path / "full").values()} == {"bfloat16"}
     assert "quantization_config" not in json.loads((tmp_path / "full" / "config.json").read_text())
-    key, leaf = "model.layers.1.mlp.experts.gate_up_proj", moejax.load(packed).decoder.layers[1].feed_forward.experts.gate_up
+    key, leaf = (
+        "model.layers.1.mlp.experts.gate_up_proj",
+        moejax.load(packed).decoder.layers[1].feed_forward.experts.gate_up,
+    )
     blocks, scales = (load_file(packed / "model.safetensors")[f"{key}_{part}"] for part in ("blocks", "scales"))
     row = dequantise(blocks, scales)
     assert np.array_equal(np.asarray(leaf[:, 0]), row[:, 0::2])

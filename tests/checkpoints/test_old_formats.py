@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.checkpoints import load_folder, old_formats
+from moejax.checkpoints import load_folder
 from moejax.checkpoints.folder import open_folder
-from moejax.checkpoints.old_formats import RENAMES, Rename, current_path, old_path
 from moejax.checkpoints.orbax import FORMAT, OrbaxFolder, save_part
 from moejax.checkpoints.plan import leaf_paths, parts
-from moejax.models import Decoder, family
+from moejax.models import Decoder, family, old_paths
+from moejax.models.old_paths import RENAMES, Rename, current_path, old_path
 
 from .compare import raw, same_leaves
 from .files import OLMOE, olmoe_shapes, random_tensors, write_model
@@ -34,7 +34,7 @@ TABLES = {"shipped": RENAMES, "invented": INVENTED}
 
 @pytest.fixture(params=TABLES)
 def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(old_formats, "RENAMES", TABLES[request.param])
+    monkeypatch.setattr(old_paths, "RENAMES", TABLES[request.param])
     return request.param
 
 
@@ -68,7 +68,7 @@ def test_a_folder_of_format_2_loads_and_exports(table: str, source: Path, tmp_pa
 
 
 def test_problems_are_named_as_the_folder_has_them(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(old_formats, "RENAMES", INVENTED)
+    monkeypatch.setattr(old_paths, "RENAMES", INVENTED)
     old = write_format_2(source, tmp_path / "old")
     stored = OrbaxFolder(open_folder(old)).restore("layers.1")
     leaves = {old_path(path, OLMOE): np.asarray(leaf) for path, leaf in stored.items()}
@@ -81,7 +81,7 @@ def test_problems_are_named_as_the_folder_has_them(source: Path, tmp_path: Path,
 
 
 def test_old_paths_in_a_current_folder_are_refused(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(old_formats, "RENAMES", INVENTED)
+    monkeypatch.setattr(old_paths, "RENAMES", INVENTED)
     old = write_format_2(source, tmp_path / "old")
     config = json.loads((old / "config.json").read_text())
     (old / "config.json").write_text(json.dumps(config | {"moejax": {"format": FORMAT}}))
@@ -115,7 +115,7 @@ def test_old_paths_are_distinct_and_lead_back(model: str, table: str) -> None:
 
 
 def test_renames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(old_formats, "RENAMES", INVENTED)
+    monkeypatch.setattr(old_paths, "RENAMES", INVENTED)
     fields = {"model_type": "olmoe"}
     assert current_path("layers.12.mixer.norm.weight", fields) == "layers.12.attention_norm.weight"
     assert current_path("layers.12.mixer.output.bias", fields) == "layers.12.attention.output.bias"

@@ -137,7 +137,9 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     moejax.convert(source, tmp_path / "out", allow_nonfinite=True, progress=False)
     assert (
-        np.isnan(np.asarray(moejax.load(tmp_path / "out").decoder.layers[1].feed_forward.experts.gate_up, np.float32)).sum()
+        np.isnan(
+            np.asarray(moejax.load(tmp_path / "out").decoder.layers[1].feed_forward.experts.gate_up, np.float32)
+        ).sum()
         == 1
     )
 

@@ -31,13 +31,15 @@ from moejax.models.families._shared import grouped_query
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, Source, whole
+from moejax.models.old_paths import old_path
 
 
 class _OwnPaths(Mapping[str, Sequence[Source]]):
     """Every leaf under its own path; the paths are those of whatever layer is registered."""
 
     def __getitem__(self, path: str) -> Sequence[Source]:
-        return [whole(path)]
+        # an older version may have written the file
+        return [whole(old_path(path, {"model_type": "moejax"})), whole(path)]
 
     def __contains__(self, path: Any) -> bool:
         return not path.endswith((".blocks", ".scales"))

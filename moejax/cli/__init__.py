@@ -1,0 +1,32 @@
+"""The ``moejax`` command: a thin layer over the library, a file for each group of subcommands."""
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from moejax.cli import checkpoints, explaining, studying, training
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Load, explain and train Mixture-of-Experts language models in JAX.",
+)
+for group in (explaining, checkpoints, studying, training):
+    group.add_commands(app)
+
+
+def main() -> None:
+    """Run the command; an error that a person can mend is one line on stderr and exit code 1."""
+    from moejax.errors import MoejaxError
+
+    # by default JAX leaves a quarter of a GPU's memory to others, and a model of 61 GB no room on 80
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    try:
+        app()
+    except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # names in files are anybody's
+        Console(stderr=True, soft_wrap=True).print(f"moejax: {line}", style="red", markup=False, highlight=False)
+        sys.exit(1)

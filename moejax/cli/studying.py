@@ -1,0 +1,105 @@
+"""``moejax analyse`` and ``moejax bench``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moejax.cli.options import AsJson, Plugin, Seed, add, check_folder, shows_bar
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the subcommands of this file."""
+    add(app, analyse, bench)
+
+
+def analyse(
+    model: Annotated[str, typer.Argument(help="Bundled name, hub id, or a folder of either kind.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A prepared corpus (.npz, with its domains), .jsonl (a document a line: text, and label if it has"
+            " one), text (one document), or 'sample', which is bundled."
+        ),
+    ],
+    against: Annotated[str | None, typer.Option(help="Another checkpoint of the model, to compare with.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table, the numbers and the plots.")] = Path("analysis"),
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a window; default: 512, or the model's context."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Draw windows up to so many tokens.")] = None,
+    seed: Seed = 0,
+    drop_top: Annotated[int, typer.Option(min=0, help="Also mask each token's best 1, 2, .. so many experts.")] = 0,
+    probe_tokens: Annotated[int, typer.Option(min=1, help="Sample of the data for --drop-top.")] = 4096,
+    by_token: Annotated[
+        bool | None, typer.Option("--by-token/--no-by-token", help="Count by token id; default: where it fits.")
+    ] = None,
+    outputs: Annotated[
+        bool,
+        typer.Option(
+            "--outputs", help="Also measure how alike the outputs of a token's experts are; takes twice the time."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    plugin: Plugin = None,
+) -> None:
+    """Show how a model's routers use their experts on data, beside its loss."""
+    import moejax
+    from moejax import study
+    from moejax.report.routing import routing_tables, write_routing
+
+    check_folder(out)
+    lm = moejax.load(model)
+    length = length or min(512, lm.config.max_positions)
+    windows = study.Windows(study.Documents.read(data, lm), length, batch, max_tokens, seed)
+    other = None if against is None else moejax.load(against)
+    options = {"by_token": by_token, "outputs": outputs, "drop": drop_top, "probe_tokens": probe_tokens}
+    statistics = study.analyse(lm, windows, against=other, **options, progress=shows_bar(as_json)).to_dict()
+    written = write_routing(statistics, out)
+    if as_json:
+        print(json.dumps(statistics, allow_nan=False))
+    else:
+        Console().print(*routing_tables(statistics))
+        print(f"{out}: {', '.join(path.name for path in written)}")
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id; with --random a published shape.")],
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights of a published shape, on a CPU of a small one.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
+    long_tokens: Annotated[int, typer.Option(min=1, help="Length of the long prompt.")] = 4096,
+    cases: Annotated[str, typer.Option(help="Only cases with these names or words, separated by commas.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of which the median is taken.")] = 20,
+    as_json: AsJson = False,
+    plugin: Plugin = None,
+) -> None:
+    """Time forward pass, relevance and decoding on this machine, beside what it could do at best."""
+    from moejax.report.bench import heading_lines, row_line
+    from moejax.study.bench import bench as measure
+
+    name, decoder = _decoder(model, random)
+    words = [word.strip() for word in cases.split(",")]
+    # a row is printed as soon as it is measured, with --json as a line of its own
+    for part in measure(name, decoder, tokens=tokens, long_tokens=long_tokens, cases=words, repeats=repeats):
+        row = part if isinstance(part, dict) else part.to_dict()
+        lines = [json.dumps(row)] if as_json else heading_lines(part) if isinstance(part, dict) else [row_line(row)]
+        print(*lines, sep="\n", flush=True)
+
+
+def _decoder(model: str, random: bool) -> tuple[str, Any]:
+    """The name of what is timed, and its weights."""
+    import jax
+
+    import moejax
+    from moejax.study.bench import published, random_decoder
+
+    if not random:
+        return model, moejax.load(model).decoder
+    toy = jax.default_backend() == "cpu"
+    return model + (", made small" if toy else "") + ", random", random_decoder(published(model, toy=toy))

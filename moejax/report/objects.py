@@ -1,0 +1,13 @@
+"""Small tables for objects that a notebook shows."""
+
+import html
+from collections.abc import Mapping
+
+
+def properties_html(title: str, rows: Mapping[str, str]) -> str:
+    """A titled table with one row for each property."""
+    cells = "".join(
+        f'<tr><th style="text-align:left">{html.escape(name)}</th><td style="text-align:left">{html.escape(value)}</td></tr>'
+        for name, value in rows.items()
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
