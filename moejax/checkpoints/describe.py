@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoints.folder import open_folder
+from moejax.checkpoints.folder import ModelFolder, open_folder
 from moejax.errors import ConfigError
 from moejax.models import FAMILIES, Config, family
 
@@ -71,7 +71,7 @@ def architecture(model: Any) -> Config:
     """Return the complete config of a model's decoder; arguments and errors are as in :func:`get_model_config`."""
     if isinstance(model, Config):
         return model
-    if isinstance(model, str | Path):
+    if isinstance(model, str | Path | ModelFolder):
         return _decoder_config(open_folder(model, ["config.json"]).hugging_face)
     decoder = getattr(model, "decoder", model)
     config = getattr(decoder, "config", None)
