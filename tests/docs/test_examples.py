@@ -1,5 +1,6 @@
 """The code of the documentation runs: the files of the how-to pages, and the examples in the text."""
 
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def waiting(path: Path) -> object:
 @pytest.mark.parametrize("path", map(waiting, FILES))
 def test_the_file_of_a_guide_runs(path: Path) -> None:
     """As a user runs it: in a process of its own, where nothing is registered before."""
-    done = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(path)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -64,15 +65,18 @@ def test_the_best_token_is_always_kept(logits: np.ndarray, top_p: float) -> None
     assert np.isfinite(np.take_along_axis(np.asarray(limited), logits.argmax(-1)[:, None], 1)).all()
 
 
+@pytest.mark.fast
 def test_tokens_tied_with_the_last_are_kept() -> None:
     limited = Sampling(1.0, top_k=2).limited(jnp.array([[3.0, 1.0, 2.0, 2.0, 2.0]]))
     assert np.isfinite(limited).tolist() == [[True, False, True, True, True]]
 
 
+@pytest.mark.fast
 def test_greedy_takes_the_first_of_equals() -> None:
     assert Sampling().draw(jnp.array([[1.0, 4.0, 4.0], [0.0, 0.0, 0.0]]), keys(2)).tolist() == [1, 0]
 
 
+@pytest.mark.fast
 def test_one_kept_token_is_the_greedy_choice() -> None:
     logits = jax.random.normal(jax.random.key(0), (40, 31))
     for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6)):

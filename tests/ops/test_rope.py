@@ -7,6 +7,8 @@ import pytest
 
 from moejax.ops.rope import Rope, rotate
 
+pytestmark = pytest.mark.fast
+
 B, T, H, C, THETA = 3, 7, 4, 10, 100.0
 
 

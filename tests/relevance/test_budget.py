@@ -20,6 +20,7 @@ ANSWER = [3, 1, 4, 1, 5]
 FOOTPRINT = Footprint(layers=4, layer=250, stream=20, target=50, readout=2)
 
 
+@pytest.mark.fast
 class TestArrange:
     @pytest.mark.parametrize(
         ("max_bytes", "want"),

@@ -19,6 +19,8 @@ from rich.console import Console
 
 from moejax.report import aggregate, figure, render, summary_line, to_html
 
+pytestmark = pytest.mark.fast
+
 N, T, L, K, E, H = 3, 12, 4, 2, 6, 5
 
 HOSTILE = [

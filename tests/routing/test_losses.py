@@ -7,6 +7,8 @@ import pytest
 
 from moejax.routing import SCORES, WEIGHTS, Routing, balance_loss, route, z_loss
 
+pytestmark = pytest.mark.fast
+
 B, T, E, K = 3, 7, 6, 2
 
 

@@ -10,6 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from moejax.routing import SCORES, WEIGHTS, route
 
+pytestmark = pytest.mark.fast
+
 B, T, E, K = 3, 7, 6, 2
 
 PAIRS = [(score, weigh) for score in ("softmax", "logits") for weigh in ("raw", "renormalised", "softmax")]

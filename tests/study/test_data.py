@@ -12,6 +12,8 @@ import pytest
 from moejax import LM, MoejaxError, PromptError
 from moejax.study import Documents, Windows
 
+pytestmark = pytest.mark.fast
+
 SIZES = (70, 5, 0, 33, 1, 40)
 
 

@@ -14,6 +14,7 @@ from moejax.training.data import find_text, read_texts
 NAMES = {"sotu", "shakespeare", "austen"}
 
 
+@pytest.mark.fast
 def test_texts() -> None:
     texts, labels = read_texts(find_text("sample"))
     assert set(labels) == NAMES
@@ -35,6 +36,7 @@ def test_settings(tmp_path: Path) -> None:
     assert config.architecture(run.vocab_size).num_experts == 8
 
 
+@pytest.mark.fast
 def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_text("sample") == BUNDLED / "sample.jsonl"
@@ -42,6 +44,7 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_texts(find_text("sample")) == (["mine"], [None])
 
 
+@pytest.mark.fast
 def test_no_other_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MoejaxError, match=r"samples: no such file.*'sample'"):
