@@ -39,8 +39,7 @@ class Backtrace:
         layer_stack: names of all ``3 + 6 L`` nodes, the output first.
         model_resource: ``layers``, ``graph``, ``outputs`` and ``inputs``, by name.
         all_wt: relevance of the last explained step at each node, ``[B T D]`` (``[B T V]`` at the head).
-        all_layer_expert_relevance: relevance of each mixture's experts at that step, ``[T E]``, with several rows
-            ``[B T E]``.
+        all_layer_expert_relevance: that step's relevance of each mixture's experts, ``[T E]`` or ``[B T E]``.
         ledger: where the relevance of that step came from and where it went.
         all_out_model: values that left each node in the last call of :meth:`compute_outputs`, by step.
     """
@@ -73,7 +72,7 @@ class Backtrace:
             MoejaxError: an unknown device, or an index beyond the last device.
         """
         if activation_dict:
-            warnings.warn("activation_dict is not needed: activations are those of the model's family.", stacklevel=2)
+            warnings.warn("activation_dict is not needed: the model's family determines its activations.", stacklevel=2)
         model = getattr(model, "module", model)
         check_model_type(model, model_type)
         self._device = devices.find_device(device)
@@ -132,14 +131,17 @@ class Backtrace:
             inputs: a text or several, a mapping with ``input_ids`` and ``attention_mask``, the pair of them, or ids.
             tokenizer: for texts, special tokens and figures; by default the model's tokenizer.
             mode: ``"default"``, DLBacktrace's proportional rule, or a rule or its name in ``moejax.rules.RULES``.
-            multiplier, thresholding: see :class:`~moejax.dlbacktrace.initial_relevance.InitialRelevance`.
+            multiplier: relevance of each explained logit.
             scaler: the sum to which every node's relevance is rescaled; 0 does not rescale.
-            temperature: temperature of the draw; 1 alone takes the best token.
+            thresholding: in classification, the probability above which a token is explained.
+            temperature: temperature of the draw; 1 takes the best token unless ``top_k`` or ``top_p`` ask for a draw.
             return_scores: return ``scores_trace``: the scores ``[B V]`` that each step's token was chosen from.
             return_relevance: return ``relevance_trace``: for each explained step ``step_index``, ``token_id``,
                 ``ledger``, ``all_wt`` and ``expert_relevance``.
             return_layerwise_output: return ``layerwise_output_trace``: the values in and out of each node by step.
-            relevance_cache_policy, relevance_cache_dir: see :class:`~moejax.dlbacktrace.relevance_trace.CachePolicy`.
+            relevance_cache_policy: what ``relevance_trace`` keeps of a step: ``"full"``, ``"summary"``, ``"disk"`` or
+                ``"none"`` (:class:`~moejax.dlbacktrace.relevance_trace.CachePolicy`). The last step is in attributes.
+            relevance_cache_dir: folder for ``"disk"``, in which each run makes a folder of its own.
             debug: print why the generation ended.
             generation_kwargs: the fields of :class:`~moejax.dlbacktrace.settings.BacktraceSettings`.
 
@@ -225,8 +227,7 @@ class Backtrace:
         Relevance depends on the token ids only: they are read from ``all_in``, and all values are computed again.
 
         Args:
-            all_in: values that enter each node, at least the ids at ``decoder_embeddings``; the last step's, if there
-                are several.
+            all_in: values that enter each node, at least the ids at ``decoder_embeddings``; of several steps, the last.
             all_out: values that leave each node. Logits in it must be this model's.
             mode: ``"default"``, DLBacktrace's proportional rule, or a rule or its name in ``moejax.rules.RULES``.
             start_wt: relevance of each logit to start from, ``[B T V]``, in place of the following.
@@ -369,8 +370,7 @@ class Backtrace:
 
     def _keep(self, relevance: StepRelevance) -> None:
         """Make ``relevance`` the last explained step, which the attributes show."""
-        self.all_wt, self.all_layer_expert_relevance = relevance.nodes, relevance.experts
-        self.ledger = relevance.ledger
+        self.all_wt, self.all_layer_expert_relevance, self.ledger = relevance.nodes, relevance.experts, relevance.ledger
 
     def _axes(
         self, trace: Sequence[dict[str, Any]], input_ids: Any, generated_ids: Any, row: int, tokenizer: Any

@@ -1,4 +1,4 @@
-"""Figures show every token of every step, and say so when they cannot."""
+"""Figures show every token of every step; what cannot be drawn is refused with a hint."""
 
 from pathlib import Path
 from typing import Any
