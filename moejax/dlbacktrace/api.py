@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float
 
-from moejax.checkpoints import get_model_config, list_supported_models
-from moejax.dlbacktrace import devices, figures, initial_relevance, nodes, trace
-from moejax.dlbacktrace.inputs import read, to_numpy
-from moejax.dlbacktrace.propagation import Run, StepRelevance, of_weights
-from moejax.dlbacktrace.settings import Settings
-from moejax.dlbacktrace.tasks import Question, answer, last_logits, last_of, layer_outputs, up_to
-from moejax.errors import ConfigError, MoejaxError
+from moejax.dlbacktrace import devices, evaluation, figures, nodes, relevance_trace, results
+from moejax.dlbacktrace.initial_relevance import InitialRelevance, check_task, find_rule
+from moejax.dlbacktrace.inputs import read_inputs, to_numpy
+from moejax.dlbacktrace.model_type import check_model_type
+from moejax.dlbacktrace.propagation import StepRelevance
+from moejax.dlbacktrace.relevance_trace import CachePolicy
+from moejax.dlbacktrace.settings import BacktraceSettings
+from moejax.dlbacktrace.tasks import Returned, TaskRequest, carry_out
+from moejax.errors import MoejaxError
 from moejax.lm import LM, load
 from moejax.relevance.ledger import Ledger
 
@@ -25,22 +26,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Outputs = dict[str, np.ndarray]
-"""Arrays by node."""
+"""Arrays by the names of nodes."""
 
 
 class Backtrace:
     """Generation with the relevance of every step, under the names of DLBacktrace.
 
     Attributes:
-        model: the :class:`moejax.LM`; ``None`` once unloaded.
-        model_type: its family.
+        model: the :class:`moejax.LM`; ``None`` once it is unloaded.
+        model_type: name of the model's family.
         device, init_device: where it computes, and where its weights wait for the first call.
         layer_stack: names of all ``3 + 6 L`` nodes, the output first.
         model_resource: ``layers``, ``graph``, ``outputs`` and ``inputs``, by name.
         all_wt: relevance of the last explained step at each node, ``[B T D]`` (``[B T V]`` at the head).
-        all_layer_expert_relevance: that of each mixture's experts, ``[T E]``, with several rows ``[B T E]``.
-        ledger: its books.
-        all_out_model: what left each node in the last call of :meth:`compute_outputs`, by step.
+        all_layer_expert_relevance: that step's relevance of each mixture's experts, ``[T E]`` or ``[B T E]``.
+        ledger: where the relevance of that step came from and where it went.
+        all_out_model: values that left each node in the last call of :meth:`compute_outputs`, by step.
     """
 
     impl = "jax"
@@ -59,27 +60,28 @@ class Backtrace:
         """
         Args:
             model: a :class:`moejax.LM`, a ``transformers`` model in memory, a folder, or a name.
-            activation_dict: not needed: activations are those of the model's family.
-            model_type: checked against the model's own.
-            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"gpu"``; by default where the model is, or JAX's default.
-            init_device: where the weights wait until they are first needed; by default at once on ``device``.
-            dtype: of weights that are loaded here; by default the checkpoint's.
+            activation_dict: not needed and not read: the model's family determines its activations.
+            model_type: name of the model's family; an error if the model is of another.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"gpu"``; by default the model's device, or JAX's default.
+            init_device: where the weights wait until they are first needed; by default on ``device``.
+            dtype: dtype of the weights if ``model`` is loaded; by default the checkpoint's.
             max_length: most tokens of a prompt and its answer together.
 
         Raises:
-            ConfigError: the model is not supported, or of another type.
-            MoejaxError: another device, or one that is not there.
+            ConfigError: a model that is not supported, or of another family.
+            MoejaxError: an unknown device, or an index beyond the last device.
         """
         if activation_dict:
-            warnings.warn("activation_dict is not needed: activations are those of the model's family.", stacklevel=2)
+            warnings.warn("activation_dict is not needed: the model's family determines its activations.", stacklevel=2)
         model = getattr(model, "module", model)
-        _check_type(model, model_type)
-        self._device = devices.pick(device)
-        waiting = self._device if init_device is None else devices.pick(init_device)
-        with devices.default(waiting):
+        check_model_type(model, model_type)
+        self._device = devices.find_device(device)
+        waiting = self._device if init_device is None else devices.find_device(init_device)
+        with devices.default_device(waiting):
             lm = model if isinstance(model, LM) else load(model, dtype=dtype)
-        self._lm: LM | None = devices.moved(lm, waiting)
-        self.device, self.init_device = devices.name(self._device, self._lm), devices.name(waiting, self._lm)
+        self._lm: LM | None = devices.move(lm, waiting)
+        self.device = devices.device_name(self._device, self._lm)
+        self.init_device = devices.device_name(waiting, self._lm)
         self.model_type, self.max_length = lm.config.model_type, max_length
         self.relevance_dtype = np.dtype(np.float32)
         graph = nodes.graph(lm.config)
@@ -87,6 +89,7 @@ class Backtrace:
         ends = {"outputs": [nodes.HEAD], "inputs": [nodes.EMBEDDINGS]}
         self.model_resource: dict[str, Any] = {"layers": self.layer_stack, "graph": graph, **ends}
         self._generated: np.ndarray | None = None
+        self._last_request: TaskRequest | None = None
         self.clear_intermediates()
 
     @property
@@ -96,7 +99,7 @@ class Backtrace:
 
     @property
     def model_weights(self) -> dict[str, Any]:
-        """The parameters of each node that has any."""
+        """The parameters of each node that has parameters."""
         return nodes.weights(self._need_lm().decoder)
 
     def run_task(
@@ -117,83 +120,64 @@ class Backtrace:
         debug: bool = False,
         **generation_kwargs: Any,
     ) -> dict[str, Any]:
-        """Generate, and explain every token by what stands before it.
+        """Generate, and explain every new token by the tokens before it.
 
-        All steps are read from one forward pass over prompt and answer. With several prompts, arrays have a row for
-        each, in the columns in which the prompts were given; relevance is zero at padding and behind a row's end.
+        All steps are read from one forward pass over prompt and answer. Arrays have a row for each prompt, in the
+        columns in which the prompts were given. Relevance is zero at padding and behind a row's end.
 
         Args:
             task: ``"generation"``; ``"binary-classification"`` or ``"multi-class-classification"`` generate nothing
                 and explain the tokens that are likely next.
             inputs: a text or several, a mapping with ``input_ids`` and ``attention_mask``, the pair of them, or ids.
-            tokenizer: for texts, its special tokens and figures; by default the model's own.
+            tokenizer: for texts, special tokens and figures; by default the model's tokenizer.
             mode: ``"default"``, DLBacktrace's proportional rule, or a rule or its name in ``moejax.rules.RULES``.
-            multiplier: relevance of each explained logit at the start.
-            scaler: if not zero, every node's relevance is rescaled to this sum.
+            multiplier: relevance of each explained logit.
+            scaler: the sum to which every node's relevance is rescaled; 0 does not rescale.
             thresholding: in classification, the probability above which a token is explained.
-            temperature: of the draw; 1 alone takes the best token (:class:`Settings`).
-            return_scores: ``scores_trace``, for each step what its token was chosen from, ``[B V]``.
-            return_relevance: ``relevance_trace``, for each explained step ``step_index``, ``token_id``, ``ledger``,
-                ``all_wt`` and ``expert_relevance``.
-            return_layerwise_output: ``layerwise_output_trace``, for each step the values in and out of each node.
-            relevance_cache_policy: ``"full"``; ``"summary"`` keeps the nodes' and experts' sums in place of arrays,
-                ``"disk"`` these and the ``path`` of a file for :meth:`load_step`, ``"none"`` nothing. The last
-                explained step is kept in the attributes by all of them.
-            relevance_cache_dir: where files are written, in a new folder for each run.
+            temperature: temperature of the draw; 1 takes the best token unless ``top_k`` or ``top_p`` ask for a draw.
+            return_scores: return ``scores_trace``: the scores ``[B V]`` that each step's token was chosen from.
+            return_relevance: return ``relevance_trace``: for each explained step ``step_index``, ``token_id``,
+                ``ledger``, ``all_wt`` and ``expert_relevance``.
+            return_layerwise_output: return ``layerwise_output_trace``: the values in and out of each node by step.
+            relevance_cache_policy: what ``relevance_trace`` keeps of a step: ``"full"``, ``"summary"``, ``"disk"`` or
+                ``"none"`` (:class:`~moejax.dlbacktrace.relevance_trace.CachePolicy`). The last step is in attributes.
+            relevance_cache_dir: folder for ``"disk"``, in which each run makes a folder of its own.
             debug: print why the generation ended.
-            generation_kwargs: the fields of :class:`~moejax.dlbacktrace.settings.Settings`.
+            generation_kwargs: the fields of :class:`~moejax.dlbacktrace.settings.BacktraceSettings`.
 
         Raises:
-            TypeError: an option that does not exist.
-            MoejaxError: an unknown task, mode or policy, a value out of range, inputs that cannot be read.
+            TypeError: an unknown option.
+            MoejaxError: an unknown task, mode or policy, a value out of range, or inputs that cannot be read.
         """
-        settings = Settings.of(generation_kwargs, tokenizer)
-        kept = trace.check(relevance_cache_policy)
-        question = Question(
-            task=initial_relevance.check_task(task),
-            rule=initial_relevance.rule_of(mode),
-            settings=settings,
-            multiplier=multiplier,
-            thresholding=thresholding,
-            temperature=temperature,
-            max_length=self.max_length,
-            return_scores=return_scores,
-            only_last=kept == "none",
-        )
+        settings = BacktraceSettings.from_options(generation_kwargs, tokenizer)
+        cache = CachePolicy(relevance_cache_policy, relevance_cache_dir)
+        initial = InitialRelevance(check_task(task), multiplier, thresholding)
+        returned = Returned(return_scores, return_relevance, return_layerwise_output)
+        request = TaskRequest(initial, find_rule(mode), settings, temperature, self.max_length, returned, cache, scaler)
+        return self._run(request, inputs, tokenizer, debug)
+
+    def _run(self, request: TaskRequest, inputs: Any, tokenizer: Any, debug: bool) -> dict[str, Any]:
         self.clear_intermediates()
+        self._last_request = request
         with self._running() as lm:
-            outcome = answer(lm, read(inputs, tokenizer, lm, settings.bos_token_id), question)
+            outcome = carry_out(lm, read_inputs(inputs, tokenizer, lm, request.settings.bos_token_id), request)
             self._generated = outcome.ids
-            results: dict[str, Any] = {"task": question.task, "generated_ids": outcome.ids}
-            if return_scores:
-                results["scores_trace"] = outcome.scores
-            if return_relevance:
-                found = trace.Trace(kept, relevance_cache_dir)
-                for step, token, relevance in outcome.relevance:
-                    self._set(relevance.rescaled(scaler, 0.0))
-                    found.add(step, token, self._last)
-                results["relevance_trace"] = found.entries
-            if return_layerwise_output:
-                entering, leaving = layer_outputs(lm, outcome.read)
-                results["layerwise_output_trace"] = [
-                    {"all_in": up_to(entering, n), "all_out": up_to(leaving, n)} for n in outcome.columns
-                ]
+            task_results = results.assemble(lm, outcome, request, keep=self._keep)
         if debug:
             print(f"{outcome.ids.shape[1] - outcome.prompt} tokens generated; stopped by {outcome.stopped}")
-        return results
+        return task_results
 
     def sample_auto(
         self, tokenizer: Any = None, input_ids: Any = None, attention_mask: Any = None, **options: Any
     ) -> dict[str, Any]:
-        """:meth:`run_task` on token ids, with any of its options.
+        """Run :meth:`run_task` on token ids, with any of its options.
 
         Raises:
-            TypeError: an option that does not exist.
-            MoejaxError: a value out of range, inputs that cannot be read.
+            TypeError: an unknown option.
+            MoejaxError: a value out of range, or inputs that cannot be read.
         """
-        return self.run_task(
-            inputs={"input_ids": input_ids, "attention_mask": attention_mask}, tokenizer=tokenizer, **options
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.run_task(inputs=inputs, tokenizer=tokenizer, **options)
 
     def compute_outputs(
         self,
@@ -204,28 +188,25 @@ class Backtrace:
         input_ids: Any = None,
         attention_mask: Any = None,
     ) -> tuple[dict[str, Outputs], dict[str, Outputs], list[list[int]]]:
-        """Generate greedily and return what left and what entered each node at each step, and the new tokens.
+        """Generate greedily; return the values that left and that entered each node at each step, and the new tokens.
 
-        The first two are by step, ``"0"`` and so on; a step's are what :meth:`eval` takes.
+        The values are by the number of the step, ``"0"`` and so on. :meth:`eval` takes the values of a step.
 
         Args:
-            max_length: most tokens to generate; 50 by default.
+            max_length: most new tokens; 50 by default.
 
         Raises:
             MoejaxError: inputs that cannot be read.
         """
-        settings = Settings.of({"max_new_tokens": max_length}, tokenizer)
-        question = Question("generation", initial_relevance.rule_of("default"), settings, max_length=self.max_length)
+        settings = BacktraceSettings.from_options({"max_new_tokens": max_length}, tokenizer)
+        request = TaskRequest(InitialRelevance(), find_rule("default"), settings, max_length=self.max_length)
         with self._running() as lm:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask} if input_text is None else input_text
-            outcome = answer(lm, read(inputs, tokenizer, lm, settings.bos_token_id), question)
-            entering, leaving = layer_outputs(lm, outcome.read)
-        by_step = [
-            {str(i): up_to(outputs, n) for i, n in enumerate(outcome.columns)} for outputs in (leaving, entering)
-        ]
-        self.all_out_model = by_step[0]
-        rows = zip(outcome.ids[:, outcome.prompt :].tolist(), outcome.lengths, strict=True)
-        return by_step[0], by_step[1], [row[:length] for row, length in rows]
+            outcome = carry_out(lm, read_inputs(inputs, tokenizer, lm, settings.bos_token_id), request)
+            by_step = results.layerwise_outputs(lm, outcome)
+        all_out, all_in = ({str(i): values[name] for i, values in enumerate(by_step)} for name in ("all_out", "all_in"))
+        self.all_out_model = all_out
+        return all_out, all_in, outcome.answers
 
     def eval(
         self,
@@ -243,61 +224,48 @@ class Backtrace:
     ) -> Outputs:
         """Relevance at every node of one step, from that step's values (:meth:`compute_outputs`).
 
-        Relevance depends on the tokens only: they are read from ``all_in``, and the rest is computed again.
+        Relevance depends on the token ids only: they are read from ``all_in``, and all values are computed again.
 
         Args:
-            all_in: what enters each node, at least the ids at ``decoder_embeddings``; of several steps, the last.
-            all_out: what leaves each node; logits in it must be this model's.
+            all_in: values that enter each node, at least the ids at ``decoder_embeddings``; of several steps, the last.
+            all_out: values that leave each node. Logits in it must be this model's.
             mode: ``"default"``, DLBacktrace's proportional rule, or a rule or its name in ``moejax.rules.RULES``.
-            start_wt: relevance of each logit to start from, ``[B T V]``, in place of ``multiplier`` at one token.
-            multiplier: relevance at the start.
-            scaler: if not zero, every node's relevance is rescaled to this sum.
-            max_unit: if not zero, a node with a larger absolute value is rescaled to have it as the largest.
-            predicted_token: the token to explain; by default the best one.
-            thresholding: in classification tasks, start from all tokens more probable than this.
-            task: ``"generation"`` explains one token, ``"binary-classification"`` and ``"multi-class-classification"``
-                those above ``thresholding``, or the best one if there are none.
-            device: where to compute; by default where the object does.
+            start_wt: relevance of each logit to start from, ``[B T V]``, in place of the following.
+            multiplier, thresholding, task: see :class:`~moejax.dlbacktrace.initial_relevance.InitialRelevance`.
+            scaler: the sum to which every node's relevance is rescaled; 0 does not rescale.
+            max_unit: the largest absolute value of a node, above which it is scaled down; 0 sets no limit.
+            predicted_token: the token to explain, whatever the task.
+            device: where to compute; by default on ``self.device``.
 
         Raises:
-            MoejaxError: an unknown task or mode, no tokens, logits of another model, weights of another shape.
+            MoejaxError: an unknown task or mode, no tokens, logits of another model, or ``start_wt`` of another shape.
         """
-        rule, task = initial_relevance.rule_of(mode), initial_relevance.check_task(task)
-        all_in, all_out = (_last_step(outputs or {}) for outputs in (all_in, all_out))
-        if nodes.EMBEDDINGS not in all_in:
-            raise MoejaxError(f"all_in has no token ids at {nodes.EMBEDDINGS!r}: pass what compute_outputs returned.")
+        rule, initial = find_rule(mode), InitialRelevance(check_task(task), multiplier, thresholding)
+        entering, leaving = evaluation.last_step(all_in), evaluation.last_step(all_out)
+        evaluation.check_token_ids(entering)
         with self._running(device) as lm:
-            batch = read((all_in[nodes.EMBEDDINGS], all_in.get("attention_mask")), None, lm)
-            logits = last_of(batch, to_numpy(all_out[nodes.HEAD])) if nodes.HEAD in all_out else None
-            weights = to_numpy(start_wt).astype(np.float32)
-            if weights.size == 0:
-                given = last_logits(lm, batch) if logits is None else logits
-                options = {"task": task, "multiplier": multiplier, "thresholding": thresholding}
-                weights = initial_relevance.start_weights(batch, given, predicted_token=predicted_token, **options)
-            weights = weights[None] if weights.ndim == 2 else weights
-            found, own = of_weights(Run(lm, rule, batch, batch.ids.shape[1]), weights)
-        _check_logits(logits, own, weights)
-        self._set(found.rescaled(scaler, max_unit))
+            relevance = evaluation.evaluate(lm, entering, leaving, rule, initial, start_wt, predicted_token)
+        self._keep(relevance.rescaled(scaler, max_unit))
         return self.all_wt
 
     def proportional_eval(
         self, all_in: Mapping[str, Any], all_out: Mapping[str, Any] | None = None, **options: Any
     ) -> Outputs:
-        """:meth:`eval` by DLBacktrace's proportional rule, with any of its other options.
+        """Run :meth:`eval` with DLBacktrace's proportional rule and any of its other options.
 
         Raises:
-            MoejaxError: as :meth:`eval`.
+            MoejaxError: as in :meth:`eval`.
         """
         return self.eval(all_in, all_out, "default", **options)
 
     @staticmethod
     def load_step(path: str | Path) -> dict[str, Any]:
-        """``all_wt`` and ``expert_relevance`` of a step from the file that its trace entry names.
+        """``all_wt`` and ``expert_relevance`` of a step, from the file that its trace entry names.
 
         Raises:
-            MoejaxError: it is no such file.
+            MoejaxError: the file is missing or was not written by a run.
         """
-        return trace.load_step(path)
+        return relevance_trace.load_step(path)
 
     def visualize_tokenwise_relevance_map(
         self,
@@ -310,15 +278,20 @@ class Backtrace:
         figsize: figures.Size = (12, 6),
         row: int = 0,
     ) -> "Figure":
-        """A figure of every token's relevance (rows) for every explained step (columns) of one row of the batch.
+        """A figure of every token's relevance (vertical) for every explained step (horizontal), for one prompt.
 
         Args:
-            input_ids: of the prompts, as they were given.
-            generated_ids: name the tokens of steps that were not explained; by default those of the last run.
+            trace: the ``relevance_trace`` of a run.
+            input_ids: token ids of the prompts, as they were given.
+            tokenizer: names the tokens; by default the model's tokenizer.
+            generated_ids: ids of prompts and answers, which name the tokens of steps that were not explained; by
+                default the ids of the last run.
             input_key: the node whose relevance is shown.
+            figsize: width and height in inches.
+            row: index of the prompt or answer in the batch.
 
         Raises:
-            MoejaxError: an empty trace, one that holds sums only, no such node.
+            MoejaxError: an empty trace, a trace that holds sums only, or an unknown node.
         """
         axes = self._axes(trace, input_ids, generated_ids, row, tokenizer)
         return figures.token_map(trace, axes, input_key, figsize)
@@ -335,10 +308,12 @@ class Backtrace:
         figsize: figures.Size = (12, 3),
         row: int = 0,
     ) -> "Figure":
-        """A figure of every token's relevance for step ``n``, counted from 0; other options as for the map.
+        """A figure of every token's relevance for step ``n``, counted from 0.
+
+        Other parameters are as in :meth:`visualize_tokenwise_relevance_map`.
 
         Raises:
-            MoejaxError: a step that was not explained, a trace that holds sums only, no such node.
+            MoejaxError: a step that was not explained, a trace that holds sums only, or an unknown node.
         """
         axes = self._axes(trace, input_ids, generated_ids, row, tokenizer)
         return figures.token_bar(trace, n, axes, input_key, figsize)
@@ -350,56 +325,60 @@ class Backtrace:
         relevance_threshold: float | int | None = None,
         engine_auto_threshold: int = 1500,
     ) -> "Figure":
-        """A figure of the model's nodes with the sum of absolute relevance of each, of the last explained step.
+        """A figure of the model's nodes, each with its sum of absolute relevance at the last explained step.
 
         Args:
-            output_path: also save it there, as SVG unless the name ends otherwise.
-            top_k: only so many nodes, those with the most.
-            relevance_threshold: only nodes with at least so much.
-            engine_auto_threshold: more nodes than this are drawn as colours alone, which is quick.
+            output_path: a file to which the figure is saved too, as SVG unless its suffix says otherwise.
+            top_k: show this many nodes only, those with the largest sums.
+            relevance_threshold: show nodes with at least this sum only.
+            engine_auto_threshold: more nodes than this are drawn as colours without text, which is fast.
 
         Raises:
-            MoejaxError: nothing was explained yet.
+            MoejaxError: nothing was explained yet, or no node has enough relevance.
         """
         return figures.node_graph(
             self.all_wt, self.model_resource["graph"], output_path, top_k, relevance_threshold, engine_auto_threshold
         )
 
     def clear_intermediates(self, clear_relevance: bool = True, clear_weight_cache: bool = False) -> None:
-        """Forget the last call's values, and its relevance; what was returned stays as it is.
+        """Drop the last call's values and relevance from the attributes; returned results are not changed.
 
         Args:
-            clear_weight_cache: free compiled programs too.
+            clear_relevance: drop the relevance too.
+            clear_weight_cache: free all compiled programs of this process, other models' too.
         """
         self.all_out_model: dict[str, Outputs] = {}
         if clear_relevance:
-            self._set(StepRelevance({}, {}, Ledger(np.zeros(0), np.zeros(0), {})))
+            self._keep(StepRelevance({}, {}, Ledger(np.zeros(0), np.zeros(0), {})))
         if clear_weight_cache:
             jax.clear_caches()
 
     def close(self, unload_model: bool = False) -> None:
-        """Forget everything that was computed, and the model too if ``unload_model``; results stay as they are."""
+        """Drop all that was computed, with ``unload_model`` the model too; returned results are not changed."""
         self.clear_intermediates()
-        self._generated = None
+        self._generated = self._last_request = None
         if unload_model:
             self._lm = None
 
     def __repr__(self) -> str:
-        config = self._lm and self._lm.config
+        config, request = self._lm and self._lm.config, self._last_request
         experts = f"{config.num_experts} experts" if config and config.num_experts else "dense"
         size = f"{config.num_layers} layers, {experts}" if config else "unloaded"
-        return f"Backtrace({self.model_type}, {size}, device={self.device!r})"
+        limit = "" if self.max_length is None else f", max_length={self.max_length}"
+        task = f", task={request.initial.task!r}, rule={request.rule!r}" if request else ""
+        return f"Backtrace({self.model_type}, {size}, device={self.device!r}{limit}{task})"
 
-    def _set(self, found: StepRelevance) -> None:
-        self._last = found
-        self.all_wt, self.all_layer_expert_relevance, self.ledger = found.nodes, found.experts, found.ledger
+    def _keep(self, relevance: StepRelevance) -> None:
+        """Make ``relevance`` the last explained step, which the attributes show."""
+        self.all_wt, self.all_layer_expert_relevance, self.ledger = relevance.nodes, relevance.experts, relevance.ledger
 
     def _axes(
         self, trace: Sequence[dict[str, Any]], input_ids: Any, generated_ids: Any, row: int, tokenizer: Any
     ) -> figures.TokenAxes:
-        ids, last = np.atleast_2d(to_numpy(input_ids)), self._generated
-        if generated_ids is None and last is not None and row < min(len(ids), len(last)):
-            generated_ids = last if np.array_equal(last[row, : ids.shape[1]], ids[row]) else None
+        """Names of the tokens; without ``generated_ids``, the last run's are used if it had the same prompt."""
+        ids = np.atleast_2d(to_numpy(input_ids))
+        if generated_ids is None:
+            generated_ids = figures.continuation(self._generated, ids, row)
         return figures.TokenAxes(trace, ids, generated_ids, row, tokenizer, self._need_lm())
 
     def _need_lm(self) -> LM:
@@ -409,42 +388,13 @@ class Backtrace:
 
     @contextmanager
     def _running(self, device: Any = None) -> Iterator[LM]:
-        """The model on its device, or for once on another."""
+        """Yield the model on its device, or for this call only on ``device``."""
         lm = self._need_lm()
         if device is not None:
-            chosen = devices.pick(device)
-            lm = devices.moved(lm, chosen)
+            chosen = devices.find_device(device)
+            lm = devices.move(lm, chosen)
         else:
             chosen = self._device
-            lm = self._lm = devices.moved(lm, chosen)
-        with devices.default(chosen):
+            lm = self._lm = devices.move(lm, chosen)
+        with devices.default_device(chosen):
             yield lm
-
-
-def _check_type(model: Any, model_type: str | None) -> None:
-    if model_type is None:
-        return
-    if model_type not in list_supported_models():
-        raise ConfigError(f"model_type={model_type!r} is unknown; choose from {', '.join(list_supported_models())}.")
-    if (found := get_model_config(model).model_type) != model_type:
-        raise ConfigError(f"the model is a {found}, not a {model_type}; leave model_type out to have it detected.")
-
-
-def _last_step(outputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """One step's values: those of the last, if they are by step."""
-    return outputs[max(outputs, key=int)] if outputs and all(name.isdecimal() for name in outputs) else outputs
-
-
-def _check_logits(
-    given: Float[np.ndarray, "B V"] | None, own: Float[np.ndarray, "B V"], weights: Float[np.ndarray, "B T V"]
-) -> None:
-    """Refuse values that another model or another input gave.
-
-    Raises:
-        MoejaxError: the logits differ by more than rounding.
-    """
-    # the logits at hand are those of the last column that relevance initial_relevance from
-    if given is None or not weights[:, -1].any(1).all():
-        return
-    if given.shape != own.shape or np.abs(given - own).max() > 0.05 * np.abs(own).max():
-        raise MoejaxError("all_out holds other logits than this model gives for all_in: they are not of one step.")

@@ -1,4 +1,4 @@
-"""The values at every node."""
+"""The values that enter and leave every node."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from moejax.rules import Reading
 
 
 @Program
-def values(weights: Decoder | FlatDecoder, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> dict[str, Array]:
-    """The value at each of the engine's nodes, of the final norm (``"norm"``) and the logits (``"head"``)."""
-    decoder = unflatten(weights)
+def node_values(flat: Decoder | FlatDecoder, tokens: Int[Array, "B W"], valid: Bool[Array, "B W"]) -> dict[str, Array]:
+    """Values at each of the engine's nodes, after the final norm (``"norm"``), and the logits (``"head"``)."""
+    decoder = unflatten(flat)
     layers, dtype = decoder.config.num_layers, jnp.promote_types(decoder.embedding.dtype, jnp.float32)
-    found, stream = record(decoder, tokens, valid, [f"{node}.{i}" for node in PARTS for i in range(layers)])
+    recorded, stream = record(decoder, tokens, valid, [f"{node}.{i}" for node in PARTS for i in range(layers)])
     norm, head = decoder.norm(stream, Reading()), decoder.logits(stream)
-    return found | {f"stream.{layers}": stream.astype(dtype), "norm": norm.astype(dtype), "head": head}
+    return recorded | {f"stream.{layers}": stream.astype(dtype), "norm": norm.astype(dtype), "head": head}
 
 
-def by_node(found: dict[str, Any], ids: Any, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What enters and what leaves each node, from what :func:`values` found."""
-    entering, leaving = {EMBEDDINGS: ids}, {EMBEDDINGS: found["stream.0"]}
+def by_node(values: dict[str, Any], ids: Any, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What enters and what leaves each of DLBacktrace's nodes, from the result of :func:`node_values`."""
+    entering, leaving = {EMBEDDINGS: ids}, {EMBEDDINGS: values["stream.0"]}
     for i in range(layers):
         steps = (
             (f"decoder_layer_norm_{i}_0", "stream", "attention_norm"),
@@ -33,9 +33,9 @@ def by_node(found: dict[str, Any], ids: Any, layers: int) -> tuple[dict[str, Any
             (f"decoder_feed_forward_{i}", "feed_forward_norm", "feed_forward"),
         )
         for node, into, out in steps:
-            leaving[node] = found[f"{out}.{i}"]
+            leaving[node] = values[f"{out}.{i}"]
             if into is not None:
-                entering[node] = found[f"{into}.{i}"]
-        leaving[f"decoder_residual_feed_forward_{i}"] = found[f"stream.{i + 1}"]
-    entering |= {NORM: found[f"stream.{layers}"], HEAD: found["norm"]}
-    return entering, leaving | {NORM: found["norm"], HEAD: found["head"]}
+                entering[node] = values[f"{into}.{i}"]
+        leaving[f"decoder_residual_feed_forward_{i}"] = values[f"stream.{i + 1}"]
+    entering |= {NORM: values[f"stream.{layers}"], HEAD: values["norm"]}
+    return entering, leaving | {NORM: values["norm"], HEAD: values["head"]}

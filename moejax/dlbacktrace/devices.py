@@ -1,4 +1,4 @@
-"""Devices by the names that torch has for them."""
+"""Devices by the names that torch gives them."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -11,13 +11,13 @@ from moejax.errors import MoejaxError
 from moejax.lm import LM
 
 
-def pick(name: Any) -> jax.Device | None:
-    """``"cpu"``, ``"gpu"`` or ``"cuda"``, perhaps with an index as in ``"cuda:1"``; ``None`` stays.
+def find_device(name: Any) -> jax.Device | None:
+    """The device of a name: ``"cpu"``, ``"gpu"`` or ``"cuda"``, perhaps with an index, as ``"cuda:1"``.
 
-    Without such a device JAX's default is used, with a warning.
+    ``None`` stays ``None``. If JAX has no device of that kind, its default device is used, with a warning.
 
     Raises:
-        MoejaxError: another name, or an index beyond the devices that there are.
+        MoejaxError: an unknown name, or an index beyond the last device.
     """
     if name is None or isinstance(name, jax.Device):
         return name
@@ -39,22 +39,22 @@ def pick(name: Any) -> jax.Device | None:
     return devices[int(index or 0)]
 
 
-def moved(lm: LM, device: jax.Device | None) -> LM:
-    """The model with its weights on that device; as it is if they are there, or laid over several."""
+def move(lm: LM, device: jax.Device | None) -> LM:
+    """The model with its weights on ``device``; the same model if they are there already or lie on several devices."""
     leaves = jax.tree.leaves(lm.decoder)
-    placed = leaves[0].devices()
-    if device is None or placed == {device} or len(placed) > 1:
+    current = leaves[0].devices()
+    if device is None or current == {device} or len(current) > 1:
         return lm
     return replace(lm, decoder=jax.device_put(lm.decoder, device))
 
 
-def default(device: jax.Device | None) -> AbstractContextManager:
-    """Inside, new arrays are made on that device."""
+def default_device(device: jax.Device | None) -> AbstractContextManager:
+    """A context in which new arrays are made on ``device``; ``None`` changes nothing."""
     return nullcontext() if device is None else jax.default_device(device)
 
 
-def name(device: jax.Device | None, lm: LM) -> str:
-    """A device's name as torch has it; without one, that of the model's first."""
-    found = device or min(jax.tree.leaves(lm.decoder)[0].devices(), key=lambda d: d.id)
-    platform = "cuda" if found.platform == "gpu" else found.platform
-    return f"{platform}:{found.id}" if found.id else platform
+def device_name(device: jax.Device | None, lm: LM) -> str:
+    """The name that torch gives to ``device``, or to the model's first device if it is ``None``."""
+    named = device or min(jax.tree.leaves(lm.decoder)[0].devices(), key=lambda d: d.id)
+    platform = "cuda" if named.platform == "gpu" else named.platform
+    return f"{platform}:{named.id}" if named.id else platform

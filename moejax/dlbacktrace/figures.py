@@ -1,4 +1,4 @@
-"""From a trace to figures: which tokens stand on the axes, and the numbers between them."""
+"""Figures of a trace: the tokens on the axes and the numbers between them. Drawing one imports Matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float
 
 from moejax.dlbacktrace.inputs import pieces, to_numpy
-from moejax.dlbacktrace.trace import Entry, all_wt
+from moejax.dlbacktrace.relevance_trace import TraceEntry, all_wt
 from moejax.errors import MoejaxError
 from moejax.lm import LM
+from moejax.report import backtrace as report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,11 +20,18 @@ Size = tuple[float | int, float | int]
 """Width and height in inches."""
 
 
+def continuation(generated: np.ndarray | None, prompts: np.ndarray, row: int) -> np.ndarray | None:
+    """``generated`` (ids of prompts and answers) if its ``row`` begins with that row of ``prompts``, else ``None``."""
+    if generated is None or row >= min(len(prompts), len(generated)):
+        return None
+    return generated if np.array_equal(generated[row, : prompts.shape[1]], prompts[row]) else None
+
+
 class TokenAxes:
-    """Names of the tokens of one row: those of the prompt, then those generated, a step each."""
+    """Names of the tokens of one row: the prompt's, and behind them the generated ones, one for each step."""
 
     def __init__(
-        self, trace: Sequence[Entry], input_ids: Any, generated_ids: Any, row: int, tokenizer: Any, lm: LM
+        self, trace: Sequence[TraceEntry], input_ids: Any, generated_ids: Any, row: int, tokenizer: Any, lm: LM
     ) -> None:
         ids = np.atleast_2d(to_numpy(input_ids))[row].tolist()
         self.prompt, self._tokenizer, self._lm, self._row = len(ids), tokenizer, lm, row
@@ -34,33 +42,31 @@ class TokenAxes:
             self._ids[self.prompt + entry["step_index"]] = int(np.atleast_1d(entry["token_id"])[row])
 
     def name(self, column: int) -> str:
-        """The text of the token in a column; a step that was not explained may have none."""
+        """Text of the token in a column; ``"?"`` if it is unknown, as a step's that was not explained may be."""
         return pieces([self._ids[column]], self._tokenizer, self._lm)[0] if column in self._ids else "?"
 
-    def step(self, entry: Entry) -> str:
-        """A step's number and its token."""
+    def step(self, entry: TraceEntry) -> str:
+        """A step's number and the text of its token."""
         return f"{entry['step_index']}: {self.name(self.prompt + entry['step_index'])}"
 
-    def scores(self, entry: Entry, node: str) -> Float[np.ndarray, " T"]:
+    def scores(self, entry: TraceEntry, node: str) -> Float[np.ndarray, " T"]:
         """Relevance of each token at a node.
 
         Raises:
-            MoejaxError: there is no such node, or only sums were kept.
+            MoejaxError: an unknown node, or an entry that holds sums only.
         """
         nodes = all_wt(entry)
         if node not in nodes:
-            raise MoejaxError(f"input_key={node!r} is no node; choose from {', '.join(nodes)}.")
+            raise MoejaxError(f"input_key={node!r} is not a node; choose from {', '.join(nodes)}.")
         return nodes[node][self._row].sum(-1, dtype=np.float64)
 
 
-def token_map(trace: Sequence[Entry], axes: TokenAxes, node: str, figsize: Size) -> "Figure":
-    """Relevance of every token for every explained step.
+def token_map(trace: Sequence[TraceEntry], axes: TokenAxes, node: str, figsize: Size) -> "Figure":
+    """A figure of the relevance of every token for every explained step.
 
     Raises:
-        MoejaxError: no step was explained, or there is no such node.
+        MoejaxError: no step was explained, or an unknown node.
     """
-    from moejax.report import backtrace as report
-
     if not trace:
         raise MoejaxError("the trace is empty: run with return_relevance=True, and explain at least one step.")
     columns = [axes.scores(entry, node) for entry in trace]
@@ -68,14 +74,12 @@ def token_map(trace: Sequence[Entry], axes: TokenAxes, node: str, figsize: Size)
     return report.token_map(columns, tokens, [axes.step(entry) for entry in trace], axes.prompt, figsize)
 
 
-def token_bar(trace: Sequence[Entry], step: int, axes: TokenAxes, node: str, figsize: Size) -> "Figure":
-    """Relevance of every token for one step.
+def token_bar(trace: Sequence[TraceEntry], step: int, axes: TokenAxes, node: str, figsize: Size) -> "Figure":
+    """A figure of the relevance of every token for one step.
 
     Raises:
-        MoejaxError: that step was not explained, or there is no such node.
+        MoejaxError: a step that was not explained, or an unknown node.
     """
-    from moejax.report import backtrace as report
-
     entry = next((entry for entry in trace if entry["step_index"] == step), None)
     if entry is None:
         explained = ", ".join(str(entry["step_index"]) for entry in trace) or "none"
@@ -92,13 +96,15 @@ def node_graph(
     threshold: float | int | None,
     most_with_text: int,
 ) -> "Figure":
-    """The model's nodes with the sum of absolute relevance of each; options as in ``visualize_dlbacktrace``.
+    """A figure of the model's nodes, each with its sum of absolute relevance.
+
+    Args:
+        path, top_k, threshold, most_with_text: the parameters ``output_path``, ``top_k``, ``relevance_threshold`` and
+            ``engine_auto_threshold`` of ``Backtrace.visualize_dlbacktrace``.
 
     Raises:
-        MoejaxError: there is no relevance, or none of the nodes has enough.
+        MoejaxError: nothing was explained, or no node has enough relevance.
     """
-    from moejax.report import backtrace as report
-
     if not nodes:
         raise MoejaxError("nothing was explained yet: call run_task with return_relevance=True, or eval.")
     sums = {name: float(np.abs(x).sum(dtype=np.float64)) for name, x in nodes.items()}

@@ -1,11 +1,12 @@
-"""Where relevance starts: how much of it at which logit."""
+"""The relevance that a task starts from: how much of it lies at which logit, and the rule that propagates it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from moejax.dlbacktrace.inputs import Batch, to_numpy
+from moejax.dlbacktrace.inputs import EncodedInputs, to_numpy
 from moejax.errors import MoejaxError
 from moejax.rules import Proportional, Rule, by_name
 
@@ -14,59 +15,68 @@ CLASSIFICATION = ("binary-classification", "multi-class-classification")
 
 
 def check_task(task: str) -> str:
-    """The task, spelled as here.
+    """The task's name, with hyphens.
 
     Raises:
-        MoejaxError: there is none of that name.
+        MoejaxError: an unknown task.
     """
-    found = task.replace(" ", "-").replace("_", "-")
-    if found not in (GENERATION, *CLASSIFICATION):
+    name = task.replace(" ", "-").replace("_", "-")
+    if name not in (GENERATION, *CLASSIFICATION):
         raise MoejaxError(f"task={task!r} is unknown; choose from {', '.join((GENERATION, *CLASSIFICATION))}.")
-    return found
+    return name
 
 
-def rule_of(mode: Any) -> Rule:
-    """The rule of a mode: ``"default"`` is DLBacktrace's, the others are named in ``moejax.rules.RULES``.
+def find_rule(mode: Any) -> Rule:
+    """The rule of a mode: ``"default"`` is DLBacktrace's proportional rule; others are named in ``moejax.rules.RULES``.
 
     Raises:
-        MoejaxError: there is none of that name.
+        MoejaxError: an unknown rule.
     """
     return Proportional() if mode == "default" else by_name(mode)
 
 
-def start_weights(
-    batch: Batch,
-    logits: Float[np.ndarray, "B V"],
-    *,
-    task: str,
-    multiplier: float | int,
-    thresholding: float | int,
-    predicted_token: Any = None,
-) -> Float[np.ndarray, "B T V"]:
-    """``multiplier`` at each row's last logits: on the given or best token, or in classification shared among tokens.
+@dataclass(frozen=True)
+class InitialRelevance:
+    """How much relevance starts at which logit.
 
-    In classification tasks all tokens more probable than ``thresholding`` take part, in proportion to their
-    probability; if none is, the best one.
-
-    Raises:
-        MoejaxError: a predicted token beyond the vocabulary.
+    Attributes:
+        task: ``"generation"`` starts from one token; the classification tasks start from all tokens that are more
+            probable than ``thresholding``, in proportion to their probability, or from the best token if no token is.
+        multiplier: relevance at the start, in all.
+        thresholding: a probability, read in the classification tasks only.
     """
-    rows, vocabulary = logits.shape
-    share = np.zeros((rows, vocabulary))
-    if predicted_token is not None:
-        chosen = np.broadcast_to(to_numpy(predicted_token).reshape(-1), rows)
-        if not ((chosen >= 0) & (chosen < vocabulary)).all():
-            raise MoejaxError(f"predicted_token={predicted_token} is outside the vocabulary of {vocabulary}.")
-    else:
-        chosen = logits.argmax(1)
-        if check_task(task) != GENERATION:
-            probability = np.exp(logits - logits.max(1, keepdims=True), dtype=np.float64)
-            probability /= probability.sum(1, keepdims=True)
-            share = np.where(probability > thresholding, probability, 0)
-    found = share.any(1)
-    share[~found, chosen[~found]] = 1
-    share *= multiplier / share.sum(1, keepdims=True)
-    weights = np.zeros((*batch.ids.shape, vocabulary), np.float32)
-    last = batch.ids.shape[1] - 1 - np.argmax(batch.valid[:, ::-1], axis=1)
-    weights[np.arange(rows), last] = share
-    return weights
+
+    task: str = GENERATION
+    multiplier: float | int = 100.0
+    thresholding: float | int = 0.5
+
+    def at_last_logits(
+        self, inputs: EncodedInputs, logits: Float[np.ndarray, "B V"], predicted_token: Any = None
+    ) -> Float[np.ndarray, "B T V"]:
+        """Initial relevance at the logits behind the last token of each row; zero at all other columns.
+
+        Args:
+            logits: the logits behind the last token of each row.
+            predicted_token: the token to start from, whatever the task; by default the best one.
+
+        Raises:
+            MoejaxError: a predicted token outside the vocabulary.
+        """
+        rows, vocabulary = logits.shape
+        fractions = np.zeros((rows, vocabulary))
+        if predicted_token is not None:
+            chosen = np.broadcast_to(to_numpy(predicted_token).reshape(-1), rows)
+            if not ((chosen >= 0) & (chosen < vocabulary)).all():
+                raise MoejaxError(f"predicted_token={predicted_token} is outside the vocabulary of {vocabulary}.")
+        else:
+            chosen = logits.argmax(1)
+            if self.task != GENERATION:
+                probability = np.exp(logits - logits.max(1, keepdims=True), dtype=np.float64)
+                probability /= probability.sum(1, keepdims=True)
+                fractions = np.where(probability > self.thresholding, probability, 0)
+        is_set = fractions.any(1)
+        fractions[~is_set, chosen[~is_set]] = 1
+        fractions *= self.multiplier / fractions.sum(1, keepdims=True)
+        relevance = np.zeros((*inputs.ids.shape, vocabulary), np.float32)
+        relevance[np.arange(rows), inputs.last_columns()] = fractions
+        return relevance

@@ -1,4 +1,4 @@
-"""What a user hands over as inputs: texts or token ids, from torch, numpy, JAX or plain lists, padded on any side."""
+"""The inputs of a call as token ids: from texts or ids, from torch, numpy, JAX or lists, padded on any side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +13,13 @@ from moejax.lm import LM, bucket_length, left_pad
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Token ids in the columns in which they were given, and which of them are no padding.
+class EncodedInputs:
+    """Token ids in the columns in which they were given.
 
-    ``tight`` batches are padded no further than to the longest row, since the model's layers would notice.
+    Attributes:
+        ids: token ids.
+        valid: True at tokens, False at padding.
+        tight: True if rows are padded to the longest one only, because a layer couples the sequences of a batch.
     """
 
     ids: Int[np.ndarray, "B T"]
@@ -25,50 +28,55 @@ class Batch:
 
     @property
     def rows(self) -> list[list[int]]:
-        """Each row without its padding."""
+        """Token ids of each row without its padding."""
         return [ids[valid].tolist() for ids, valid in zip(self.ids, self.valid, strict=True)]
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " B"]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return self.valid.sum(1)
 
     @property
     def width(self) -> int:
-        """Length of the padded rows of :meth:`left`, at least that of the longest."""
+        """Number of positions ``W`` of the rows of :meth:`left`, at least the length of the longest row."""
         longest = int(self.lengths.max())
         return longest if self.tight else bucket_length(longest)
 
     def left(self, pad_id: int) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
-        """The rows aligned at their ends, as models read them."""
+        """The rows aligned at their ends, as the model reads them, and where they hold tokens."""
         return left_pad(self.rows, self.width, pad_id)
 
     @cached_property
-    def places(self) -> Int[np.ndarray, "B T"]:
-        """Where each column stands in the rows of :meth:`left`; padding stands behind their end."""
+    def positions(self) -> Int[np.ndarray, "B T"]:
+        """Position of each column's token in the rows of :meth:`left`; padding gets the position behind their end."""
         offsets = (self.width - self.lengths)[:, None]
         return np.where(self.valid, offsets + np.cumsum(self.valid, axis=1) - 1, self.width)
 
     def in_columns(self, x: Shaped[np.ndarray, "B W *s"], columns: int) -> Shaped[np.ndarray, "B T *s"]:
-        """Values of the rows of :meth:`left` in the first ``columns`` columns as given; zero at padding."""
+        """Values at the positions of :meth:`left`, moved to the first ``columns`` columns as given; zero at padding."""
         if self.valid.all() and x.shape[1] == self.valid.shape[1]:
             return x[:, :columns]
-        ended = np.concatenate([x, np.zeros_like(x[:, :1])], axis=1)
-        return ended[np.arange(len(x))[:, None], self.places[:, :columns]]
+        with_zero = np.concatenate([x, np.zeros_like(x[:, :1])], axis=1)
+        return with_zero[np.arange(len(x))[:, None], self.positions[:, :columns]]
 
-    def repeated(self, times: int) -> "Batch":
-        """Every row so many times, side by side."""
+    def last_columns(self, columns: int | None = None) -> Int[np.ndarray, " B"]:
+        """The column of each row's last token, among the first ``columns`` if given."""
+        valid = self.valid[:, :columns]
+        return valid.shape[1] - 1 - np.argmax(valid[:, ::-1], axis=1)
+
+    def repeated(self, times: int) -> "EncodedInputs":
+        """Every row ``times`` times, side by side."""
         return replace(self, ids=self.ids.repeat(times, axis=0), valid=self.valid.repeat(times, axis=0))
 
-    def followed_by(self, ids: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"]) -> "Batch":
-        """These columns and behind them ``ids``, of which ``lengths`` are no padding."""
+    def followed_by(self, ids: Int[np.ndarray, "B A"], lengths: Int[np.ndarray, " B"]) -> "EncodedInputs":
+        """These columns with ``ids`` behind them; the first ``lengths`` of a row's ``ids`` are tokens."""
         valid = np.arange(ids.shape[1]) < lengths[:, None]
         ids, valid = np.concatenate([self.ids, ids], axis=1), np.concatenate([self.valid, valid], axis=1)
         return replace(self, ids=ids, valid=valid)
 
 
 def to_numpy(values: Any) -> np.ndarray:
-    """An array of torch, JAX or numpy, or a list, as numpy.
+    """An array of torch, JAX or numpy, or a list, as a numpy array.
 
     Raises:
         PromptError: rows of unequal length.
@@ -81,14 +89,15 @@ def to_numpy(values: Any) -> np.ndarray:
         raise PromptError("rows of unequal length: pad them and say so with an attention_mask.") from error
 
 
-def read(inputs: Any, tokenizer: Any, lm: LM, bos_id: int | None = None) -> Batch:
-    """A batch from a text or several, a mapping with ``input_ids``, a pair of ids and mask, or ids alone.
+def read_inputs(inputs: Any, tokenizer: Any, lm: LM, bos_id: int | None = None) -> EncodedInputs:
+    """Encode a text or several, a mapping with ``input_ids``, a pair of ids and mask, or ids alone.
 
     Args:
-        bos_id: what a prompt without a token begins with.
+        tokenizer: encodes texts; ``None`` takes the model's tokenizer.
+        bos_id: token id that an empty prompt begins with.
 
     Raises:
-        PromptError: there is nothing to read, an id outside the vocabulary, a mask of another shape.
+        PromptError: nothing to read, an id outside the vocabulary, or a mask of another shape.
     """
     if inputs is None:
         raise PromptError("there are no inputs: pass inputs={'input_ids': ..., 'attention_mask': ...}, or a text.")
@@ -110,7 +119,7 @@ def read(inputs: Any, tokenizer: Any, lm: LM, bos_id: int | None = None) -> Batc
     return _checked(ids, valid.astype(bool), lm, bos_id)
 
 
-def _checked(ids: np.ndarray, valid: np.ndarray, lm: LM, bos_id: int | None) -> Batch:
+def _checked(ids: np.ndarray, valid: np.ndarray, lm: LM, bos_id: int | None) -> EncodedInputs:
     if bos_id is not None and not valid.any(1).all():
         # a row without a token begins with the start token
         ids = np.concatenate([ids.astype(int), np.full((len(ids), 1), bos_id)], axis=1)
@@ -118,20 +127,21 @@ def _checked(ids: np.ndarray, valid: np.ndarray, lm: LM, bos_id: int | None) -> 
     if valid.size == 0 or not valid.any(1).all():
         raise PromptError("a prompt is empty: there is no token to predict from.")
     lm.check(ids[valid])
-    return Batch(ids.astype(np.int64), valid, tight=lm.config.couples_sequences)
+    return EncodedInputs(ids.astype(np.int64), valid, tight=lm.config.couples_sequences)
 
 
 def _padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length as left-padded ids and their mask."""
     lengths, width = np.array([len(row) for row in rows]), max(map(len, rows))
     ids = np.array([[0] * (width - len(row)) + row for row in rows], np.int64).reshape(len(rows), width)
     return ids, np.arange(width) >= width - lengths[:, None]
 
 
 def encode(text: str, tokenizer: Any, lm: LM) -> list[int]:
-    """Token ids of a text, by the given tokenizer or the model's own.
+    """Token ids of a text, by ``tokenizer``, or by the model's if it is ``None``.
 
     Raises:
-        PromptError: there is none.
+        PromptError: neither the caller nor the model has a tokenizer.
     """
     if tokenizer is None:
         return lm.need_tokenizer().encode(text)
@@ -140,7 +150,7 @@ def encode(text: str, tokenizer: Any, lm: LM) -> list[int]:
 
 
 def pieces(ids: Sequence[int], tokenizer: Any, lm: LM) -> list[str]:
-    """Each token's text, or its id where there is no tokenizer."""
+    """Text of each token, or its id if there is no tokenizer."""
     if tokenizer is None:
         return lm.pieces(ids)
     if hasattr(tokenizer, "pieces"):
@@ -149,5 +159,5 @@ def pieces(ids: Sequence[int], tokenizer: Any, lm: LM) -> list[str]:
 
 
 def token_ids(value: Any) -> tuple[int, ...] | None:
-    """One id or several as a tuple; ``None`` stays."""
+    """One id or several as a tuple; ``None`` stays ``None``."""
     return None if value is None else tuple(int(i) for i in np.atleast_1d(to_numpy(value)))

@@ -1,4 +1,4 @@
-"""The options of a generation under the names that DLBacktrace and ``transformers`` have for them."""
+"""The options of a generation, named as in DLBacktrace and ``transformers``."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -12,25 +12,25 @@ from moejax.lm import LM
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Options of ``run_task`` beside its named ones; ``None`` stands for an option's default.
+class BacktraceSettings:
+    """The options that ``run_task`` takes beside its named parameters; ``None`` stands for an option's default.
 
     Attributes:
         max_new_tokens: most tokens to generate.
-        min_new_tokens: no end of text before so many.
+        min_new_tokens: number of new tokens before which a text may not end.
         max_time: seconds after which no further token is begun.
-        top_k, top_p: limits of a draw; setting one draws instead of taking the best.
-        seed: of the draw.
-        repetition_penalty: above 1, tokens that occurred become less likely.
-        no_repeat_ngram_size: no sequence of so many tokens occurs twice.
+        top_k, top_p: limits of a draw; setting one of them draws tokens instead of taking the best.
+        seed: seed of the draw.
+        repetition_penalty: above 1, tokens that have occurred become less likely.
+        no_repeat_ngram_size: no sequence of this many tokens occurs twice.
         bad_words_ids: sequences of token ids that are never completed.
-        num_beams: beam search with so many.
-        length_penalty, early_stopping: of beam search.
-        num_return_sequences: answers for each prompt; each is explained.
-        eos_token_id: one token or several that end an answer; of the tokenizer, else of the model, if not given.
-        bos_token_id: what an empty prompt begins with.
-        pad_token_id: what fills ended answers.
-        explain_tokens: the steps to explain: ``"all"``, ``"none"``, the first so many, or their indices.
+        num_beams: number of beams; above 1, beam search.
+        length_penalty, early_stopping: see :class:`moejax.generation.Sampling`; beam search only.
+        num_return_sequences: number of answers to each prompt; each is explained.
+        eos_token_id: one token id or several that end an answer; by default the tokenizer's, else the model's.
+        bos_token_id: token id that an empty prompt begins with.
+        pad_token_id: token id that fills answers behind their end.
+        explain_tokens: the steps to explain: ``"all"``, ``"none"``, a number of first steps, or indices of steps.
     """
 
     max_new_tokens: int | None = None
@@ -52,8 +52,8 @@ class Settings:
     explain_tokens: Any = "all"
 
     @classmethod
-    def of(cls, options: dict[str, Any], tokenizer: Any) -> Self:
-        """From keyword arguments; a tokenizer fills in special tokens that are not given.
+    def from_options(cls, options: dict[str, Any], tokenizer: Any) -> Self:
+        """The settings in keyword arguments; special tokens that are not given are taken from the tokenizer.
 
         Raises:
             TypeError: an option that does not exist.
@@ -66,9 +66,9 @@ class Settings:
         return cls(**filled | {name: value for name, value in options.items() if value is not None})
 
     def for_generation(self, lm: LM, temperature: float | int | None) -> dict[str, Any]:
-        """As :meth:`moejax.LM.generate_tokens` takes them.
+        """The settings as keyword arguments of :meth:`moejax.LM.generate_tokens`.
 
-        A temperature of one, the default, draws only if ``top_k`` or ``top_p`` limit the draw.
+        A temperature of 1, the default, draws only if ``top_k`` or ``top_p`` limit the draw.
         """
         draws = bool(self.top_k) or self.top_p not in (None, 1) or temperature not in (None, 0, 1)
         several = (self.num_return_sequences or 1) > 1 and (self.num_beams or 1) == 1
@@ -93,10 +93,10 @@ class Settings:
         return {name: value for name, value in chosen.items() if value is not None}
 
     def explained(self, count: int) -> list[int]:
-        """Which of ``count`` steps to explain.
+        """Indices of the steps to explain, out of ``count`` steps.
 
         Raises:
-            MoejaxError: something else than ``explain_tokens`` may be.
+            MoejaxError: a value that ``explain_tokens`` may not have.
         """
         which = self.explain_tokens
         if isinstance(which, str) and which in ("all", "none"):

@@ -1,4 +1,4 @@
-"""Choosing tokens row by row: the best one, or a draw."""
+"""Choosing tokens row by row: the best token, or a random draw."""
 
 from typing import NamedTuple, Self
 
@@ -7,54 +7,61 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.generation.sampling import Sampling
-from moejax.generation.step import Generation, Plan, Turn, lengths, put
+from moejax.generation.step import DecodeStep, Generation, StaticOptions, answer_lengths, set_at
 
 
-class Draws(NamedTuple):
-    """The state of rows that have nothing to do with each other."""
+class SampledRows(NamedTuple):
+    """The state of rows that are independent of each other.
 
-    written: Int[Array, "B N"]
-    done: Bool[Array, " B"]
-    scores: Float[Array, "B N V"] | None
-    log_probs: Float[Array, "B N"] | None
+    Attributes:
+        written: new tokens, the pad id where a row has none.
+        done: True if a row has ended.
+        scores: what each token was chosen from, if scores are kept.
+        log_probs: log-probability of each token under the model, if scores are kept.
+    """
+
+    written: Int[Array, "Q A"]
+    done: Bool[Array, " Q"]
+    scores: Float[Array, "Q A V"] | None
+    log_probs: Float[Array, "Q A"] | None
 
     @classmethod
-    def start(cls, logits: Float[Array, "B V"], sampling: Sampling, plan: Plan) -> Self:
-        """Before the first token."""
-        shape = (len(logits), plan.max_new_tokens)
+    def start(cls, logits: Float[Array, "Q V"], sampling: Sampling, options: StaticOptions) -> Self:
+        """The state before the first token."""
+        shape = (len(logits), options.max_new_tokens)
         return cls(
-            jnp.full(shape, plan.pad_id, jnp.int32),
+            jnp.full(shape, options.pad_id, jnp.int32),
             jnp.zeros(shape[0], bool),
-            jnp.zeros((*shape, logits.shape[1]), logits.dtype) if plan.return_scores else None,
-            jnp.zeros(shape, logits.dtype) if plan.return_scores else None,
+            jnp.zeros((*shape, logits.shape[1]), logits.dtype) if options.return_scores else None,
+            jnp.zeros(shape, logits.dtype) if options.return_scores else None,
         )
 
     @property
     def parents(self) -> None:
-        """Every row continues itself."""
+        """``None``: every row continues itself."""
         return None
 
-    def choose(self, turn: Turn, sampling: Sampling, plan: Plan) -> Self:
-        """One more token for each row that has not ended."""
-        processed = sampling.process(turn.logits, turn.history, turn.step, plan.eos_ids)
+    def choose(self, step: DecodeStep, sampling: Sampling, options: StaticOptions) -> Self:
+        """Add one token to each row that has not ended."""
+        processed = sampling.process(step.logits, step.history, step.num_chosen, options.eos_ids)
         limited = sampling.limited(processed)
-        drawn = jnp.where(self.done, plan.pad_id, sampling.draw(limited, turn.keys).astype(jnp.int32))
+        drawn = jnp.where(self.done, options.pad_id, sampling.draw(limited, step.keys).astype(jnp.int32))
         scores, log_probs = self.scores, self.log_probs
         if scores is not None and log_probs is not None:
-            plain = jnp.take_along_axis(jax.nn.log_softmax(turn.logits), drawn[:, None], axis=1)[:, 0]
-            scores = put(scores, jnp.where(self.done[:, None], 0, limited), turn.step)
-            log_probs = put(log_probs, jnp.where(self.done, 0, plain), turn.step)
+            unprocessed = jnp.take_along_axis(jax.nn.log_softmax(step.logits), drawn[:, None], axis=1)[:, 0]
+            scores = set_at(scores, jnp.where(self.done[:, None], 0, limited), step.num_chosen)
+            log_probs = set_at(log_probs, jnp.where(self.done, 0, unprocessed), step.num_chosen)
         return self._replace(
-            written=put(self.written, drawn, turn.step),
-            done=self.done | plan.ends(drawn),
+            written=set_at(self.written, drawn, step.num_chosen),
+            done=self.done | options.is_end(drawn),
             scores=scores,
             log_probs=log_probs,
         )
 
     def finished(self, sampling: Sampling) -> Bool[Array, ""]:
-        """Every row has drawn an end."""
+        """Return whether every row has ended."""
         return self.done.all()
 
-    def result(self, step: Int[Array, ""], sampling: Sampling, plan: Plan) -> Generation:
-        """Every row is an answer."""
-        return Generation(self.written, lengths(self.written, step, plan), self.scores, self.log_probs)
+    def result(self, num_chosen: Int[Array, ""], sampling: Sampling, options: StaticOptions) -> Generation:
+        """Every row as an answer, after ``num_chosen`` steps."""
+        return Generation(self.written, answer_lengths(self.written, num_chosen, options), self.scores, self.log_probs)

@@ -1,9 +1,9 @@
-"""The settings of a generation, and the choice of a token that they amount to."""
+"""The settings of a generation, and the choice of a token by them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +16,28 @@ from moejax.generation import processors
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Greedy by default; a draw with a temperature; a search with several beams.
+    """How tokens are chosen: the best token (default), a draw with a temperature, or a search with several beams.
 
-    A pytree: a compiled program serves all values of the numbers named in ``NEUTRAL``, except that one at its neutral
-    value is off and not in the program.
+    A pytree. Its leaves are the numbers named in ``NEUTRAL``, so that one compiled program serves all their values. A
+    number at its neutral value is no leaf: its step is left out of the program. All other fields are static.
 
     Attributes:
-        temperature: zero is greedy; otherwise a draw from the softmax of the logits divided by it.
-        top_k: draw from the ``top_k`` best tokens, and those tied with the last of them; zero keeps all.
+        temperature: 0 takes the best token; otherwise tokens are drawn from the softmax of logits / temperature.
+        top_k: draw from the ``top_k`` best tokens, and those tied with the last of them; 0 keeps all.
         top_p: draw from the smallest set of best tokens whose probability reaches ``top_p``, after ``top_k``.
-        min_new_tokens: no end of text before so many tokens.
-        repetition_penalty: above one, tokens of the prompt and the answer so far become less likely.
-        no_repeat_ngram_size: no sequence of so many tokens occurs twice, the prompt included; zero allows all.
+        min_new_tokens: number of new tokens before which a text may not end.
+        repetition_penalty: above 1, tokens of the prompt and the answer so far become less likely.
+        no_repeat_ngram_size: no sequence of this many tokens occurs twice, the prompt included; 0 allows all.
         bad_words: sequences of token ids that are never completed.
-        num_beams: beam search with so many beams, if more than one.
-        length_penalty: beams are compared by their log-probability divided by their length to this power.
-        early_stopping: when the search for a prompt ends, once it has ``num_beams`` finished answers: at once (True),
-            when the best running beam at its present length is no better than the worst of them (False), or when
-            it cannot become so at any length up to the limit (``"never"``).
-        num_return_sequences: answers for each prompt: independent draws, or the best beams.
+        num_beams: number of beams of a prompt; 1 does not search.
+        length_penalty: beams are ranked by their log-probability / length ** length_penalty.
+        early_stopping: when the search for a prompt ends, once it has ``num_beams`` finished answers. True: at once.
+            False: when the best running beam at its present length is no better than the worst of the answers.
+            ``"never"``: when no length up to the limit could make it better.
+        num_return_sequences: number of answers to each prompt: independent draws, or the best beams.
 
     Raises:
-        MoejaxError: a value out of its range, or one that could have no effect beside the others.
+        MoejaxError: a value out of its range, or a value that could have no effect beside the others.
     """
 
     temperature: float = 0.0
@@ -61,125 +61,134 @@ class Sampling:
     }
 
     def __post_init__(self) -> None:
-        words = tuple(tuple(int(token) for token in word) for word in self.bad_words)
-        object.__setattr__(self, "bad_words", words)
-        for wrong, mend in self._wrongs():
-            if wrong:
-                raise MoejaxError(mend)
-        for name, neutral in self.NEUTRAL.items():
-            # a whole number given for a float would be another type of input, hence another program
-            object.__setattr__(self, name, type(neutral)(getattr(self, name)))
+        # a frozen dataclass refuses assignment, so normalised values are written past it
+        vars(self).update(bad_words=tuple(tuple(int(token) for token in word) for word in self.bad_words))
+        self._check_ranges()
+        self._check_combinations()
+        # an integer given for a float would be another type of input and need another program
+        vars(self).update({name: type(neutral)(getattr(self, name)) for name, neutral in self.NEUTRAL.items()})
 
-    def _wrongs(self) -> list[tuple[bool, str]]:
-        s, beams = self, self.num_beams
-        several = s.num_return_sequences
-        return [
-            (not 0 <= s.temperature < float("inf"), f"temperature={s.temperature}: 0 (greedy) or a positive number."),
-            (s.top_k < 0, f"top_k={s.top_k}: a number of tokens, or 0 to keep all."),
-            (not 0 < s.top_p <= 1, f"top_p={s.top_p}: a probability above 0, or 1 to keep all."),
-            (s.min_new_tokens < 0, f"min_new_tokens={s.min_new_tokens}: 0 or more."),
-            (not 0 < s.repetition_penalty < float("inf"), f"repetition_penalty={s.repetition_penalty}: above 0."),
-            (
-                s.no_repeat_ngram_size < 0,
-                f"no_repeat_ngram_size={s.no_repeat_ngram_size}: a length, or 0 for no limit.",
-            ),
-            (not all(s.bad_words), "bad_words holds an empty sequence: give each at least one token id."),
-            (min((min(w) for w in s.bad_words if w), default=0) < 0, "bad_words holds a negative token id."),
-            (beams < 1, f"num_beams={beams}: at least 1 is needed."),
-            (not isfinite(s.length_penalty), f"length_penalty={s.length_penalty}: a number."),
-            (
-                not isinstance(s.early_stopping, bool) and s.early_stopping != "never",
-                f"early_stopping={s.early_stopping!r}: True, False or 'never'.",
-            ),
-            (several < 1, f"num_return_sequences={several}: at least 1 is needed."),
-            (
-                s.temperature == 0 and (s.top_k > 0 or s.top_p < 1),
-                f"top_k={s.top_k}, top_p={s.top_p} limit a draw, and temperature=0 draws nothing: give a temperature.",
-            ),
-            (
-                beams > 1 and s.temperature > 0,
-                f"num_beams={beams} is a search, temperature={s.temperature} a draw: set one of them only.",
-            ),
-            (
-                beams == 1 and (s.length_penalty != 1 or s.early_stopping is not False),
-                "length_penalty and early_stopping are of beam search: set num_beams to 2 or more.",
-            ),
-            (
-                several > (beams if beams > 1 else several),
-                f"num_return_sequences={several} of num_beams={beams}: ask for at most as many as there are beams.",
-            ),
-            (
-                several > 1 and beams == 1 and s.temperature == 0,
-                f"num_return_sequences={several} of a greedy choice are equal: give a temperature, or num_beams.",
-            ),
-        ]
+    def _check_ranges(self) -> None:
+        check = self._check
+        check(0 <= self.temperature < float("inf"), "temperature={temperature}: 0 (greedy) or a positive number.")
+        check(self.top_k >= 0, "top_k={top_k}: a number of tokens, or 0 to keep all.")
+        check(0 < self.top_p <= 1, "top_p={top_p}: a probability above 0, or 1 to keep all.")
+        check(self.min_new_tokens >= 0, "min_new_tokens={min_new_tokens}: 0 or more.")
+        check(0 < self.repetition_penalty < float("inf"), "repetition_penalty={repetition_penalty}: above 0.")
+        check(
+            self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size={no_repeat_ngram_size}: a length, or 0 for no limit."
+        )
+        check(all(self.bad_words), "bad_words holds an empty sequence: give each at least one token id.")
+        check(all(min(word) >= 0 for word in self.bad_words), "bad_words holds a negative token id.")
+        check(self.num_beams >= 1, "num_beams={num_beams}: at least 1 is needed.")
+        check(isfinite(self.length_penalty), "length_penalty={length_penalty}: a number.")
+        check(
+            isinstance(self.early_stopping, bool) or self.early_stopping == "never",
+            "early_stopping={early_stopping!r}: True, False or 'never'.",
+        )
+        check(self.num_return_sequences >= 1, "num_return_sequences={num_return_sequences}: at least 1 is needed.")
+
+    def _check_combinations(self) -> None:
+        """Refuse values that would have no effect beside the others."""
+        check, draws, searches = self._check, self.temperature > 0, self.num_beams > 1
+        check(
+            draws or (self.top_k == 0 and self.top_p == 1),
+            "top_k={top_k}, top_p={top_p} limit a draw, and temperature=0 draws nothing: give a temperature.",
+        )
+        check(
+            not (searches and draws),
+            "num_beams={num_beams} is a search, temperature={temperature} a draw: set one of them only.",
+        )
+        check(
+            searches or (self.length_penalty == 1 and self.early_stopping is False),
+            "length_penalty and early_stopping apply to beam search only: set num_beams to 2 or more.",
+        )
+        check(
+            not searches or self.num_return_sequences <= self.num_beams,
+            "num_return_sequences={num_return_sequences} of num_beams={num_beams}: ask for at most as many as there are"
+            " beams.",
+        )
+        check(
+            searches or draws or self.num_return_sequences == 1,
+            "num_return_sequences={num_return_sequences} of a greedy choice are equal: give a temperature, or"
+            " num_beams.",
+        )
+
+    def _check(self, holds: bool, message: str) -> None:
+        """Raise unless ``holds``; ``message`` names fields in braces, filled in only then."""
+        if not holds:
+            raise MoejaxError(message.format(**vars(self)))
 
     def tree_flatten(self) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
-        """The numbers that are on, as leaves; everything else is static."""
+        """The numbers that are not neutral as leaves, all other fields as static data."""
         static = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in self.NEUTRAL)
-        return [getattr(self, name) if self._on(name) else None for name in self.NEUTRAL], static
+        return [getattr(self, name) if self._is_on(name) else None for name in self.NEUTRAL], static
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[tuple[str, Any], ...], leaves: Sequence[Any]) -> "Sampling":
-        # JAX also builds trees of placeholders, which the constructor would rightly refuse
-        made = object.__new__(cls)
-        numbers = zip(cls.NEUTRAL.items(), leaves, strict=True)
-        for name, value in (*static, *((name, off if leaf is None else leaf) for (name, off), leaf in numbers)):
-            object.__setattr__(made, name, value)
-        return made
+    def tree_unflatten(cls, static: Iterable[tuple[str, Any]], leaves: Iterable[Any]) -> Self:
+        """The settings again. Leaves may be arrays or JAX's placeholders, which the constructor would refuse."""
+        sampling = object.__new__(cls)
+        neutral = cls.NEUTRAL.items()
+        numbers = {name: off if leaf is None else leaf for (name, off), leaf in zip(neutral, leaves, strict=True)}
+        vars(sampling).update(static, **numbers)
+        return sampling
 
-    def _on(self, name: str) -> bool:
+    def _is_on(self, name: str) -> bool:
+        """Return whether a number of ``NEUTRAL`` has an effect, and hence a place in the program."""
         if name == "length_penalty":
             return self.num_beams > 1
         value = getattr(self, name)
         return isinstance(value, jax.Array) or value != self.NEUTRAL[name]
 
     @property
-    def rows(self) -> int:
-        """How many rows a prompt takes in the batch."""
+    def rows_per_prompt(self) -> int:
+        """Number of rows that a prompt takes in the batch."""
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
     @property
     def reads_history(self) -> bool:
-        """Whether :meth:`process` looks at the tokens so far."""
-        return self._on("repetition_penalty") or self.no_repeat_ngram_size > 0 or bool(self.bad_words)
+        """True if :meth:`process` reads the tokens so far."""
+        return self._is_on("repetition_penalty") or self.no_repeat_ngram_size > 0 or bool(self.bad_words)
 
     def process(
         self,
-        logits: Float[Array, "B V"],
-        history: Int[Array, "B S"] | None,
+        logits: Float[Array, "Q V"],
+        history: Int[Array, "Q Z"] | None,
         count: Int[Array, ""] | int,
         eos_ids: tuple[int, ...] = (),
-    ) -> Float[Array, "B V"]:
-        """Logits after what is asked of the text, in the order of ``transformers``; ``count`` tokens are generated.
+    ) -> Float[Array, "Q V"]:
+        """Logits after the processors, in the order of ``transformers``.
 
-        ``history`` as in :mod:`moejax.generation.processors`; needed if :attr:`reads_history`.
+        Args:
+            history: the tokens so far as in :mod:`moejax.generation.processors`; needed if :attr:`reads_history`.
+            count: number of new tokens so far.
+            eos_ids: token ids that end a text.
         """
         if self.reads_history:
             assert history is not None
-            if self._on("repetition_penalty"):
+            if self._is_on("repetition_penalty"):
                 logits = processors.penalise_repetition(logits, history, self.repetition_penalty)
             if self.no_repeat_ngram_size:
                 logits = processors.forbid_repeated_ngrams(logits, history, self.no_repeat_ngram_size)
-            # whether a text may end is for min_new_tokens to say
+            # as in transformers, only min_new_tokens forbids the end of a text
             if words := [word for word in self.bad_words if len(word) > 1 or word[0] not in eos_ids]:
                 logits = processors.forbid_words(logits, history, words)
-        if self._on("min_new_tokens"):
+        if self._is_on("min_new_tokens"):
             logits = processors.forbid_early_end(logits, count, self.min_new_tokens, eos_ids)
         return logits
 
-    def limited(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Tempered logits, minus infinity where top-k (first) or top-p (on what is left) leaves a token out."""
-        if self._on("temperature"):
+    def limited(self, logits: Float[Array, "Q V"]) -> Float[Array, "Q V"]:
+        """Logits divided by the temperature, minus infinity for tokens outside ``top_k`` or then ``top_p``."""
+        if self._is_on("temperature"):
             logits = processors.temper(logits, self.temperature)
         if self.top_k:
             logits = processors.keep_top_k(logits, self.top_k)
-        if self._on("top_p"):
+        if self._is_on("top_p"):
             logits = processors.keep_top_p(logits, self.top_p)
         return logits
 
-    def draw(self, limited: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
-        """One token for each row by its key, from logits that :meth:`limited` returned."""
-        if self._on("temperature"):
+    def draw(self, limited: Float[Array, "Q V"], keys: Key[Array, " Q"]) -> Int[Array, " Q"]:
+        """One token for each row, by its key, from logits that :meth:`limited` returned."""
+        if self._is_on("temperature"):
             return jax.vmap(jax.random.categorical)(keys, limited)
         return jnp.argmax(limited, axis=-1)

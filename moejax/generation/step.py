@@ -1,4 +1,4 @@
-"""What the loop over tokens hands to a way of choosing them, and what it gets back."""
+"""What the decode loop gives to a way of choosing tokens (sampled rows or beams), and what generation returns."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,14 +11,17 @@ from moejax.errors import MoejaxError
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a compiled program is made for.
+class StaticOptions:
+    """The options that are static under ``jit``: other values need another program.
 
     Attributes:
-        max_new_tokens: room for each row's answer.
-        eos_ids: tokens that end a row.
-        pad_id: what a row is filled with behind its end.
+        max_new_tokens: most new tokens of a row (``A``).
+        eos_ids: token ids that end a row.
+        pad_id: token id that fills a row behind its end.
         return_scores: keep the scores of every token.
+
+    Raises:
+        MoejaxError: no room for a token, or a negative token id.
     """
 
     max_new_tokens: int
@@ -32,57 +35,67 @@ class Plan:
         if min(self.eos_ids, default=0) < 0 or self.pad_id < 0:
             raise MoejaxError(f"eos_ids={self.eos_ids}, pad_id={self.pad_id}: token ids are not negative.")
 
-    def ends(self, tokens: Int[Array, "*b"]) -> Bool[Array, "*b"]:
-        """Which tokens end a row."""
+    def is_end(self, tokens: Int[Array, "*b"]) -> Bool[Array, "*b"]:
+        """Return whether each token ends a row."""
         return jnp.isin(tokens, jnp.array(self.eos_ids, jnp.int32))
 
 
-class Turn(NamedTuple):
-    """One step of the loop. ``B`` rows: those of one prompt (draws or beams) lie side by side.
+class DecodeStep(NamedTuple):
+    """The inputs of one choice of tokens, a row ``Q`` for each beam or draw; rows of one prompt lie side by side.
 
     Attributes:
-        logits: of the next token.
-        history: the tokens so far as processors read them, if a processor asks for them.
-        step: tokens chosen so far.
-        limit: the number of tokens at which every row ends.
-        keys: this step's own, one for each row.
+        logits: logits of the next token.
+        history: prompt and new tokens as processors read them; ``None`` if no processor needs them.
+        num_chosen: number of tokens that each row has chosen before this step.
+        limit: number of tokens at which every row ends.
+        keys: random keys of this step, one for each row.
     """
 
-    logits: Float[Array, "B V"]
-    history: Int[Array, "B S"] | None
-    step: Int[Array, ""] | int
+    logits: Float[Array, "Q V"]
+    history: Int[Array, "Q Z"] | None
+    num_chosen: Int[Array, ""] | int
     limit: Int[Array, ""] | int
-    keys: Key[Array, " B"]
+    keys: Key[Array, " Q"]
 
 
 class Generation(NamedTuple):
-    """What was generated; ``B`` counts answers, those of one prompt side by side, best first if searched for.
+    """The generated tokens; ``B`` counts answers. Answers to one prompt lie side by side, beams with the best first.
 
     Attributes:
-        tokens: ids, filled with the pad id behind the end.
-        lengths: how many of them are the answer, the token that ended it included.
-        scores: what each token was chosen from: logits after processors and limits, of beam search log-probabilities
-            after processors. Zero behind the end. Only if asked for.
-        log_probs: log-probability of each token under the model itself, before processors and limits. Zero behind the
-            end. Only if asked for.
-        sequence_scores: what beams are ranked by: sum of processed log-probabilities / length ** length_penalty.
-            Only of beam search.
+        tokens: token ids, filled with the pad id behind the end of an answer.
+        lengths: number of tokens of each answer, with the token that ended it.
+        scores: what each token was chosen from: logits after processors and limits, or in beam search
+            log-probabilities after processors. Zero behind the end. ``None`` unless asked for.
+        log_probs: log-probability of each token under the model alone, before processors and limits. Zero behind the
+            end. ``None`` unless asked for.
+        sequence_scores: the score that ranks beams: sum of processed log-probabilities / length ** length_penalty.
+            ``None`` without beam search.
     """
 
-    tokens: Int[Array, "B N"]
+    tokens: Int[Array, "B A"]
     lengths: Int[Array, " B"]
-    scores: Float[Array, "B N V"] | None = None
-    log_probs: Float[Array, "B N"] | None = None
+    scores: Float[Array, "B A V"] | None = None
+    log_probs: Float[Array, "B A"] | None = None
     sequence_scores: Float[Array, " B"] | None = None
 
+    def __repr__(self) -> str:
+        fields = [f"{name}={_short(value)}" for name, value in self._asdict().items() if value is not None]
+        return f"Generation({', '.join(fields)})"
 
-def put(into: Array, new: Array, step: Int[Array, ""] | int, axis: int = 1) -> Array:
-    """``into`` with ``new`` at position ``step`` of ``axis``, which ``new`` lacks."""
-    return jax.lax.dynamic_update_index_in_dim(into, new.astype(into.dtype), step, axis)
+
+def _short(value: object) -> str:
+    """Dtype and shape of an array, ``int32[3,12]``; the ``repr`` of anything else that stands in a tree."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return repr(value) if shape is None or dtype is None else f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def lengths(tokens: Int[Array, "B N"], step: Int[Array, ""], plan: Plan) -> Int[Array, " B"]:
-    """Of each row, up to and with its first end; without one, the steps that were taken."""
-    ends = plan.ends(tokens)
+def set_at(array: Array, values: Array, index: Int[Array, ""] | int, axis: int = 1) -> Array:
+    """``array`` with ``values`` at ``index`` of ``axis``; ``values`` has no such axis."""
+    return jax.lax.dynamic_update_index_in_dim(array, values.astype(array.dtype), index, axis)
+
+
+def answer_lengths(tokens: Int[Array, "B A"], num_chosen: Int[Array, ""], options: StaticOptions) -> Int[Array, " B"]:
+    """Number of tokens of each row up to and with its first end; without an end, all ``num_chosen`` tokens."""
+    ends = options.is_end(tokens)
     first = jnp.where(ends.any(1), jnp.argmax(ends, axis=1), tokens.shape[1])
-    return jnp.minimum(first + 1, step)
+    return jnp.minimum(first + 1, num_chosen)

@@ -1,4 +1,4 @@
-"""Tiny models of the document's four families, their tokenizer, and one run of each that the tests share."""
+"""Tiny models of the four families in DLBacktrace's document, their tokenizer, and the runs that tests share."""
 
 from functools import cache
 from typing import Any
@@ -17,13 +17,13 @@ LAYERS, PROMPT, STEPS = 2, [5, 80, 33, 61, 2, 33, 12], 3
 
 
 def small_torch(family: str) -> Any:
-    """Qwen's second layer is dense."""
+    """A ``transformers`` model with random weights; the second layer of the Qwen model is dense."""
     return torch_model(family, num_hidden_layers=LAYERS)
 
 
 @cache
 def tokenizer() -> Any:
-    """Token ``i`` is the word ``w{i}``, but the first pads and the last is unknown."""
+    """A tokenizer whose token ``i`` is the word ``w{i}``; the first token is padding, the last the unknown word."""
     names = ["<pad>", *(f"w{i}" for i in range(1, VOCABULARY - 1)), "<unk>"]
     words = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
     backend = tokenizers.Tokenizer(words)
@@ -37,7 +37,7 @@ def text(ids: list[int]) -> str:
 
 @cache
 def engine(family: str) -> Backtrace:
-    """Shared between tests: results are asked for anew, never read from another test's attributes."""
+    """A Backtrace that tests share; each test asks for its results and does not read attributes of another test."""
     return Backtrace(model=small_torch(family), model_type=family, device="cpu")
 
 
@@ -49,10 +49,10 @@ def run(family: str = "olmoe", prompt: Any = None, **options: Any) -> dict[str, 
 
 @pytest.fixture(scope="session")
 def results() -> dict[str, Any]:
-    """The plain run of OLMoE, not to be changed."""
+    """Results of OLMoE with default options; tests must not change them."""
     return run(return_scores=True, return_layerwise_output=True)
 
 
 def assert_close(ours: Any, other: Any, name: str = "", scale: float = 100.0) -> None:
-    """Equal to 1e-5 of the relevance at the start."""
+    """Assert that values are equal to 1e-5 of ``scale``, the relevance at the start."""
     np.testing.assert_allclose(ours, other, rtol=1e-5, atol=1e-5 * scale, err_msg=name)

@@ -33,9 +33,9 @@ def plain(bt: Backtrace, step: Step) -> dict[str, np.ndarray]:
 
 
 def test_default(bt: Backtrace, step: Step, plain: dict[str, np.ndarray], results: dict[str, Any]) -> None:
-    for found in (plain, bt.proportional_eval(*step), bt.eval(step[0])):
+    for result in (plain, bt.proportional_eval(*step), bt.eval(step[0])):
         for name, value in results["relevance_trace"][-1]["all_wt"].items():
-            assert_close(found[name], value, name)
+            assert_close(result[name], value, name)
     assert bt.all_wt.keys() == plain.keys()
     assert_close(bt.ledger.residual, 0)
 
@@ -67,7 +67,7 @@ def test_predicted_token(bt: Backtrace, step: Step, plain: dict[str, np.ndarray]
 
 
 def test_start_weights_add_up(bt: Backtrace, step: Step) -> None:
-    """Linear in the start, at any position."""
+    """Relevance is linear in the initial relevance, at any position."""
     weights = np.zeros((1, len(PROMPT) + STEPS - 1, 97), np.float32)
     weights[0, -1, 11], weights[0, 3, 80] = 30, -20
     parts = [np.where(weights > 0, weights, 0), np.where(weights < 0, weights, 0)]
@@ -95,15 +95,15 @@ def test_thresholding_and_task(bt: Backtrace, step: Step, plain: dict[str, np.nd
 def test_mode(bt: Backtrace, step: Step, plain: dict[str, np.ndarray]) -> None:
     signed = bt.eval(*step, mode="cplrp")
     assert np.abs(signed[EMBEDDINGS] - plain[EMBEDDINGS]).max() > 0.1
-    theirs = run(mode="cplrp")["relevance_trace"][-1]["all_wt"]
-    for name, value in theirs.items():
+    expected = run(mode="cplrp")["relevance_trace"][-1]["all_wt"]
+    for name, value in expected.items():
         assert_close(signed[name], value, name, scale=1000)
 
 
 def test_device(bt: Backtrace, step: Step, plain: dict[str, np.ndarray]) -> None:
     with pytest.warns(UserWarning, match="device='cuda'"):
-        found = bt.eval(*step, device="cuda")
-    assert_close(found[EMBEDDINGS], plain[EMBEDDINGS])
+        result = bt.eval(*step, device="cuda")
+    assert_close(result[EMBEDDINGS], plain[EMBEDDINGS])
 
 
 @pytest.mark.parametrize(

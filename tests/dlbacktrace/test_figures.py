@@ -1,4 +1,4 @@
-"""Figures show every token of every step, and say so when they cannot."""
+"""Figures show every token of every step; what cannot be drawn is refused with a hint."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def test_one_step(results: dict[str, Any]) -> None:
     np.testing.assert_allclose(picture(figure)[0], trace[2]["all_wt"][node][0].sum(-1), rtol=1e-5)
     for options, message in (
         ({"n": 3}, "step 3 is not in the trace; explained are 0, 1, 2"),
-        ({"input_key": "decoder"}, "is no node; choose from decoder_lm_head"),
+        ({"input_key": "decoder"}, "is not a node; choose from decoder_lm_head"),
         ({"trace": []}, "explained are none"),
         ({"trace": [{"step_index": 1, "token_id": 3, "summary": {}}]}, "sums only"),
     ):

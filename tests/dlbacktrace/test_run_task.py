@@ -1,4 +1,4 @@
-"""Options of ``run_task``: batches, cache policies, which steps, modes, and what it refuses."""
+"""Options of ``run_task``: batches, cache policies, steps to explain, modes, and refused values."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from moejax import Backtrace, ConfigError, MoejaxError, PromptError
 from moejax.dlbacktrace import propagation
 from moejax.relevance.engine import relevance
+from moejax.rules import Proportional
 
 from .conftest import FOUR, PROMPT, STEPS, assert_close, engine, run, small_torch, text
 
@@ -24,16 +25,16 @@ PADDED = {
 
 def assert_same_trace(ours: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     assert len(ours) == len(other)
-    for mine, theirs in zip(ours, other, strict=True):
+    for entry, expected in zip(ours, other, strict=True):
         for kind in ("all_wt", "expert_relevance"):
-            assert mine[kind].keys() == theirs[kind].keys()
-            for name, value in theirs[kind].items():
-                assert_close(mine[kind][name], value, name)
+            assert entry[kind].keys() == expected[kind].keys()
+            for name, value in expected[kind].items():
+                assert_close(entry[kind][name], value, name)
 
 
 @pytest.mark.slow
 def test_padding_changes_nothing() -> None:
-    """A window of 5 over 9 tokens: holes in the middle of a row must not count."""
+    """With a window of 5 over 9 tokens, padding in the middle of a row must not count as tokens."""
     alone = [run("gpt_oss", [row]) for row in (PROMPT, SHORT)]
     for where, (ids, mask) in PADDED.items():
         both = run("gpt_oss", (np.array(ids), np.array(mask)), return_scores=True)
@@ -45,13 +46,13 @@ def test_padding_changes_nothing() -> None:
             np.testing.assert_array_equal(both["generated_ids"][row, 7:], answer, where)
             for index, step in enumerate(both["relevance_trace"]):
                 columns = np.append(real[row], np.ones(index, bool))
-                theirs = single["relevance_trace"][index]
-                assert step["token_id"][row] == theirs["token_id"]
+                expected = single["relevance_trace"][index]
+                assert step["token_id"][row] == expected["token_id"]
                 for name, value in step["all_wt"].items():
-                    assert_close(value[row, columns], theirs["all_wt"][name][0], f"{where} {name}")
+                    assert_close(value[row, columns], expected["all_wt"][name][0], f"{where} {name}")
                     assert not value[row, ~columns].any()
                 for name, value in step["expert_relevance"].items():
-                    assert_close(value[row, columns], theirs["expert_relevance"][name], f"{where} {name}")
+                    assert_close(value[row, columns], expected["expert_relevance"][name], f"{where} {name}")
 
 
 def test_a_row_that_ended_has_no_relevance() -> None:
@@ -60,10 +61,10 @@ def test_a_row_that_ended_has_no_relevance() -> None:
     assert first not in longer
     ended = run("gpt_oss", PADDED["left"], eos_token_id=first, pad_token_id=0)
     assert ended["generated_ids"][:, 7:].tolist() == [longer, [first, 0, 0]]
-    last, theirs = ended["relevance_trace"][-1], free["relevance_trace"][-1]
+    last, expected = ended["relevance_trace"][-1], free["relevance_trace"][-1]
     for name, value in last["all_wt"].items():
         assert not value[1].any()
-        assert_close(value[0], theirs["all_wt"][name][0], name)
+        assert_close(value[0], expected["all_wt"][name][0], name)
     assert_close(last["ledger"].target, [100, 0])
 
 
@@ -80,15 +81,15 @@ def test_a_row_that_ended_has_no_relevance() -> None:
     ids=["jax", "pair", "one row", "list", "text", "texts"],
 )
 def test_kinds_of_input(inputs: Any, results: dict[str, Any]) -> None:
-    found = run(prompt=inputs, return_relevance=False)
-    np.testing.assert_array_equal(found["generated_ids"], results["generated_ids"])
-    assert set(found) == {"task", "generated_ids"}
+    result = run(prompt=inputs, return_relevance=False)
+    np.testing.assert_array_equal(result["generated_ids"], results["generated_ids"])
+    assert set(result) == {"task", "generated_ids"}
     assert engine("olmoe").all_layer_expert_relevance == {}
 
 
 def test_sample_auto(results: dict[str, Any]) -> None:
-    found = engine("olmoe").sample_auto(None, torch.tensor([PROMPT]), torch.ones(1, 7), max_new_tokens=STEPS)
-    np.testing.assert_array_equal(found["generated_ids"], results["generated_ids"])
+    result = engine("olmoe").sample_auto(None, torch.tensor([PROMPT]), torch.ones(1, 7), max_new_tokens=STEPS)
+    np.testing.assert_array_equal(result["generated_ids"], results["generated_ids"])
 
 
 def test_cache_policies(results: dict[str, Any], tmp_path: Path) -> None:
@@ -96,17 +97,17 @@ def test_cache_policies(results: dict[str, Any], tmp_path: Path) -> None:
     for policy in ("summary", "disk", "none"):
         trace = run(relevance_cache_policy=policy, relevance_cache_dir=tmp_path / "cache")["relevance_trace"]
         assert len(trace) == (0 if policy == "none" else STEPS)
-        for entry, theirs in zip(trace, full, strict=False):
+        for entry, expected in zip(trace, full, strict=False):
             assert not {"all_wt", "expert_relevance"} & set(entry)
-            assert (entry["step_index"], entry["token_id"]) == (theirs["step_index"], theirs["token_id"])
-            for name, value in theirs["all_wt"].items():
+            assert (entry["step_index"], entry["token_id"]) == (expected["step_index"], expected["token_id"])
+            for name, value in expected["all_wt"].items():
                 assert_close(entry["summary"][name], value.sum((1, 2)), name)
-            for name, value in theirs["expert_relevance"].items():
+            for name, value in expected["expert_relevance"].items():
                 assert_close(entry["summary"][name], value.sum(0), name)
             if policy == "disk":
-                assert_same_trace([bt.load_step(entry["path"])], [theirs])
+                assert_same_trace([bt.load_step(entry["path"])], [expected])
                 np.load(entry["path"], allow_pickle=False).close()
-        # the last step is at hand whatever is kept
+        # every policy leaves the last step in the attributes
         assert_same_trace([{"all_wt": bt.all_wt, "expert_relevance": bt.all_layer_expert_relevance}], full[-1:])
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == STEPS
     with pytest.raises(MoejaxError, match="not the relevance of a step"):
@@ -114,7 +115,7 @@ def test_cache_policies(results: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_steps_share_a_pass(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass for all steps; several if their vectors are too large to be held together, and the same numbers."""
+    """All steps share one pass, or several passes if their vectors need too much memory; the numbers are the same."""
     # 9 tokens are padded to 16
     counted, pairs_only = [], 2 * 16 * 40 * 4 * 13
     monkeypatch.setattr(propagation, "relevance", lambda *a, **k: counted.append(1) or relevance(*a, **k))
@@ -133,16 +134,16 @@ def test_explain_tokens(which: Any, steps: list[int], results: dict[str, Any]) -
 
 
 def test_layerwise_outputs(results: dict[str, Any]) -> None:
-    """Those of transformers, for every step; without relevance too."""
+    """Layerwise outputs equal those of transformers at every step, also if no relevance is asked for."""
     trace = run(return_relevance=False, return_layerwise_output=True)["layerwise_output_trace"]
     assert len(trace) == STEPS
     with torch.no_grad():
-        own = small_torch("olmoe")(torch.tensor(results["generated_ids"][:, :-1]), output_hidden_states=True)
+        output = small_torch("olmoe")(torch.tensor(results["generated_ids"][:, :-1]), output_hidden_states=True)
     for index, step in enumerate(trace):
         columns = len(PROMPT) + index
-        first = own.hidden_states[1][:, :columns].numpy()
+        first = output.hidden_states[1][:, :columns].numpy()
         assert_close(step["all_out"]["decoder_residual_feed_forward_0"], first, scale=1)
-        assert_close(step["all_out"]["decoder_lm_head"], own.logits[:, :columns].numpy(), scale=1)
+        assert_close(step["all_out"]["decoder_lm_head"], output.logits[:, :columns].numpy(), scale=1)
         assert_close(step["all_in"]["decoder_layer_norm_1_0"], first, scale=1)
         middle, written = (step["all_out"][f"decoder_{n}_0"] for n in ("residual_self_attention", "feed_forward"))
         assert_close(middle + written, first, scale=1)
@@ -209,9 +210,9 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], message: str
 
 
 def test_empty_prompt_begins_with_the_start_token() -> None:
-    found = run(prompt=([[0]], [[0]]), bos_token_id=5, return_relevance=False, max_new_tokens=1)
+    result = run(prompt=([[0]], [[0]]), bos_token_id=5, return_relevance=False, max_new_tokens=1)
     np.testing.assert_array_equal(
-        found["generated_ids"][0, -1:],
+        result["generated_ids"][0, -1:],
         run(prompt=[[5]], return_relevance=False, max_new_tokens=1)["generated_ids"][0, -1:],
     )
 
@@ -231,7 +232,12 @@ def test_constructor() -> None:
     with pytest.warns(UserWarning, match="activation_dict"):
         Backtrace(model, {"act": "silu"})
     short = Backtrace(engine("olmoe").model, max_length=len(PROMPT) + 1)
+    model_and_limit = "Backtrace(olmoe, 2 layers, 6 experts, device='cpu', max_length=8"
+    assert repr(short) == f"{model_and_limit})"
     assert short.run_task(inputs=[PROMPT])["generated_ids"].shape == (1, len(PROMPT) + 1)
+    assert repr(short) == f"{model_and_limit}, task='generation', rule={Proportional()!r})"
+    short.close()
+    assert repr(short) == f"{model_and_limit})"
     with pytest.raises(PromptError, match="leaves no room in max_length"):
         short.run_task(inputs=[PROMPT * 2])
 
@@ -250,6 +256,7 @@ def test_attributes(family: str) -> None:
     assert graph["decoder_embeddings"]["parent"] == ["decoder_residual_self_attention_0", "decoder_layer_norm_0_0"]
     bt.close(unload_model=True)
     assert bt.model is None
+    assert repr(bt) == f"Backtrace({family}, unloaded, device='cpu')"
     with pytest.raises(MoejaxError, match="unloaded"):
         bt.run_task(inputs=[PROMPT])
     assert engine(family).model is not None

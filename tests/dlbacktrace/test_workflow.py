@@ -1,4 +1,4 @@
-"""Every call that DLBacktrace's document on mixtures shows, in its order, end to end."""
+"""All calls in DLBacktrace's document on mixtures of experts, in their order."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ ATTENTION = [f"decoder_self_attention_{i}_attention_expert" for i in range(LAYER
 
 
 def mixtures(family: str) -> set[str]:
-    """The keys under which experts are told; Qwen's second layer is dense, JetMoE has experts of attention."""
+    """The keys of the experts' relevance; Qwen's second layer is dense, JetMoE has attention experts."""
     return {*(FEED_FORWARD[:1] if family == "qwen3_moe" else FEED_FORWARD), *(ATTENTION if family == "jetmoe" else [])}
 
 
-# the others compile for as long, and differ in what other tests look at
+# each family takes as long to compile; other tests cover the differences between them
 @pytest.mark.parametrize("family", [f if f == "gpt_oss" else pytest.param(f, marks=pytest.mark.slow) for f in FOUR])
 def test_every_call_in_order(family: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, words = small_torch(family), tokenizer()
@@ -58,11 +58,11 @@ def check_results(family: str, bt: Backtrace, results: dict[str, Any]) -> None:
     assert len(results["relevance_trace"]) == len(results["scores_trace"]) == STEPS
     with torch.no_grad():
         model, prompt = small_torch(family), torch.tensor([PROMPT])
-        theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=STEPS, do_sample=False)
-    own = theirs[0, len(PROMPT) :].tolist()
-    assert ids[0, len(PROMPT) :].tolist() == own
-    assert [scores.argmax(-1).item() for scores in results["scores_trace"]] == own
-    assert [step["token_id"] for step in results["relevance_trace"]] == own
+        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=STEPS, do_sample=False)
+    answer = expected[0, len(PROMPT) :].tolist()
+    assert ids[0, len(PROMPT) :].tolist() == answer
+    assert [scores.argmax(-1).item() for scores in results["scores_trace"]] == answer
+    assert [step["token_id"] for step in results["relevance_trace"]] == answer
     assert bt.model_type == family
     assert set(bt.all_layer_expert_relevance) == mixtures(family)
 
@@ -81,10 +81,10 @@ def check_experts(family: str, bt: Backtrace) -> None:
 
 
 def check_steps(results: dict[str, Any]) -> None:
-    """The loop over steps: as many nodes as promised, each token's relevance, and where the rest went."""
+    """The loop over steps: the number of nodes, the relevance of tokens, and the ledger for the rest."""
     assert len(results["relevance_trace"]) == STEPS
     for index, step in enumerate(results["relevance_trace"]):
-        all_wt, books = step["all_wt"], step["ledger"]
+        all_wt, ledger = step["all_wt"], step["ledger"]
         assert step["step_index"] == index
         assert len(all_wt) == 3 + 6 * LAYERS
         assert len(step["expert_relevance"]) > 0
@@ -92,21 +92,21 @@ def check_steps(results: dict[str, Any]) -> None:
         assert isinstance(relevance, np.ndarray)
         assert relevance.shape == (1, len(PROMPT) + index, 40)
         scores = np.sum(relevance, axis=-1).flatten()
-        biases = sum(leak.sum() for leak in books.leaks.values())
-        assert set(books.leaks) <= {"bias"}
+        biases = sum(leak.sum() for leak in ledger.leaks.values())
+        assert set(ledger.leaks) <= {"bias"}
         assert_close(np.sum(scores), 100 - biases)
-        assert_close(books.residual, 0)
+        assert_close(ledger.residual, 0)
         sums = {name: value.sum() for name, value in all_wt.items()}
         assert_close(sums["decoder_lm_head"], 100)
         for i in range(LAYERS):
-            # a sum hands out what it has: to its branch, and to the stream, which the branch's norm reads as well
+            # a residual sum passes its relevance to its branch and to the stream, which the branch's norm reads too
             stream, branch = sums[f"decoder_residual_feed_forward_{i}"], sums[f"decoder_feed_forward_{i}"]
             read, middle = sums[f"decoder_layer_norm_{i}_1"], sums[f"decoder_residual_self_attention_{i}"]
             assert_close(stream - branch + read, middle)
 
 
 def check_eval(bt: Backtrace, results: dict[str, Any]) -> None:
-    """One step's values, evaluated by themselves, give that step's relevance."""
+    """``eval`` on the values of one step gives that step's relevance."""
     all_out, all_in, generated = bt.compute_outputs(input_text=text(PROMPT), tokenizer=tokenizer(), max_length=STEPS)
     assert generated == [results["generated_ids"][0, len(PROMPT) :].tolist()]
     relevance = bt.eval(
@@ -121,10 +121,10 @@ def check_eval(bt: Backtrace, results: dict[str, Any]) -> None:
         device="cpu",
     )
     last = results["relevance_trace"][-1]
-    for name, theirs in last["all_wt"].items():
-        assert_close(relevance[name], theirs, name)
-    for name, theirs in last["expert_relevance"].items():
-        assert_close(bt.all_layer_expert_relevance[name], theirs, name)
+    for name, expected in last["all_wt"].items():
+        assert_close(relevance[name], expected, name)
+    for name, expected in last["expert_relevance"].items():
+        assert_close(bt.all_layer_expert_relevance[name], expected, name)
 
 
 def check_specialisation(bt: Backtrace) -> None:
@@ -137,7 +137,7 @@ def check_specialisation(bt: Backtrace) -> None:
 
 
 def check_against_explain(bt: Backtrace, results: dict[str, Any]) -> None:
-    """The last step is what ``explain`` says of its prefix."""
+    """The last step equals ``explain`` on its prefix."""
     ids, step = results["generated_ids"][0].tolist(), results["relevance_trace"][-1]
     assert bt.model is not None
     prefix, target = ids[:-1], moejax.Token(ids[-1])
@@ -149,7 +149,7 @@ def check_against_explain(bt: Backtrace, results: dict[str, Any]) -> None:
     assert_close(step["all_wt"]["decoder_self_attention_0"], rel.vectors["attention.0"] * unit)
     assert_close(step["all_wt"]["decoder_residual_feed_forward_0"], rel.vectors["stream.1"] * unit)
     for kind, keys in (("feed_forward", FEED_FORWARD), ("attention", ATTENTION)):
-        found = getattr(rel, kind)
+        result = getattr(rel, kind)
         for layer, key in enumerate(keys):
             if key in step["expert_relevance"]:
-                assert_close(step["expert_relevance"][key], found.by_token()[0, layer] * unit, key)
+                assert_close(step["expert_relevance"][key], result.by_token()[0, layer] * unit, key)

@@ -1,4 +1,4 @@
-"""One tiny model's greedy answers, as transformers gives them."""
+"""Greedy answers of transformers for one tiny model."""
 
 from typing import Any
 
@@ -11,5 +11,5 @@ NEW = 40
 
 @pytest.fixture(scope="session")
 def greedy(toy_torch: Any) -> list[list[int]]:
-    """What transformers continues each prompt with: ``NEW`` tokens."""
+    """The ``NEW`` tokens with which transformers continues each prompt."""
     return [theirs(toy_torch, prompt, NEW).new[0] for prompt in PROMPTS]

@@ -1,10 +1,10 @@
-"""What transformers generates, one prompt at a time and so without padding."""
+"""Generation by transformers, one prompt at a time and hence without padding."""
 
 from typing import Any
 
 import torch
 
-# a tiny model's work is far less than what threads wait for each other, above all on a busy machine
+# with a tiny model, threads would spend more time waiting for each other than computing
 torch.set_num_threads(1)
 
 PROMPTS = [[5, 31, 8, 44, 17, 9, 23], [12], [40, 7, 7, 51]]
@@ -12,7 +12,7 @@ PAD = 1
 
 
 def theirs(model: Any, prompt: list[int], count: int, eos_ids: tuple[int, ...] = (), **options: Any) -> Any:
-    """The output of ``generate`` without sampling; ``sequences`` hold the new tokens only."""
+    """The output of ``generate`` without sampling, with the new tokens of each sequence in ``new``."""
     tokens = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(

@@ -1,4 +1,4 @@
-"""Generation: the tokens of transformers, from one compiled program that never visits the host."""
+"""Generation gives the tokens of transformers, from one compiled program that never returns to the host."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -63,19 +63,19 @@ def test_the_first_of_several_ends_stops_a_row_and_only_that_row(
 
 
 def test_tokens_behind_the_end_are_padding(ending: moejax.LM, greedy: list[list[int]], ends: tuple[int, ...]) -> None:
-    found = ending.generate_tokens(PROMPTS, max_new_tokens=NEW)
-    for tokens, length, row in zip(found.tokens.tolist(), found.lengths.tolist(), greedy, strict=True):
+    generation = ending.generate_tokens(PROMPTS, max_new_tokens=NEW)
+    for tokens, length, row in zip(generation.tokens.tolist(), generation.lengths.tolist(), greedy, strict=True):
         assert length == min(len(until(row, *ends)) + 1, NEW)
         assert tokens == row[:length] + [PAD] * (NEW - length)
 
 
 def test_no_forward_pass_follows_the_last_token(toy_lm: moejax.LM) -> None:
-    """All slots of the cache are written: those of the prompt and of every new token but the last."""
+    """All cache positions are written: one for each token of the prompt and each new token but the last."""
     tokens, valid = left_pad(PROMPTS, max(map(len, PROMPTS)), PAD)
     call = decode._Call(toy_lm.flat, tokens, valid, np.arange(len(tokens)), jax.random.key(0), Sampling(), Reading())
-    plan = decode.Plan(NEW, (), PAD, return_scores=False)
-    state = decode._jit_decode(call, decode._jit_prefill(call, plan), plan, NEW, NEW)
-    assert int(state.step) == NEW
+    options = decode.StaticOptions(NEW, (), PAD, return_scores=False)
+    state = decode._jit_decode(call, decode._jit_prefill(call, options), options, NEW, NEW)
+    assert int(state.num_chosen) == NEW
     assert int(state.cache.length) == tokens.shape[1] + NEW - 1 == state.cache.valid.shape[1]
 
 
@@ -128,36 +128,48 @@ def test_seed_determines_the_draws(toy_lm: moejax.LM) -> None:
 def test_gates_apply_to_new_tokens(toy_lm: moejax.LM) -> None:
     """An expert switched off while generating is switched off in the forward pass over the result, too.
 
-    The gates differ by prompt, and every beam of a prompt has that prompt's.
+    The gates differ by prompt, and every beam of a prompt has the gates of its prompt.
     """
     prompts = [PROMPTS[0], PROMPTS[0]]
     gates = Gates.ones(toy_lm.config, jnp.zeros((2, 1), jnp.int32))
     gates = dataclasses.replace(gates, experts=gates.experts.at[0, 1, :, 3].set(0).at[1, 1, :, 6].set(0))
-    found = toy_lm.generate_tokens(prompts, max_new_tokens=12, gates=gates, num_beams=2, return_scores=True)
-    assert found.tokens[0].tolist() != found.tokens[1].tolist()
-    logits = toy_lm(jnp.concatenate([jnp.array(prompts), found.tokens], axis=1), gates=gates)
+    generation = toy_lm.generate_tokens(prompts, max_new_tokens=12, gates=gates, num_beams=2, return_scores=True)
+    assert generation.tokens[0].tolist() != generation.tokens[1].tolist()
+    logits = toy_lm(jnp.concatenate([jnp.array(prompts), generation.tokens], axis=1), gates=gates)
     plain = jax.nn.log_softmax(logits[:, len(PROMPTS[0]) - 1 : -1])
-    want = jnp.take_along_axis(plain, found.tokens[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(found.log_probs, want, rtol=1e-4, atol=1e-5)
+    want = jnp.take_along_axis(plain, generation.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(generation.log_probs, want, rtol=1e-4, atol=1e-5)
 
 
 def test_gates_of_every_token(toy_lm: moejax.LM) -> None:
-    """Gates for prompt and new tokens hold each for its own; those of the prompt alone would leave the others open."""
+    """Gates for prompt and new tokens apply each to its token; gates of another length are refused."""
     prompt, new = PROMPTS[0], 8
     tokens = prompt + [0] * new
     gates = Gates.ones(toy_lm.config, tokens).drop_head(0, 3).drop_token(1, 1).drop_expert(1, 2, len(prompt) + 2)
-    found = toy_lm.generate_tokens([prompt], max_new_tokens=new, gates=gates, return_scores=True)
-    logits = toy_lm(prompt + found.tokens[0].tolist(), gates=gates)
+    generation = toy_lm.generate_tokens([prompt], max_new_tokens=new, gates=gates, return_scores=True)
+    logits = toy_lm(prompt + generation.tokens[0].tolist(), gates=gates)
     plain = jax.nn.log_softmax(logits[:, len(prompt) - 1 : -1])
-    want = jnp.take_along_axis(plain, found.tokens[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(found.log_probs, want, rtol=1e-4, atol=1e-5)
+    want = jnp.take_along_axis(plain, generation.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(generation.log_probs, want, rtol=1e-4, atol=1e-5)
     other = toy_lm.generate_tokens([prompt], max_new_tokens=new, return_scores=True)
-    assert np.abs(found.log_probs - other.log_probs).max() > 1e-3
+    assert np.abs(generation.log_probs - other.log_probs).max() > 1e-3
     ones = Gates.ones(toy_lm.config, tokens)
     assert toy_lm.generate_ids([prompt], max_new_tokens=new, gates=ones) == [other.tokens[0].tolist()]
     for length in (len(prompt), len(tokens) + 1):
         with pytest.raises(MoejaxError, match=r"gates on tokens of shape .* do not fit"):
             toy_lm.generate_ids([prompt], max_new_tokens=new, gates=Gates.ones(toy_lm.config, [0] * length))
+
+
+def test_repr_of_a_generation_gives_shapes(toy_lm: moejax.LM) -> None:
+    """A model's numbers are not printed, and the class stays a named tuple and a pytree."""
+    generation = toy_lm.generate_tokens(PROMPTS, max_new_tokens=4)
+    assert repr(generation) == "Generation(tokens=int32[3,4], lengths=int32[3])"
+    scored = generation._replace(scores=jnp.zeros((3, 4, 53)))
+    assert repr(scored) == "Generation(tokens=int32[3,4], lengths=int32[3], scores=float32[3,4,53])"
+    tokens, lengths, *scores = generation
+    assert (tokens.shape, lengths.shape, scores) == ((3, 4), (3,), [None, None, None])
+    shapes = jax.tree.map(jnp.shape, generation)
+    assert repr(shapes) == "Generation(tokens=(3, 4), lengths=(3,))"
 
 
 def test_prompts_as_an_array(toy_lm: moejax.LM) -> None:

@@ -1,4 +1,4 @@
-"""Each processor against that of transformers on random logits; histories of unequal length as if they were alone."""
+"""Each processor equals its namesake in transformers; histories of unequal length do not affect each other."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def logits() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def history() -> np.ndarray:
-    """Few different tokens, so that sequences recur; -1 before the start of the shorter rows."""
+    """Four different tokens, so that sequences recur; -1 before the start of the shorter rows."""
     tokens = np.random.default_rng(1).integers(0, 4, (B, S))
     tokens[0, -6:] = [1, 3, 2, 0, 1, 3]
     return np.where(np.arange(S) >= S - np.array(LENGTHS)[:, None], tokens, -1)

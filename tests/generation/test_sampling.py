@@ -1,4 +1,4 @@
-"""The limits on sampling against an independent reading of them in numpy, and the draws against their distribution."""
+"""The limits on sampling equal an independent numpy version, and the draws follow their distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ B, V = 3, 11
 
 
 def keys(count: int, seed: int = 1) -> jax.Array:
-    """One for each row."""
+    """Random keys, one for each row."""
     return jax.random.split(jax.random.key(seed), count)
 
 
 def expected_limits(row: np.ndarray, temperature: float, top_k: int, top_p: float) -> tuple[np.ndarray, float]:
-    """Tempered logits with -inf outside the limits, and how close the choice is to falling the other way.
+    """Tempered logits with -inf outside the limits, and how close the sum came to ``top_p``.
 
-    Walks from the best token down, one at a time.
+    Goes from the best token down, one at a time.
     """
     scaled = row.astype(np.float64) / temperature
     kept = np.full(V, True)
@@ -39,7 +39,7 @@ def expected_limits(row: np.ndarray, temperature: float, top_k: int, top_p: floa
     return np.where(kept, scaled, -np.inf), margin
 
 
-# multiples of 1/64: ties are likely, and no number is so small that XLA takes it for zero
+# multiples of 1/64: ties are likely, and no number is so small that XLA flushes it to zero
 LOGITS = hnp.arrays(np.int32, (B, V), elements=st.integers(-512, 512)).map(lambda a: (a / 64).astype(np.float32))
 
 
@@ -85,7 +85,7 @@ def test_one_kept_token_is_the_greedy_choice() -> None:
 
 
 def test_draws_follow_the_limited_distribution() -> None:
-    """40 000 draws: each token's count within 4.5 standard deviations, none of what the limits left out."""
+    """40 000 draws: each token's count is within 4.5 standard deviations, and no token outside the limits is drawn."""
     logits, sampling, draws = jnp.array([0.0, 1.0, 2.0, 2.5, -1.0, 0.5, -3.0]), Sampling(1.5, 5, 0.9), 40_000
     limited = sampling.limited(logits[None])
     counts = np.bincount(np.asarray(sampling.draw(jnp.tile(limited, (draws, 1)), keys(draws, 7))), minlength=7)

@@ -1,4 +1,4 @@
-"""Settings: what is refused, with a word on how to mend it, and what is compiled anew."""
+"""Settings: which values are refused with a hint, and which need another compiled program."""
 
 import jax
 import pytest
@@ -33,7 +33,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("settings", REFUSED, ids=str)
-def test_what_makes_no_sense_is_refused(settings: dict) -> None:
+def test_values_out_of_range_or_without_effect_are_refused(settings: dict) -> None:
     with pytest.raises(MoejaxError, match=next(iter(settings))):
         Sampling(**settings)
 
@@ -50,7 +50,7 @@ def test_what_makes_no_sense_is_refused(settings: dict) -> None:
     ],
     ids=str,
 )
-def test_what_does_not_fit_the_call_is_refused(options: dict, toy_lm: moejax.LM) -> None:
+def test_options_that_do_not_fit_the_call_are_refused(options: dict, toy_lm: moejax.LM) -> None:
     with pytest.raises(MoejaxError, match=next(iter(options))):
         toy_lm.generate_ids([PROMPTS[0]], **options)
 
@@ -87,6 +87,13 @@ def test_settings_survive_as_a_tree() -> None:
 def test_another_temperature_is_not_compiled_anew(toy_lm: moejax.LM) -> None:
     options = {"max_new_tokens": 12, "top_k": 20, "num_return_sequences": 2}
     toy_lm.generate_ids(PROMPTS, temperature=1.3, top_p=0.95, **options)
-    before = decode._whole.jitted._cache_size()
+    before = decode._generate.jitted._cache_size()
     toy_lm.generate_ids(PROMPTS, temperature=0.7, top_p=0.5, **options)
-    assert decode._whole.jitted._cache_size() == before
+    assert decode._generate.jitted._cache_size() == before
+
+
+def test_a_message_quotes_the_values_as_given() -> None:
+    with pytest.raises(MoejaxError, match=r"^top_p=1\.1: a probability above 0, or 1 to keep all\.$"):
+        Sampling(top_p=1.1, temperature=1.0)
+    with pytest.raises(MoejaxError, match=r"^num_return_sequences=3 of num_beams=2: ask for at most as many"):
+        Sampling(num_beams=2, num_return_sequences=3)

@@ -137,6 +137,6 @@ def test_generation(lm):
         return ids[-4:]
 
     assert lm.generate_ids([PROMPT], max_new_tokens=4) == [greedily(PROMPT)]
-    before = decode._whole.jitted._cache_size()
+    before = decode._generate.jitted._cache_size()
     assert lm.generate_ids([PROMPT[:3]], max_new_tokens=4) == [greedily(PROMPT[:3])]
-    assert decode._whole.jitted._cache_size() == before
+    assert decode._generate.jitted._cache_size() == before

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from moejax import LM, Cell, Continuation, Gates, MoejaxError, Relevance, Span, ablate, explain, explain_batch
 from moejax import Backtrace as DLBacktrace
-from moejax.dlbacktrace.propagation import StartWeights
+from moejax.dlbacktrace.propagation import LogitRelevanceSeeds
 from moejax.generation import generate_tokens
 from moejax.lm import _logits
 from moejax.models import FlatDecoder, shard
@@ -321,7 +321,7 @@ def test_backtrace(task: str) -> None:
 def test_one_start_is_one_pass_back() -> None:
     """Given relevance of logits at many positions, which is what Backtrace starts from, is one target."""
     for model in (single("olmoe"), spread("olmoe", "data")):
-        start = StartWeights(jnp.arange(9)[None], jnp.ones((1, 9, VOCABULARY)))
+        start = LogitRelevanceSeeds(jnp.arange(9)[None], jnp.ones((1, 9, VOCABULARY)))
         tokens = jnp.asarray(TOKENS[:1, :9], jnp.int32)
         found = relevance(model.flat, tokens, None, start, Gates(), rule=Proportional())
         assert found.gates.tokens is not None
