@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from sharding.tiny import VOCABULARY, single
+from tiny.four_devices import VOCABULARY, single
 
 from moejax import Continuation, explain, explain_batch
 from moejax.xla import _MENDED, _sums_are_right, refuse_wrong_sums

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.layers import CASES, B, D, E, K, O, T, built_in, call, make, objective, parameters, some_mask, tokens
 
-from .reference import LIBMOE, PUBLISHED, Found, expert, smoe_plus_plus
-from .toy import CASES, B, D, E, K, O, T, built_in, call, make, objective, parameters, some_mask, tokens
+from layers.reference import LIBMOE, PUBLISHED, Found, expert, smoe_plus_plus
 
 pytestmark = pytest.mark.usefixtures("x64")
 every_case = pytest.mark.parametrize(("name", "compat"), CASES)
