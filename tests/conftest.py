@@ -6,6 +6,7 @@
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,26 @@ if importlib.util.find_spec("moejax") is None:
     sys.path.insert(0, str(ROOT))
 assert "moejax" not in sys.modules, "moejax was imported before its shapes could be checked"
 jaxtyping.install_import_hook("moejax", "shape_checking.check")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the mark of files that may be run after every change."""
+    config.addinivalue_line("markers", "fast: takes seconds and needs no torch; run with `pytest -m fast`")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print how long each room took, where ``--durations`` asks for times."""
+    if config.option.durations is None:
+        return
+    rooms: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folder = Path(report.nodeid.split("::")[0]).parent
+                rooms["/".join(folder.parts[-2:])] += report.duration
+    terminalreporter.section("seconds of each room")
+    for room, seconds in rooms.most_common():
+        terminalreporter.write_line(f"{seconds:8.1f}  {room}")
 
 
 @pytest.fixture(scope="module", autouse=True)
