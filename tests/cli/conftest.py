@@ -13,7 +13,7 @@ TEXT = ["the cat sat on the mat and the dog sat on the cat", "a dog and a cat", 
 
 
 class Outcome(NamedTuple):
-    """What a run of the command left."""
+    """Exit code and output of a run of the command."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""What every layer keeps: copies compute what was copied, weights sum to one, empty routes cost nothing."""
+"""Properties of every layer: copies compute what was copied, weights sum to one, empty routes cost nothing."""
 
 import math
 from typing import Any

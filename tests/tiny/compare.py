@@ -1,4 +1,4 @@
-"""How tests compare numbers."""
+"""Comparison of numbers."""
 
 from typing import Any
 

@@ -45,7 +45,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "llama": {**_HEADS, **_ROPE},
 }
-"""What the sizes of four devices change in the families' fields."""
+"""Fields of the families that differ from those of :mod:`tiny.hugging_face`, so that sizes divide by four."""
 
 _MOEJAX = {
     **_HEADS,

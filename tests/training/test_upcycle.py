@@ -57,7 +57,7 @@ BIASED = dense(mlp_bias=True, attention_bias=True)
 
 
 def often(values: list, often: list) -> list:
-    """All of them; those that are not to be run often are slow."""
+    """All values; values that are not in ``often`` are slow tests."""
     return [value if value in often else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
@@ -93,7 +93,7 @@ def test_parts_of_a_copy_are_selected_together() -> None:
 
 @pytest.mark.parametrize("name", often(sorted(registered()), ["smoe", "smoe_share", "smoe_tcmoe"]))
 def test_registered_layers(name: str, tmp_path: Path) -> None:
-    """Those whose weights sum to one are exact; of the others the error is told. All are decoders that can be kept."""
+    """Layers whose weights sum to one are exact, others report their error. All make decoders that can be saved."""
     args = {"routed_scaling_factor": 1.0} if name == "smoe_sharev3" else None
     made = upcycle(LM, MixtureSpec(E, K, name, args), key=KEY, tokens=TOKENS, layers="layers.[1-9].*")
     assert set(made.errors) == {"layers.1.feed_forward"}
@@ -126,7 +126,7 @@ def test_registered_layers_are_split(name: str) -> None:
 
 @pytest.mark.parametrize("split", often([1, 3], [3]))
 def test_the_result_is_a_mixtral(split: int, tmp_path: Path) -> None:
-    """What transformers' Mixtral computes from the exported folder are the dense model's logits."""
+    """Transformers' Mixtral computes the dense model's logits from the exported folder."""
     import torch
     import transformers
 

@@ -25,7 +25,7 @@ RULES = {
     "backtrace": Proportional(),
 }
 MODELS = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
-# what is not run often because another run shows nearly the same
+# slow tests: another run shows nearly the same
 RARE = {m for m in MODELS if m[0] != "olmoe" and m[1] != "expert"} | {("qwen3_moe", "expert")}
 
 

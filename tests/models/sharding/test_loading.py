@@ -141,7 +141,7 @@ def test_a_part_of_one_tensor_is_a_view_of_the_mapped_file(name: str, leaf: str,
 
 
 def _mapped(array: np.ndarray | None) -> bool:
-    """Whether the data lie in a mapped file."""
+    """Return whether the data lie in a mapped file."""
     while isinstance(array, np.ndarray):
         if isinstance(array, np.memmap):
             return True

@@ -50,7 +50,7 @@ def test_logits(family: str, layout: str) -> None:
 
 @models()
 def test_gates(family: str, layout: str) -> None:
-    """Those of one sequence, and those of all."""
+    """Gates of one sequence, and gates of all sequences."""
     ours, theirs = spread(family, layout), single(family)
     of_one = Gates.ones(theirs.config, TOKENS)
     assert of_one.tokens is not None
@@ -91,7 +91,7 @@ def test_generation_with_a_time_limit() -> None:
 @models(("olmoe", "data and expert"))
 @pytest.mark.parametrize("count", [1, 5])
 def test_relevance(family: str, layout: str, count: int) -> None:
-    """Of one sequence, whose targets are shared, and of more than there are devices."""
+    """Relevance in one sequence, whose targets devices divide, and in more sequences than there are devices."""
     ours, theirs = (
         explain_batch(m, PROMPTS[:count], target=THREE, nodes=["attention.1"], chunk=2)
         for m in (spread(family, layout), single(family))
