@@ -1,19 +1,20 @@
-"""What all tests share: shapes checked at run time, JAX on the CPU, no network, and tiny models.
+"""Settings and fixtures of all tests: shapes checked at run time, JAX on the CPU, no network, tiny models.
 
-Sizes are all different, so that a swapped axis cannot pass: B=3, T=7, L=2, D=48, H=8, G=4, C=6, F=14, E=9, K=5, V=53.
+``tests/README.md`` says where what stands.
 """
 
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# compiling is most of the time, and of tiny programs the optimiser makes nothing better; this halves it
+# compiling takes most of the time, and optimising tiny programs gains nothing; this halves the time
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -29,47 +30,49 @@ if importlib.util.find_spec("moejax") is None:
 assert "moejax" not in sys.modules, "moejax was imported before its shapes could be checked"
 jaxtyping.install_import_hook("moejax", "shape_checking.check")
 
-TOY = {
-    "vocab_size": 53,
-    "hidden_size": 48,
-    "intermediate_size": 14,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_experts": 9,
-    "num_experts_per_tok": 5,
-    "max_position_embeddings": 128,
-    "eos_token_id": None,
-    "pad_token_id": 1,
-}
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the mark of files that may be run after every change."""
+    config.addinivalue_line("markers", "fast: takes seconds and needs no torch; run with `pytest -m fast`")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print how long each room took, where ``--durations`` asks for times."""
+    if config.option.durations is None:
+        return
+    rooms: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folder = Path(report.nodeid.split("::")[0]).parent
+                rooms["/".join(folder.parts[-2:])] += report.duration
+    terminalreporter.section("seconds of each room")
+    for room, seconds in rooms.most_common():
+        terminalreporter.write_line(f"{seconds:8.1f}  {room}")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
+    """Free compiled programs after every file."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def forget_programs_of_long_files() -> Iterator[None]:
+    """Free compiled programs within a file that compiles very many."""
     yield
     forget_if_many()
 
 
-@cache
-def _olmoe(options: tuple[tuple[str, Any], ...], seed: int) -> Any:
-    import torch
-    import transformers
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield
 
-    torch.manual_seed(seed)
-    config = transformers.OlmoeConfig(**TOY | dict(options))
-    model = transformers.OlmoeForCausalLM(config).eval()
-    model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return model
+
+# the factory imports moejax, which no test needs that only reads text: it is imported where it is used
 
 
 @pytest.fixture(scope="session")
@@ -78,14 +81,9 @@ def make_olmoe() -> Callable[..., Any]:
 
     Models are shared between tests: do not change them.
     """
+    from tiny.hugging_face import olmoe
 
-    def make(seed: int = 0, **options: Any) -> Any:
-        frozen = {k: tuple(sorted(v.items())) if isinstance(v, dict) else v for k, v in options.items()}
-        if frozen == options:
-            return _olmoe(tuple(sorted(options.items())), seed)
-        return _olmoe.__wrapped__(tuple(options.items()), seed)
-
-    return make
+    return olmoe
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +94,7 @@ def toy_torch(make_olmoe: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def toy_lm(toy_torch: Any) -> Any:
-    """The same model, loaded."""
+    """The model of ``toy_torch``, loaded."""
     import moejax
 
     return moejax.load(toy_torch)
@@ -104,28 +102,23 @@ def toy_lm(toy_torch: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def toy_config() -> dict[str, Any]:
-    """A Hugging Face config of the toy sizes."""
+    """The Hugging Face config of ``toy_torch``."""
+    from tiny.hugging_face import TOY
+
     return {"model_type": "olmoe", **TOY}
 
 
 @pytest.fixture(scope="session")
 def toy_tokens() -> np.ndarray:
-    """Token ids ``[B T]`` for the toy models; no special token among them."""
+    """Token ids ``[B T]`` for ``toy_torch``; no special token is among them."""
+    from tiny.hugging_face import TOY
+
     return np.random.default_rng(0).integers(2, TOY["vocab_size"], (3, 7))
 
 
 @pytest.fixture(scope="session")
 def torch_logits() -> Callable[..., np.ndarray]:
     """A function (torch model, tokens, valid) that returns the logits of ``transformers``."""
+    from tiny import hugging_face
 
-    def logits(model: Any, tokens: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-        import torch
-
-        valid = np.ones_like(tokens) if valid is None else valid
-        mask = torch.tensor(valid.astype(np.int64))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        with torch.no_grad():
-            out = model(torch.tensor(tokens), attention_mask=mask, position_ids=positions)
-        return out.logits.float().numpy()
-
-    return logits
+    return partial(hugging_face.torch_logits, positions=True)

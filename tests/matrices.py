@@ -1,4 +1,4 @@
-"""What the tests of kernels for packed matrices multiply, and how they compare it."""
+"""Random operands for the tests of kernels for packed (MXFP4) matrices, and the comparison of their results."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the tests of the grouped product, and of rules on it, are written in: slots rather than rows, and some loads."""
+"""The grouped product written by slots instead of rows, and some loads, for the tests of it and of rules on it."""
 
 import numpy as np
 from jaxtyping import Array, Float

@@ -1,4 +1,4 @@
-"""What programs are made without, and that nothing of it lasts."""
+"""Programs are traced without garbage collection and long locations, and both settings return afterwards."""
 
 import gc
 import threading

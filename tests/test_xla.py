@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from sharding.tiny import VOCABULARY, single
+from tiny.four_devices import VOCABULARY, single
 
 from moejax import Continuation, explain, explain_batch
 from moejax.xla import _MENDED, _sums_are_right, refuse_wrong_sums
@@ -23,7 +23,7 @@ refuse_wrong_sums()
 
 @pytest.mark.parametrize("shape", [(5, 12, 12, 12), (5, 12, 12)], ids=str)
 def test_sums_of_products_that_broadcast(shape: tuple[int, ...]) -> None:
-    """Of which the first was wrong."""
+    """The product of the first shape was summed wrongly."""
     rng = np.random.default_rng(0)
     p = rng.random(shape, np.float32)
     t = rng.normal(size=(4, *p.shape)).astype(np.float32)

@@ -1,19 +1,22 @@
-"""Training: packed text, losses over a model, the train step, checkpoints to resume from, and whole runs."""
+"""Training: token corpora, losses over a model, the train step, saved states to resume from, and whole runs."""
+
+import warnings
+from typing import Any
 
 from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus, windows
 from moejax.training.losses import LossWeights, language_model_loss
 from moejax.training.run import Run
-from moejax.training.state_store import Checkpoints
+from moejax.training.state_store import StateStore
 from moejax.training.step import TrainState, make_train_steps
 from moejax.training.upcycle import MixtureSpec, Upcycled, expert_stack, upcycle
 
 __all__ = [
-    "Checkpoints",
     "Corpus",
     "LossWeights",
     "MixtureSpec",
     "Run",
+    "StateStore",
     "TrainConfig",
     "TrainState",
     "Upcycled",
@@ -23,3 +26,12 @@ __all__ = [
     "upcycle",
     "windows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return :class:`StateStore` under its earlier name ``Checkpoints``, with a warning."""
+    if name == "Checkpoints":
+        message = "moejax.training.Checkpoints is now called moejax.training.StateStore."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return StateStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a training run is told: one JSON file."""
+"""Settings of a training run, as one JSON file holds them."""
 
 import json
 from collections.abc import Mapping
@@ -19,24 +19,35 @@ from moejax.training.losses import LossWeights
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. Paths are relative to the folder in which it is started.
+    """Settings of a training run. Relative paths start at the process's working directory.
 
     Attributes:
-        model: the decoder, with the field names of Hugging Face configs; ``model_type`` is ``moejax`` by default, whose
-            fields ``moejax/models/families/moejax.py`` lists. The vocabulary is the tokenizer's by default.
-        data: a corpus (``.npz``), or texts (``.jsonl``, or plain), read as by ``read_texts``; ``"sample"`` is bundled.
-        heldout: the same for the held-out loss; by default the last ``heldout_share`` of the data, at most
-            ``heldout_tokens`` of either.
-        tokenizer: a ``tokenizer.json``; by default that beside a corpus, else that of the bundled model.
-        batch, length: sequences of a step, and their tokens.
-        accumulate: micro-batches of a step.
-        learning_rate: at its highest, after ``warmup`` steps; it falls to a twentieth of it along a cosine.
-        weight_decay: of matrices, the embedding excepted.
-        clip: largest norm of a gradient.
-        compute_dtype: of the forward and backward pass; parameters are float32.
-        balance_loss_coef, router_z_loss_coef, reduce_layers: as in :class:`moejax.training.LossWeights`.
-        log_every, save_every: steps between lines of metrics, and between checkpoints with a held-out loss.
-        mesh: sizes of the axes ``data``, ``expert`` and ``tensor`` over which devices are laid out; one by default.
+        model: fields of the decoder's config, named as in Hugging Face configs. ``model_type`` is ``moejax`` by
+            default (``moejax/models/families/moejax.py`` lists its fields), ``vocab_size`` the tokenizer's size.
+        data: file to train on: a corpus (``.npz``) or texts (``.jsonl`` or plain text, see
+            :func:`moejax.training.data.read_texts`). ``"sample"`` names the text that is bundled with moejax.
+        heldout: file for the held-out loss, in the same formats. By default the end of ``data`` is held out.
+        heldout_share: how much of ``data`` is held out where ``heldout`` is not given; a fraction of its tokens.
+        heldout_tokens: the held-out loss reads at most this many tokens.
+        tokenizer: a ``tokenizer.json``. By default the file beside an ``.npz`` corpus, else the tokenizer of the
+            bundled model ``tiny-olmoe``.
+        steps: optimiser steps of the run.
+        batch: sequences in a step.
+        length: tokens of a sequence.
+        accumulate: micro-batches into which a step's batch is cut.
+        learning_rate: peak of the learning rate, reached after ``warmup`` steps. The rate then falls along a cosine to
+            a twentieth of the peak.
+        weight_decay: AdamW's decay of matrices; the embedding, biases and vectors are not decayed.
+        warmup: steps of linear warm-up, at most a tenth of the run.
+        clip: gradients with a larger global norm are scaled down to this norm.
+        compute_dtype: dtype of the forward and the backward pass; parameters are kept in float32.
+        balance_loss_coef: ``balance`` of :class:`moejax.training.LossWeights`.
+        router_z_loss_coef: ``z`` of the same.
+        reduce_layers: ``reduce`` of the same.
+        log_every: steps between two rows of metrics.
+        save_every: steps between two saved states; each save also computes the held-out loss.
+        seed: seed of the initial weights and of the data's order.
+        mesh: sizes of the mesh axes ``data``, ``expert`` and ``tensor``; empty for one device.
     """
 
     model: Mapping[str, Any]
@@ -64,31 +75,34 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> Self:
-        """Read a JSON file; ``changes`` that are not ``None`` replace its fields.
+        """Read settings from a JSON file.
+
+        Args:
+            changes: settings that replace the file's; ``None`` leaves the file's value.
 
         Raises:
-            ConfigError: no such file, no JSON object, or fields that are unknown, missing or make no sense.
+            ConfigError: the file is missing or is not JSON, or a setting is unknown, missing or senseless.
         """
         try:
-            found = json.loads(path.read_text("utf-8"))
+            settings = json.loads(path.read_text("utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{path}: no such file.") from error
         except ValueError as error:
             raise ConfigError(f"{path}: not JSON: {error}") from error
         known = {f.name for f in fields(cls)}
-        found |= {name: value for name, value in changes.items() if value is not None}
-        if unknown := sorted(set(found) - known):
+        settings |= {name: value for name, value in changes.items() if value is not None}
+        if unknown := sorted(set(settings) - known):
             raise ConfigError(f"{path}: unknown fields {', '.join(unknown)}; known are: {', '.join(sorted(known))}.")
-        if missing := sorted({"model", "data"} - set(found)):
+        if missing := sorted({"model", "data"} - set(settings)):
             raise ConfigError(f"{path}: no {' and no '.join(missing)}.")
-        return cls(**found).checked()
+        return cls(**settings).checked()
 
     def checked(self) -> Self:
-        """These settings, if they make sense.
+        """Return these settings after checking them.
 
         Raises:
-            ConfigError: a number that is not positive, intervals that do not divide, fewer held-out tokens than a
-                window has, or an unknown mesh axis.
+            ConfigError: a count is not a positive integer, ``log_every`` does not divide ``save_every`` or ``steps``,
+                ``heldout_tokens`` is not more than ``length``, or a mesh axis is unknown.
         """
         for name in ("steps", "batch", "length", "accumulate", "log_every", "save_every"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
@@ -103,21 +117,24 @@ class TrainConfig:
         return self
 
     def with_moe(self, name: str) -> Self:
-        """The same with another MoE layer; its settings are those of the class, but for widths and activation."""
+        """Return these settings with the registered MoE layer ``name`` instead of the present one.
+
+        Widths and activation stay; other settings of the layer (``moe_args``) go back to the defaults of its class.
+        """
         kept = {key: value for key, value in self.model.items() if key not in ("moe", "moe_args")}
         return replace(self, model=kept | {"moe": name})
 
     def hugging_face(self, vocab_size: int) -> dict[str, Any]:
-        """The decoder's config as it is written beside the weights."""
+        """Return the decoder's config with Hugging Face's field names, as it is written beside the weights."""
         return {"model_type": "moejax", "vocab_size": vocab_size, "max_position_embeddings": 4 * self.length} | dict(
             self.model
         )
 
     def architecture(self, vocab_size: int) -> Config:
-        """The decoder's architecture.
+        """Return the decoder's config as moejax reads it.
 
         Raises:
-            ConfigError: it is not supported.
+            ConfigError: the model is not supported, or its vocabulary is smaller than ``vocab_size``.
         """
         hugging_face = self.hugging_face(vocab_size)
         config = family(hugging_face["model_type"]).config(hugging_face)
@@ -126,13 +143,16 @@ class TrainConfig:
         return config
 
     def loss_weights(self) -> LossWeights:
-        """How auxiliary losses enter the total."""
+        """Return the weights with which auxiliary losses enter the total loss."""
         return LossWeights(self.balance_loss_coef, self.router_z_loss_coef, self.reduce_layers)
 
     def optimiser(self) -> optax.GradientTransformation:
-        """AdamW with warm-up and cosine decay; norms, biases, other vectors and the embedding are not decayed."""
+        """Return AdamW with gradient clipping, linear warm-up and cosine decay of the learning rate.
+
+        Weights of norms, biases, other vectors and the embedding are not decayed.
+        """
         peak = self.learning_rate
-        # shorter runs warm up for a tenth of them
+        # a short run warms up for a tenth of its steps
         warmup = min(self.warmup, max(1, self.steps // 10))
         schedule = optax.warmup_cosine_decay_schedule(0, peak, warmup, max(self.steps, warmup + 1), peak / 20)
 
@@ -140,10 +160,10 @@ class TrainConfig:
         return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
     def device_mesh(self) -> Mesh | None:
-        """The mesh, if there is to be one.
+        """Return the mesh of devices, or ``None`` for one device.
 
         Raises:
-            ConfigError: fewer devices than it needs.
+            ConfigError: there are fewer devices than the mesh needs.
         """
         if not self.mesh:
             return None
@@ -154,16 +174,19 @@ class TrainConfig:
         return jax.make_mesh(sizes, tuple(self.mesh), axis_types=auto, devices=jax.devices()[:need])
 
     def decoder(self, config: Config, key: PRNGKeyArray, mesh: Mesh | None) -> Decoder:
-        """The decoder with random weights, laid over the mesh."""
+        """Return a decoder with random weights, sharded over the mesh."""
         decoder = Decoder.init(config, key)
         return decoder if mesh is None else shard(decoder, mesh)
 
 
 def _decayed(decoder: Any) -> Any:
-    """Which leaves are decayed; a bias is none whatever its axes are."""
+    """Return a tree of booleans: whether weight decay applies to a leaf.
 
-    def one(path: tuple, leaf: Any) -> bool:
+    Biases are told by name: biases of heads and of experts have several axes.
+    """
+
+    def is_decayed(path: tuple, leaf: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         return leaf.ndim > 1 and name != "embedding" and not name.endswith("bias")
 
-    return jax.tree_util.tree_map_with_path(one, decoder)
+    return jax.tree_util.tree_map_with_path(is_decayed, decoder)

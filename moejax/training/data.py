@@ -1,4 +1,4 @@
-"""FlatDecoder token corpora, texts of files, and random windows of them."""
+"""Token corpora, texts read from files, and random windows of a corpus."""
 
 import json
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ from moejax.errors import MoejaxError
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as one array of token ids, each followed by the end-of-text token.
+    """Documents in one array of token ids; an end-of-text token follows each document.
 
     Attributes:
-        starts: first token of each document.
-        domains: label of each document.
+        tokens: ids of all ``n`` tokens.
+        starts: index in ``tokens`` of the first token of each of ``d`` documents.
+        domains: number of each document's domain (a label such as the source of the text).
     """
 
     tokens: Integer[np.ndarray, " n"]
@@ -30,10 +31,10 @@ class Corpus:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read an ``.npz`` with ``tokens``, ``doc_starts`` and ``doc_domain``.
+        """Read an ``.npz`` file with the arrays ``tokens``, ``doc_starts`` and ``doc_domain``.
 
         Raises:
-            MoejaxError: the file is missing or lacks an array.
+            MoejaxError: the file or one of its arrays is missing.
         """
         if not path.exists():
             raise MoejaxError(f"{path}: no such corpus; make it with scripts/prepare_corpus.py.")
@@ -44,11 +45,16 @@ class Corpus:
             return cls(*(arrays[name] for name in names))
 
     @classmethod
-    def of_texts(cls, path: Path, tokenizer: Tokenizer, end: int) -> Self:
-        """The texts of a file (:func:`read_texts`), each followed by the token ``end``; labels become domains.
+    def from_texts(cls, path: Path, tokenizer: Tokenizer, end: int) -> Self:
+        """Tokenise the texts of a file that :func:`read_texts` reads.
+
+        Labels become domains, numbered in the order in which they appear in the file.
+
+        Args:
+            end: id of the end-of-text token.
 
         Raises:
-            MoejaxError: the file is missing or is not what its name says.
+            MoejaxError: the file is missing, or its content does not fit its name.
         """
         texts, labels = read_texts(path)
         rows = [np.array([*tokenizer.encode(text, special=False), end], np.int32) for text in texts]
@@ -57,40 +63,46 @@ class Corpus:
         return cls(np.concatenate(rows), starts, np.array([names.index(label) for label in labels]))
 
     def split(self, share: float) -> tuple[Self, Self]:
-        """This corpus without its last ``share`` of tokens, and these; a document may be cut."""
+        """Split the corpus in two, the second with the last ``share`` (a fraction) of the tokens.
+
+        A document may be cut; its rest then begins the second corpus.
+        """
         cut = len(self.tokens) - round(len(self.tokens) * share)
         before, after = self.starts < cut, self.starts >= cut
         first = type(self)(self.tokens[:cut], self.starts[before], self.domains[before])
-        # what is left of a cut document goes on there
+        # the rest of a cut document is the first document of the second corpus
         starts = np.unique([0, *(self.starts[after] - cut)]) if cut < len(self.tokens) else self.starts[:0]
         domains = self.domains[np.searchsorted(self.starts, starts + cut, side="right") - 1]
         return first, type(self)(self.tokens[cut:], starts, domains)
 
     def documents(self) -> list[np.ndarray]:
-        """Each document's tokens, its end-of-text included."""
+        """Return the tokens of each document, its end-of-text token included."""
         return np.split(self.tokens, self.starts[1:])
 
 
 def windows(tokens: Integer[Array, " n"], key: PRNGKeyArray, count: int, length: int) -> Int[Array, "B T"]:
-    """``count`` windows of ``length`` tokens at uniformly random places; ``key`` determines them."""
+    """Draw ``count`` windows of ``length`` tokens, which begin at uniformly random tokens; ``key`` determines them."""
     starts = jax.random.randint(key, (count,), 0, len(tokens) - length + 1)
     return tokens[starts[:, None] + jnp.arange(length)].astype(jnp.int32)
 
 
 def find_text(source: str | Path) -> Path:
-    """The file of some data: ``source`` itself, or ``"sample"``, the text that is bundled, if no file has that name."""
+    """Return the path of a text file.
+
+    ``"sample"`` names the text that is bundled with moejax, unless a file of that name exists.
+    """
     path, bundled = Path(source), BUNDLED / f"{source}.jsonl"
     return bundled if not path.exists() and bundled.is_file() else path
 
 
 def read_texts(path: Path) -> tuple[list[str], list[str | None]]:
-    """Texts of a file, and their labels.
+    """Read the texts of a file and their labels, ``None`` for a text without a label.
 
-    ``.jsonl``: one document a line, an object with ``text`` and, if it has one, ``label``. Anything else is UTF-8 text,
-    and one document as a whole.
+    In a ``.jsonl`` file each line is an object with the string ``text`` and, optionally, ``label``; it is one document.
+    Any other file is UTF-8 text and one document.
 
     Raises:
-        MoejaxError: the file is missing, or is not what its name says.
+        MoejaxError: the file is missing, is not UTF-8, or has a line that is not such an object.
     """
     try:
         text = path.read_text("utf-8")
@@ -102,18 +114,19 @@ def read_texts(path: Path) -> tuple[list[str], list[str | None]]:
 
 
 def _parse_lines(path: Path, text: str) -> tuple[list[str], list[str | None]]:
+    """Return texts and labels of the lines of a ``.jsonl`` file; empty lines are skipped."""
     texts, labels = [], []
-    # of all that ends a line, JSON strings may hold any but the newline
+    # not splitlines(): JSON strings may contain other line separators, such as U+2028, but no newline
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            document = json.loads(line)
         except ValueError as error:
             raise MoejaxError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
             raise MoejaxError(f'{path}, line {number}: not an object with a string "text".')
-        label = found.get("label")
-        texts.append(found["text"])
+        label = document.get("label")
+        texts.append(document["text"])
         labels.append(None if label is None else str(label))
     return texts, labels

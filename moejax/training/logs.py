@@ -1,18 +1,21 @@
-"""Metrics of a run on disk: lines of JSON, and TensorBoard's event files."""
+"""Metrics of a run on disk: lines of JSON and TensorBoard event files."""
 
 import json
 from pathlib import Path
 from typing import Any, Self
 
 
-class Log:
-    """``metrics.jsonl`` and ``tensorboard/`` in a folder; a resumed run goes on after ``from_step``.
+class MetricsLog:
+    """Writer of ``metrics.jsonl`` and ``tensorboard/`` in the folder of a run; a context manager.
 
-    Lines of later steps, which a killed run wrote after its last checkpoint, are removed: those steps come again.
+    Args:
+        folder: folder of the run, which must exist.
+        from_step: last step that was done before. Rows of later steps, which a killed run wrote after its last saved
+            state, are removed, because the resumed run does these steps again.
     """
 
     def __init__(self, folder: Path, from_step: int = 0) -> None:
-        # imported here: nothing else needs it
+        # imported here: nothing else in moejax needs it
         from tensorboardX import SummaryWriter
 
         path = folder / "metrics.jsonl"
@@ -23,7 +26,11 @@ class Log:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """A row of metrics under its ``step``; lists have an entry for each mixture."""
+        """Append a row of metrics.
+
+        Args:
+            row: numbers by name, ``step`` among them, and lists with one number for each mixture layer.
+        """
         self._lines.write(json.dumps(row) + "\n")
         self._lines.flush()
         for name, value in row.items():
@@ -43,7 +50,8 @@ class Log:
 
 
 def _step(line: str) -> int:
+    """Return the step of a line, or a number above all steps for a line that cannot be read."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 1 << 62  # half a line, from a run that was killed while it wrote
+        return 1 << 62  # half a line: the run was killed while it wrote

@@ -1,4 +1,4 @@
-"""A training run: steps, metrics, held-out losses and checkpoints, from a file of settings to a model that loads."""
+"""A training run: steps, metrics, held-out losses and saved states, from a file of settings to a model that loads."""
 
 import json
 import time
@@ -20,63 +20,79 @@ from moejax.models import Decoder
 from moejax.program import Program
 from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus, find_text
-from moejax.training.logs import Log
+from moejax.training.logs import MetricsLog
 from moejax.training.losses import cross_entropy
-from moejax.training.state_store import Checkpoints
+from moejax.training.state_store import StateStore
 from moejax.training.step import TrainState, TrainSteps, make_train_steps
 
 Row = dict[str, Any]
-"""Metrics of some steps: numbers, and for each of the layers that are mixtures a number."""
+"""Metrics of one or more steps: a number, or a list with one number for each mixture layer."""
 
 _MAY_CHANGE = ("steps", "log_every", "save_every", "mesh")
-"""Settings that may be others when a run goes on; the rest makes it another run."""
+"""Settings that may change when a run is resumed; a change of any other setting would make it another run."""
 
 _DEFAULT_TOKENIZER = BUNDLED / "tiny-olmoe"
 
 
 class Run:
-    """A run in ``folder``, where it goes on if it was stopped.
+    """A training run in ``folder``. Iterate over it to train; a run that was stopped is resumed.
 
-    ``checkpoints/`` holds the newest states, ``metrics.jsonl`` and ``tensorboard/`` the metrics, ``model/`` the trained
-    model, which :func:`moejax.load` loads.
+    The folder holds ``config.json`` (the settings), ``checkpoints/`` (the newest states), ``metrics.jsonl`` and
+    ``tensorboard/`` (the metrics) and, at the end, ``model/`` (the trained model, which :func:`moejax.load` loads).
 
-    ``decoder`` is the trained decoder once the run was iterated to its end, ``started_from`` the step it went on from.
+    Attributes:
+        config: the settings.
+        folder: the folder.
+        started_from: the step from which the run was resumed, 0 for a new run; set when the iteration begins.
+        decoder: the trained decoder; set at the end of the iteration.
 
     Raises:
-        ConfigError: settings that do not fit each other, the data or the devices.
+        ConfigError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
         MoejaxError: the data cannot be read.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self.config, self.folder, self.started_from = config, folder, 0
-        config.architecture(self.vocab_size)  # before there is a folder
+        config.architecture(self.vocab_size)  # fail before the folder is made
         text = json.dumps({**vars(config), "model": dict(config.model), "mesh": dict(config.mesh)}, indent=2)
-        about = folder / "config.json"
-        kept = json.loads(text)
-        before = json.loads(about.read_text()) if about.exists() else kept
-        if other := [name for name in kept if name not in _MAY_CHANGE and before.get(name) != kept[name]]:
-            raise ConfigError(f"{folder} holds a run with another {', '.join(other)}; choose another folder for this.")
+        path = folder / "config.json"
+        new = json.loads(text)
+        old = json.loads(path.read_text()) if path.exists() else new
+        if changed := [name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]]:
+            raise ConfigError(
+                f"{folder} holds a run with another {', '.join(changed)}; choose another folder for this run."
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        about.write_text(text + "\n")
+        path.write_text(text + "\n")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The data's tokenizer."""
+        """Tokenizer of the data.
+
+        Raises:
+            ConfigError: the folder has no ``tokenizer.json``.
+        """
         named = self.config.tokenizer
         beside = Path(self.config.data).parent
         folder = Path(named).parent if named else beside if self.config.data.endswith(".npz") else _DEFAULT_TOKENIZER
-        found = Tokenizer.from_folder(folder)
-        if found is None:
+        tokenizer = Tokenizer.from_folder(folder)
+        if tokenizer is None:
             raise ConfigError(f"{folder}: no tokenizer.json; name one as the field 'tokenizer'.")
-        return found
+        return tokenizer
 
     @cached_property
     def vocab_size(self) -> int:
-        """Entries of the tokenizer's vocabulary."""
+        """Number of entries of the tokenizer's vocabulary."""
         return self.tokenizer.backend.get_vocab_size()
 
     @cached_property
-    def _corpora(self) -> tuple[Corpus, Corpus]:
+    def corpora(self) -> tuple[Corpus, Corpus]:
+        """The corpus to train on and the held-out corpus.
+
+        Raises:
+            ConfigError: one side of the split has no more tokens than a window.
+            MoejaxError: a file cannot be read, is too short, or has tokens that the tokenizer lacks.
+        """
         train = self._read(self.config.data)
         c = self.config
         if c.heldout is not None:
@@ -90,10 +106,11 @@ class Run:
         return rest, heldout
 
     def _read(self, path: str) -> Corpus:
+        """Read a corpus or texts, and check that they fit the tokenizer and ``length``."""
         if path.endswith(".npz"):
             corpus = Corpus.read(Path(path))
         else:
-            corpus = Corpus.of_texts(find_text(path), self.tokenizer, end=0)
+            corpus = Corpus.from_texts(find_text(path), self.tokenizer, end=0)
         if len(corpus.tokens) <= self.config.length:
             raise MoejaxError(f"{path}: {len(corpus.tokens)} tokens are not enough for length={self.config.length}.")
         if corpus.tokens.max() >= self.vocab_size:
@@ -101,24 +118,26 @@ class Run:
         return corpus
 
     def __iter__(self) -> Iterator[Row]:
-        """Train; one row of metrics every ``log_every`` steps, means over these.
+        """Train, and yield a row of metrics every ``log_every`` steps: means over these steps.
+
+        Rows after which a state is saved also have ``heldout``, the held-out loss in nats per token.
 
         Raises:
-            MoejaxError: the loss or a router's logits are no longer finite; the message names the layer.
+            MoejaxError: the loss or a router's logits are no longer finite; the message names the step and the layer.
         """
         c, mesh = self.config, self.config.device_mesh()
-        train, heldout = self._corpora
+        train, heldout = self.corpora
         tokens = jnp.asarray(train.tokens)
         optimiser = c.optimiser()
         decoder = c.decoder(c.architecture(self.vocab_size), jax.random.key(c.seed), mesh)
         state = TrainState.start(decoder, optimiser)
-        checkpoints = Checkpoints(self.folder / "checkpoints")
-        if (restored := checkpoints.restore(state)) is not None:
+        store = StateStore(self.folder / "checkpoints")
+        if (restored := store.restore(state)) is not None:
             state = restored
         self.started_from = int(state.step)
 
         @cache
-        def steps(count: int) -> TrainSteps:
+        def train_steps(count: int) -> TrainSteps:
             return make_train_steps(
                 optimiser,
                 batch=c.batch,
@@ -131,38 +150,51 @@ class Run:
                 mesh=mesh,
             )
 
-        with Log(self.folder, from_step=int(state.step)) as log:
+        with MetricsLog(self.folder, from_step=int(state.step)) as log:
             while int(state.step) < c.steps:
-                # up to a multiple, also where a run with another `log_every` was stopped
+                # up to the next multiple of `log_every`; a run that was stopped may have had another `log_every`
                 count = min(c.log_every - int(state.step) % c.log_every, c.steps - int(state.step))
                 start = time.perf_counter()
-                state, metrics = jax.block_until_ready(steps(count)(state, tokens))
+                state, metrics = jax.block_until_ready(train_steps(count)(state, tokens))
                 seconds = (time.perf_counter() - start) / count
                 row = summarise(jax.device_get(metrics), int(state.step)) | {"seconds_per_step": seconds}
                 if int(state.step) % c.save_every == 0 or int(state.step) == c.steps:
                     row["heldout"] = held_out(state.decoder, heldout.tokens[: c.heldout_tokens], c.length)
-                    checkpoints.save(state)
+                    store.save(state)
                 log.write(row)
                 yield row
         self.decoder = state.decoder
         self._publish(state.decoder)
 
     def _publish(self, decoder: Decoder) -> None:
+        """Write the trained model and its tokenizer into ``model/``, in the format of Hugging Face."""
         hugging_face = self.config.hugging_face(self.vocab_size)
         save_folder(decoder, hugging_face, self.folder / "model")
         self.tokenizer.backend.save(str(self.folder / "model" / "tokenizer.json"))
 
 
 def summarise(metrics: dict[str, np.ndarray], step: int) -> Row:
-    """Means over the steps; loads as entropy over its largest value, largest share and share of unused experts.
+    """Return the means of metrics over steps.
+
+    ``load``, each expert's share of the slots, is replaced by three numbers for each mixture layer:
+
+    - ``load_entropy``: entropy of the mean load, divided by its largest value log E; 1 for balanced experts.
+    - ``largest_load``: largest mean load, times E; 1 for balanced experts.
+    - ``unused_experts``: fraction of the experts without any slot.
+
+    Args:
+        metrics: what a program of train steps returns, ``[M ...]`` for ``M`` steps.
+        step: number of steps done, these included.
 
     Raises:
-        MoejaxError: something is not finite.
+        MoejaxError: the loss or a router's logits are not finite.
     """
     first = step - len(metrics["cross_entropy"])
     if "nonfinite" in metrics and (bad := np.argwhere(metrics["nonfinite"])).size:
-        at, layer = bad[0]
-        raise MoejaxError(f"step {first + at + 1}: router logits of mixture {layer} (counted from 0) are not finite.")
+        index, layer = bad[0]
+        raise MoejaxError(
+            f"step {first + index + 1}: router logits of mixture {layer} (counted from 0) are not finite."
+        )
     if (bad := np.flatnonzero(~np.isfinite(metrics["cross_entropy"]))).size:
         raise MoejaxError(f"step {first + bad[0] + 1}: the loss is not finite; try a lower learning_rate.")
     row: Row = {"step": step}
@@ -180,7 +212,9 @@ def summarise(metrics: dict[str, np.ndarray], step: int) -> Row:
 
 
 @Program
-def _nats(decoder: Decoder, rows: Int[Array, "N B T1"]) -> Array:
+def _nats(decoder: Decoder, rows: Int[Array, "batches B T1"]) -> Array:
+    """Return the mean cross-entropy of all windows in nats per token; a window has T + 1 tokens."""
+
     def one(batch: Array) -> Array:
         return cross_entropy(decoder, decoder.hidden(batch[:, :-1]).stream, batch[:, 1:])
 
@@ -188,17 +222,23 @@ def _nats(decoder: Decoder, rows: Int[Array, "N B T1"]) -> Array:
 
 
 def held_out(decoder: Decoder, tokens: np.ndarray, length: int, batch: int = 16) -> float:
-    """Mean nats per token over windows of ``length`` side by side, in float32; what does not fill one is left out.
+    """Return the mean cross-entropy of held-out tokens in nats per token, computed in float32.
+
+    The tokens are cut into adjoining windows; a rest at the end that does not fill a window is left out.
+
+    Args:
+        length: tokens of a window that are predicted.
+        batch: windows that are computed at a time.
 
     Raises:
-        MoejaxError: there is none.
+        MoejaxError: there are fewer tokens than one window and the token after it.
     """
-    windows = (len(tokens) - 1) // length
-    if not windows:
+    num_windows = (len(tokens) - 1) // length
+    if not num_windows:
         raise MoejaxError(f"{len(tokens)} held-out tokens have no window of length={length} and a token after it.")
-    starts = np.arange(windows)[:, None] * length
+    starts = np.arange(num_windows)[:, None] * length
     rows = np.asarray(tokens)[starts + np.arange(length + 1)].astype(np.int32)
-    whole = windows - windows % batch
-    parts = [rows[:whole].reshape(-1, batch, length + 1), rows[whole:][None]]
+    in_full_batches = num_windows - num_windows % batch
+    parts = [rows[:in_full_batches].reshape(-1, batch, length + 1), rows[in_full_batches:][None]]
     nats = [float(_nats(decoder, jnp.asarray(part))) * part[..., 0].size for part in parts if part.size]
-    return sum(nats) / windows
+    return sum(nats) / num_windows

@@ -13,7 +13,7 @@ TEXT = ["the cat sat on the mat and the dog sat on the cat", "a dog and a cat", 
 
 
 class Outcome(NamedTuple):
-    """What a run of the command left."""
+    """Exit code and output of a run of the command."""
 
     code: int
     out: str
@@ -24,21 +24,13 @@ class Outcome(NamedTuple):
 def model_folder(toy_config: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random toy model with a byte-level tokenizer. Do not change it."""
     import jax
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tiny.tokenizers import byte_level
 
     from moejax.checkpoints import save_folder
     from moejax.models import Decoder, family
 
     folder = tmp_path_factory.mktemp("cli") / "toy"
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer = byte_level(TEXT)
     config = toy_config | {"vocab_size": tokenizer.get_vocab_size()}
     decoder = Decoder.init(family("olmoe").config(config), jax.random.key(0))
     decoder = jax.tree.map(lambda p: p if p.ndim == 1 else 10 * p, decoder)

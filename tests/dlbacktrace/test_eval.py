@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dlbacktrace.engines import PROMPT, STEPS, assert_close, engine, run
 from moejax import Backtrace, MoejaxError
 from moejax.dlbacktrace import api
-
-from .conftest import PROMPT, STEPS, assert_close, engine, run
 
 Step = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 EMBEDDINGS, HEAD = "decoder_embeddings", "decoder_lm_head"

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dlbacktrace.engines import LAYERS, PROMPT, STEPS, engine, run, tokenizer
 from moejax import MoejaxError
 from moejax.report import backtrace as report
-
-from .conftest import LAYERS, PROMPT, STEPS, engine, run, tokenizer
 
 
 def picture(figure: Any) -> np.ndarray:

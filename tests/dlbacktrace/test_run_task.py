@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tiny.tokenizers import text
 
+from dlbacktrace.engines import FOUR, PROMPT, STEPS, assert_close, engine, run, small_torch
 from moejax import Backtrace, ConfigError, MoejaxError, PromptError
 from moejax.dlbacktrace import propagation
 from moejax.relevance.engine import relevance
 from moejax.rules import Proportional
-
-from .conftest import FOUR, PROMPT, STEPS, assert_close, engine, run, small_torch, text
 
 SHORT = PROMPT[:5]
 PADDED = {

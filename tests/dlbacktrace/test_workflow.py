@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny.tokenizers import text
 
 import moejax
+from dlbacktrace.engines import FOUR, LAYERS, PROMPT, STEPS, assert_close, small_torch, tokenizer
 from moejax import Backtrace, get_model_config
-
-from .conftest import FOUR, LAYERS, PROMPT, STEPS, assert_close, small_torch, text, tokenizer
 
 FEED_FORWARD = [f"decoder_feed_forward_{i}_ff_expert" for i in range(LAYERS)]
 ATTENTION = [f"decoder_self_attention_{i}_attention_expert" for i in range(LAYERS)]

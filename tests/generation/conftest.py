@@ -1,12 +1,10 @@
-"""Greedy answers of transformers for one tiny model."""
+"""Greedy answers of one tiny model, as transformers gives them."""
 
 from typing import Any
 
 import pytest
 
-from generation.reference import PROMPTS, theirs
-
-NEW = 40
+from generation.reference import NEW, PROMPTS, theirs
 
 
 @pytest.fixture(scope="session")

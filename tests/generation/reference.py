@@ -1,14 +1,14 @@
-"""Generation by transformers, one prompt at a time and hence without padding."""
+"""Generation by transformers, one prompt at a time and so without padding."""
 
 from typing import Any
 
 import torch
 
-# with a tiny model, threads would spend more time waiting for each other than computing
+# with tiny models, threads wait for each other longer than they work, above all on a busy machine
 torch.set_num_threads(1)
 
 PROMPTS = [[5, 31, 8, 44, 17, 9, 23], [12], [40, 7, 7, 51]]
-PAD = 1
+PAD, NEW = 1, 40
 
 
 def theirs(model: Any, prompt: list[int], count: int, eos_ids: tuple[int, ...] = (), **options: Any) -> Any:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families.build import loaded, torch_model
+from tiny.hugging_face import loaded, torch_model
 
 import moejax
-from generation.conftest import NEW
-from generation.reference import PAD, PROMPTS, theirs
+from generation.reference import NEW, PAD, PROMPTS, theirs
 from moejax.generation import Generation, decode
 
 SHORT = 16

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import moejax
-from generation.conftest import NEW
-from generation.reference import PAD, PROMPTS, theirs, until
+from generation.reference import NEW, PAD, PROMPTS, theirs, until
 from moejax import Gates, MoejaxError, PromptError
 from moejax.generation import Sampling, decode, generate_tokens
 from moejax.lm import left_pad

@@ -334,7 +334,7 @@ def lib_smoe_sharev3(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 
 def lib_smoe_tcmoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
-    """Of the slots of a token with one ``I mod E``, null slots among them, the last writes over the others."""
+    """The last slot of a token with some ``I mod E`` overwrites the others with it, null slots included."""
     experts, z, s, ids, w = _ternary(p, x, k)
     sign = np.where(ids < experts, 1, np.where(ids < 2 * experts, -1, 0))
     kept = sign * w

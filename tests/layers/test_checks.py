@@ -1,4 +1,4 @@
-"""What every layer keeps: copies compute what was copied, weights sum to one, empty routes cost nothing."""
+"""Properties of every layer: copies compute what was copied, weights sum to one, empty routes cost nothing."""
 
 import math
 from typing import Any
@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.layers import CASES, B, D, E, F, K, O, T, make, parameters, settings, tokens
 
+from layers.reference import LIBMOE, PUBLISHED, gelu, mixture, over_sum, pick, relu, softmax, top
 from moejax import get_moe
 from moejax.layers import MLP, Activation, MLPConfig
 from moejax.layers.feed_forward.experts import Experts
 from moejax.rules import Reading
-
-from .reference import LIBMOE, PUBLISHED, gelu, mixture, over_sum, pick, relu, softmax, top
-from .toy import CASES, B, D, E, F, K, O, T, make, parameters, settings, tokens
 
 route = jax.jit(lambda layer, x: layer.topk_expert(layer.gate(x)))
 run = jax.jit(lambda layer, x: layer(x, return_id_experts=True))

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.layers import CASES, B, D, E, K, O, T, built_in, call, make, objective, parameters, some_mask, tokens
 
-from .reference import LIBMOE, PUBLISHED, Found, expert, smoe_plus_plus
-from .toy import CASES, B, D, E, K, O, T, built_in, call, make, objective, parameters, some_mask, tokens
+from layers.reference import LIBMOE, PUBLISHED, Found, expert, smoe_plus_plus
 
 pytestmark = pytest.mark.usefixtures("x64")
 every_case = pytest.mark.parametrize(("name", "compat"), CASES)
@@ -56,7 +56,7 @@ def test_masked_against_numpy(name):
 
 @every_case
 def test_gradients_by_finite_differences(name, compat):
-    """Of the output and of the auxiliary loss, along a random direction in the tokens and in every parameter."""
+    """Gradients of the output and of the auxiliary loss, along a random direction in tokens and in each parameter."""
     layer, x = make(name, compat), jnp.asarray(tokens())
     rng, h = np.random.default_rng(5), 1e-6
     rest = jnp.asarray(rng.normal(size=(B, T, layer.out_embed_dim))), jnp.ones((B, T), bool)
@@ -81,7 +81,7 @@ def test_gradients_by_finite_differences(name, compat):
 
 @every_case
 def test_masked_tokens_change_no_loss(name, compat):
-    """Nor an auxiliary gradient; an expert that chooses does not take them either."""
+    """Masked tokens change no auxiliary gradient either, and an expert that chooses tokens does not choose them."""
     layer, x, mask = make(name, compat), tokens(), some_mask()
     other = np.where(mask[..., None], x, 5 * tokens(9))
     one, two = (call(layer, rows, mask) for rows in (x, other))

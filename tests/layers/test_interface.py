@@ -6,13 +6,12 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny.layers import D, E, K, O
 
 import moejax
 from moejax import ConfigError, MoeArgs, MoeLayer, get_moe, register_moe
 from moejax.layers import MLP, Activation, MLPConfig
 from moejax.layers.feed_forward import registry
-
-from .toy import D, E, K, O
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from families.build import CONFIGS, loaded
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny.hugging_face import CONFIGS, loaded
 
 from moejax.models import FlatDecoder, unflatten
 

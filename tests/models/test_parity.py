@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.compare import relative_rms
 
 import moejax
 from moejax.layers import BlockConfig, RMSNorm
@@ -31,14 +32,8 @@ OPTIONS = {
     "every expert": {"num_experts_per_tok": 9},
     "one expert": {"num_experts_per_tok": 1, "norm_topk_prob": True},
 }
-NO_PADDING = np.ones((3, 7), bool)
 LEFT_PADDING = np.arange(7) >= np.array([[0], [2], [5]])
 RIGHT_PADDING = np.arange(7) < np.array([[7], [4], [1]])
-
-
-def relative_rms(got: Any, want: np.ndarray, where: np.ndarray = NO_PADDING) -> float:
-    difference = (np.asarray(got, np.float64) - want)[where]
-    return np.sqrt((difference**2).mean() / (want[where].astype(np.float64) ** 2).mean())
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

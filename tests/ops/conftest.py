@@ -1,7 +1,7 @@
-from collections.abc import Iterator
+"""A pretended GPU for the tests of kernels."""
+
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 from moejax.ops import device as targets
@@ -9,15 +9,8 @@ from moejax.ops.experts import hopper, hopper_packed
 
 
 @pytest.fixture
-def x64() -> Iterator[None]:
-    """Double precision for one test."""
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture
 def hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """As if there were one, for the kernels of experts."""
+    """Make the kernels of experts believe that the device is a Hopper GPU."""
     device = SimpleNamespace(compute_capability="9.0", core_count=132, platform="gpu")
     for module in (hopper, hopper_packed, targets):
         monkeypatch.setattr(module, "target", lambda *_: device)

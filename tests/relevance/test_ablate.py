@@ -7,18 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import PROMPT, ROW, C, D, E, F, G, H, L, T, V, make_lm, mixture_lm, noisy
+from tiny.tokenizers import word_tokenizer
 
 from moejax import LM, Argmax, Contrast, Direction, Gates, LogProbability, MoejaxError, Span, Token, ablate, explain
-from moejax.layers import BlockConfig, MixtureAttentionConfig, MixtureConfig, RouterConfig
-from moejax.layers.feed_forward.dense import MLPConfig
-from moejax.models import Config, family
+from moejax.models import family
 from moejax.relevance import Cell
 from moejax.relevance.baselines import integrated_gradients
 from moejax.routing import SCORES, WEIGHTS, route
 from moejax.rules import Plain, Reading
-
-from .reference import Edits, Reference
-from .toy import PROMPT, ROW, C, D, E, F, G, H, L, T, V, make_config, make_lm, noisy, word_tokenizer
+from relevance.reference import Edits, Reference
 
 K = 3
 """Of two experts that share a weight, dropping one says little of how the others share."""
@@ -222,18 +220,6 @@ class TestTargets:
 
 
 @cache
-def mixture_lm() -> LM:
-    """Attention experts, a shared expert; a second layer that is dense."""
-    router = RouterConfig(E, K, score="logits", weigh="softmax", bias=True)
-    attention = MixtureAttentionConfig(D, G, C, router)
-    blocks = (
-        BlockConfig(attention, MixtureConfig(D, F, router, shared_dim=14), 1e-5),
-        BlockConfig(attention, MLPConfig(D, 22), 1e-5),
-    )
-    config: Config = replace(make_config(layers=LAYERS), blocks=blocks)
-    return LM(noisy(config, 0, jnp.float64), word_tokenizer(), "mixture")
-
-
 def edited(lm: LM, **leaves) -> LM:
     """With leaves, named by their path's end, put through a function."""
 

@@ -3,12 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import LAYERS, PROMPT, ROW, VARIANTS, C, E, H, L, T, variant_lm
 
 from moejax import LM, Contrast, Gates, Token, explain
 from moejax.rules import CPLRP, AttnLRP
-
-from .reference import Edits, Reference
-from .toy import LAYERS, PROMPT, ROW, VARIANTS, C, E, H, L, T, variant_lm
+from relevance.reference import Edits, Reference
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import PROMPT, ROW, C, D, E, H, K, T, V, make_lm, mixture_lm, variant_lm
 
 from moejax import LM, Argmax, Contrast, Gates, LogProbability, MoejaxError, RouterChoice, Span, explain
 from moejax.relevance import (
@@ -22,10 +23,7 @@ from moejax.relevance import (
 )
 from moejax.relevance.engine import Readout, Slots
 from moejax.rules import Plain
-
-from .reference import Affine, Reference, wide
-from .test_ablate import mixture_lm
-from .toy import PROMPT, ROW, C, D, E, H, K, T, V, make_lm, variant_lm
+from relevance.reference import Affine, Reference, wide
 
 LAYERS = 2
 AT = 5

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import PROMPT, L, make_config, variant_lm
 
 from moejax import Continuation, MoejaxError, explain
 from moejax.models import Decoder, family
 from moejax.relevance.budget import Arrangement, Footprint
 from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.rules import AttnLRP, Gates, Reading
-
-from .toy import PROMPT, L, make_config, variant_lm
 
 ANSWER = [3, 1, 4, 1, 5]
 FOOTPRINT = Footprint(layers=4, layer=250, stream=20, target=50, readout=2)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import PROMPT, D, E, H, K, T, V, make_lm, variant_lm
 
 import moejax
 from moejax import (
@@ -21,8 +22,6 @@ from moejax import (
     explain_batch,
 )
 from moejax.relevance.targets import checked_target
-
-from .toy import PROMPT, D, E, H, K, T, V, make_lm, variant_lm
 
 LAYERS = 2
 

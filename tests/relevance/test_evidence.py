@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import PROMPT, ROW, D, E, F, K, T, make_config, noisy, variant_lm
+from tiny.tokenizers import word_tokenizer
 
 import moejax
 from moejax import (
@@ -32,8 +34,6 @@ from moejax.layers import RouterConfig
 from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.relevance.result import ExpertRelevance
 from moejax.rules import RULES, AttnLRP, Plain, Reading
-
-from .toy import PROMPT, ROW, D, E, F, K, T, make_config, noisy, variant_lm, word_tokenizer
 
 LAYERS = 2
 NAMES = ("attnlrp", "attnlrp-uniform", "gim", "backtrace", "plain")

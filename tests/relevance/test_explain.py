@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
+from tiny.decoders import PROMPT, ROW, C, E, H, K, T, V, make_lm, variant_lm
+from tiny.tokenizers import text
 
 from moejax import LM, Argmax, Continuation, Contrast, Generated, PromptError, Relevance, Token, explain
 from moejax.relevance import explain_batch
 from moejax.rules import AttnLRP, Plain
-
-from .toy import PROMPT, ROW, C, E, H, K, T, V, make_lm, text, variant_lm
 
 L = 2
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

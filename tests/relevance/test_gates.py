@@ -5,10 +5,9 @@ from dataclasses import fields
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import PROMPT, ROW, E, H, K, T, variant_lm
 
 from moejax import Gates
-
-from .toy import PROMPT, ROW, E, H, K, T, variant_lm
 
 L = 2
 TOKENS = jnp.asarray([PROMPT, [1, 2, 3, 4, 5, 6, 7], [9, 9, 9, 8, 8, 8, 7]])

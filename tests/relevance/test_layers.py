@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import C, D, E, H, K, T, variant_lm
 
 from moejax.layers import Context, Linear, MoE, Router
 from moejax.ops.rope import Rope
 from moejax.rules import CPLRP, AttnLRP, Gates, Plain, Reading, Rule
-
-from .toy import C, D, E, H, K, T, variant_lm
 
 pytestmark = pytest.mark.usefixtures("x64")
 

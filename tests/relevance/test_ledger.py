@@ -10,14 +10,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jax.lax import stop_gradient
+from tiny.decoders import LAYERS, PROMPT, VARIANTS, V, best_and_worst, make_config, make_lm, noisy, variant_lm
 
 import moejax
 from moejax import LM, Argmax, Contrast, Relevance, explain
 from moejax.relevance import Ledger
 from moejax.rules import CPLRP, AttnLRP, Plain, Rule
 from moejax.rules.primitives import scale_cotangent
-
-from .toy import LAYERS, PROMPT, VARIANTS, V, best_and_worst, make_config, make_lm, noisy, variant_lm
 
 RULES = [*moejax.rules.RULES.values(), CPLRP(router="uniform")]
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny.decoders import PROMPT, L, T, make_lm
 
 from moejax import LM, Cell, Gates, Token, ablate, baselines, explain
 from moejax.generation import decode
@@ -16,8 +17,6 @@ from moejax.relevance.ablate import _values
 from moejax.relevance.engine import relevance
 from moejax.relevance.explain import decoder_dtype
 from moejax.rules import AttnLRP
-
-from .toy import PROMPT, L, T, make_lm
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 AIM = Token(11)

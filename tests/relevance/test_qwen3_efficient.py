@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.decoders import PROMPT, noisy
 
 from moejax import LM, Token, explain
 from moejax.models import family
 from moejax.rules import AttnLRP
-
-from .reference import projections
-from .toy import PROMPT, noisy
+from relevance.reference import projections
 
 Array = np.ndarray
 Pull = Callable[[Array], Any]

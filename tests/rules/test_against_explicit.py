@@ -13,8 +13,7 @@ from moejax.ops.attention import attention
 from moejax.ops.experts import assign
 from moejax.routing import SCORES, WEIGHTS, route
 from moejax.rules import CPLRP, GIM, AttnLRP, Gamma, Plain, Proportional, Reading
-
-from . import explicit
+from rules import explicit
 
 pytestmark = pytest.mark.usefixtures("x64")
 

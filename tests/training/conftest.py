@@ -1,4 +1,4 @@
-"""A synthetic corpus that is easy to learn: the next token is a function of the last, most of the time."""
+"""A synthetic corpus that is easy to learn: most of the time the last token determines the next."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 
 def chain(count: int, vocab: int, seed: int) -> np.ndarray:
-    """Tokens of a noisy cycle; 0 ends a document."""
+    """Tokens of a noisy cycle, without 0, which ends a document."""
     rng = np.random.default_rng(seed)
     step = rng.permutation(np.arange(2, vocab))
     follow = dict(zip(step, np.roll(step, 1), strict=True))
@@ -19,9 +19,8 @@ def chain(count: int, vocab: int, seed: int) -> np.ndarray:
 
 
 def write_corpus(folder: Path, vocab: int) -> None:
-    """What scripts/prepare_corpus.py writes: packed tokens, the domains' names, a tokenizer."""
-    import tokenizers
-    from tokenizers import models, pre_tokenizers
+    """Write the files of scripts/prepare_corpus.py: tokens, the domains' names, a tokenizer."""
+    from tiny.tokenizers import words
 
     for name, documents in (("train", 40), ("heldout", 4)):
         tokens = chain(documents * 90, vocab, seed=0)
@@ -30,9 +29,7 @@ def write_corpus(folder: Path, vocab: int) -> None:
         domains = (np.arange(documents) % 2).astype(np.int8)
         np.savez(folder / f"{name}.npz", tokens=tokens, doc_starts=starts, doc_domain=domains)
     (folder / "corpus.json").write_text(json.dumps({"domains": [{"name": "odd"}, {"name": "even"}]}))
-    words = {"<end>": 0, "<pad>": 1, "<unknown>": 2} | {f"w{i}": i for i in range(3, vocab)}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = words(vocab, {0: "<end>", 1: "<pad>", 2: "<unknown>"}, unknown=2)
     tokenizer.save(str(folder / "tokenizer.json"))
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+import moejax
 from moejax import MoejaxError
 from moejax.checkpoints.plan import leaf_paths
 from moejax.models import Decoder, family
-from moejax.training import Checkpoints, Corpus, LossWeights, TrainState, language_model_loss, make_train_steps, windows
+from moejax.training import Corpus, LossWeights, StateStore, TrainState, language_model_loss, make_train_steps, windows
 from moejax.training.config import TrainConfig
 from moejax.training.step import TrainSteps
 
@@ -92,8 +93,8 @@ def test_resumed_run_is_bit_identical(
     start = copy(fresh)
     whole, _ = three_steps(three_steps(fresh, tokens)[0], tokens)
     half, _ = three_steps(copy(start), tokens)
-    Checkpoints(tmp_path).save(half)
-    restored = Checkpoints(tmp_path).restore(start)
+    StateStore(tmp_path).save(half)
+    restored = StateStore(tmp_path).restore(start)
     assert restored is not None
     assert int(restored.step) == 3
     assert_identical(restored, half)
@@ -102,23 +103,29 @@ def test_resumed_run_is_bit_identical(
 
 def test_a_save_that_was_killed_is_passed_over(fresh: TrainState, tmp_path: Path) -> None:
     """A kill leaves a temporary folder, or one without its end mark; the state before it counts."""
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(fresh._replace(step=jnp.int32(3)))
+    store = StateStore(tmp_path)
+    store.save(fresh._replace(step=jnp.int32(3)))
     (finished,) = [f for f in tmp_path.iterdir() if f.name == "3"]
     shutil.copytree(finished, tmp_path / "6.orbax-checkpoint-tmp-1")
-    restored = Checkpoints(tmp_path).restore(fresh)
+    restored = StateStore(tmp_path).restore(fresh)
     assert restored is not None
     assert int(restored.step) == 3
 
 
 def test_nothing_to_restore(fresh: TrainState, tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path).restore(fresh) is None
+    assert StateStore(tmp_path).restore(fresh) is None
+
+
+def test_earlier_name_of_the_store() -> None:
+    with pytest.warns(DeprecationWarning, match=r"moejax\.training\.StateStore"):
+        earlier = moejax.training.Checkpoints
+    assert earlier is StateStore
 
 
 def test_only_the_newest_are_kept(fresh: TrainState, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    store = StateStore(tmp_path, keep=2)
     for step in (1, 2, 3):
-        checkpoints.save(fresh._replace(step=jnp.int32(step)))
+        store.save(fresh._replace(step=jnp.int32(step)))
     assert {f.name for f in tmp_path.iterdir()} == {"2", "3"}
 
 
@@ -156,7 +163,7 @@ def test_file_that_is_no_corpus(tmp_path: Path) -> None:
 
 
 def test_matrices_alone_are_decayed() -> None:
-    """Not what is added to a sum, whatever its axes: biases of heads and of experts have several."""
+    """Biases are not decayed, although biases of heads and of experts have several axes."""
     model = {"vocab_size": 53, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "moe": "smoe"}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
     config = model | heads | {"moe_args": {"expert_bias": True}, "num_experts": 4, "num_experts_per_tok": 2}

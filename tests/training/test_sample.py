@@ -27,7 +27,7 @@ def test_settings(tmp_path: Path) -> None:
     """The held-out share has all domains and no document that is trained on."""
     config = TrainConfig.read(BUNDLED / "sample.json")
     run = Run(config, tmp_path)
-    train, heldout = run._corpora
+    train, heldout = run.corpora
     assert set(heldout.domains) == {0, 1, 2} == set(train.domains)
     texts, labels = read_texts(find_text("sample"))
     last = sum(len(run.tokenizer.encode(text, special=False)) + 1 for text in texts[-len(NAMES) :])

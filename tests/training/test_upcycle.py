@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.compare import relative_rms
 
 import moejax
 from moejax.checkpoints.plan import leaf_paths
@@ -56,20 +57,15 @@ BIASED = dense(mlp_bias=True, attention_bias=True)
 
 
 def often(values: list, often: list) -> list:
-    """All of them; those that are not to be run often are slow."""
+    """All values; values that are not in ``often`` are slow tests."""
     return [value if value in often else pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-def far(ours: jax.Array, theirs: jax.Array) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.sqrt(((ours - theirs) ** 2).mean() / (theirs**2).mean()))
 
 
 @pytest.mark.parametrize(("lm", "split", "slots"), [(LM, 1, 2), (LM, 3, 3), (BIASED, 2, 4)])
 def test_exact_before_training(lm: moejax.LM, split: int, slots: int) -> None:
     spec = MixtureSpec(E, slots)
     made = upcycle(lm, spec, key=KEY, split=split, tokens=TOKENS)
-    assert far(made.model(TOKENS), lm(TOKENS)) <= 1e-6
+    assert relative_rms(made.model(TOKENS), lm(TOKENS)) <= 1e-6
     assert set(made.errors) == {f"layers.{i}.feed_forward" for i in range(L)}
     assert max(made.errors.values()) <= 1e-6
     config = made.model.config
@@ -92,17 +88,17 @@ def test_parts_of_a_copy_are_selected_together() -> None:
     draws = jax.random.normal(KEY, rows.shape)
     for block in broken.decoder.layers:
         block.feed_forward.router.weight = draws
-    assert far(broken(TOKENS), LM(TOKENS)) > 1e-2
+    assert relative_rms(broken(TOKENS), LM(TOKENS)) > 1e-2
 
 
 @pytest.mark.parametrize("name", often(sorted(registered()), ["smoe", "smoe_share", "smoe_tcmoe"]))
 def test_registered_layers(name: str, tmp_path: Path) -> None:
-    """Those whose weights sum to one are exact; of the others the error is told. All are decoders that can be kept."""
+    """Layers whose weights sum to one are exact, others report their error. All make decoders that can be saved."""
     args = {"routed_scaling_factor": 1.0} if name == "smoe_sharev3" else None
     made = upcycle(LM, MixtureSpec(E, K, name, args), key=KEY, tokens=TOKENS, layers="layers.[1-9].*")
     assert set(made.errors) == {"layers.1.feed_forward"}
     assert (max(made.errors.values()) <= 1e-6) == (name in SUMS_TO_ONE), made.errors
-    assert (far(made.model(TOKENS), LM(TOKENS)) <= 1e-6) == (name in SUMS_TO_ONE)
+    assert (relative_rms(made.model(TOKENS), LM(TOKENS)) <= 1e-6) == (name in SUMS_TO_ONE)
     config = made.model.config
     assert config.model_type == "moejax"
     assert jax.tree.structure(made.model.decoder) == jax.tree.structure(Decoder.abstract(config))
@@ -117,7 +113,7 @@ def test_registered_layers(name: str, tmp_path: Path) -> None:
 def test_shared_layers_of_libmoe_are_exact(name: str) -> None:
     made = upcycle(BIASED, MixtureSpec(E, K, name, {"compat": "libmoe"}), key=KEY, tokens=TOKENS)
     assert max(made.errors.values()) <= 1e-6
-    assert far(made.model(TOKENS), BIASED(TOKENS)) <= 1e-6
+    assert relative_rms(made.model(TOKENS), BIASED(TOKENS)) <= 1e-6
 
 
 @pytest.mark.slow
@@ -130,7 +126,7 @@ def test_registered_layers_are_split(name: str) -> None:
 
 @pytest.mark.parametrize("split", often([1, 3], [3]))
 def test_the_result_is_a_mixtral(split: int, tmp_path: Path) -> None:
-    """What transformers' Mixtral computes from the exported folder are the dense model's logits."""
+    """Transformers' Mixtral computes the dense model's logits from the exported folder."""
     import torch
     import transformers
 
@@ -146,14 +142,14 @@ def test_the_result_is_a_mixtral(split: int, tmp_path: Path) -> None:
     theirs.set_experts_implementation("eager")
     with torch.no_grad():
         logits = theirs(torch.tensor(TOKENS)).logits.numpy()
-    assert far(logits, np.asarray(made(TOKENS))) <= 1e-5
-    assert far(logits, np.asarray(LM(TOKENS))) <= 1e-5
+    assert relative_rms(logits, np.asarray(made(TOKENS))) <= 1e-5
+    assert relative_rms(logits, np.asarray(LM(TOKENS))) <= 1e-5
 
 
 def test_what_no_family_has_is_not_said_to_be_one() -> None:
     some = upcycle(LM, MixtureSpec(E, K), key=KEY, layers=re.compile(r"layers\.(0|7)\.feed_forward")).model
     assert [block.mixture is None for block in some.config.blocks] == [False, True]
-    assert far(some(TOKENS), LM(TOKENS)) <= 1e-6
+    assert relative_rms(some(TOKENS), LM(TOKENS)) <= 1e-6
     for made in (some, upcycle(BIASED, MixtureSpec(E, K), key=KEY).model):
         assert made.hugging_face is None
         with pytest.raises(moejax.ConfigError, match="Hugging Face config is not known"):
@@ -163,7 +159,7 @@ def test_what_no_family_has_is_not_said_to_be_one() -> None:
 def test_a_decoder_is_upcycled_as_it_is() -> None:
     made = upcycle(LM.decoder, MixtureSpec(E, K), key=KEY).model
     assert isinstance(made, Decoder)
-    assert far(made(jnp.asarray(TOKENS)), LM(TOKENS)) <= 1e-6
+    assert relative_rms(made(jnp.asarray(TOKENS)), LM(TOKENS)) <= 1e-6
     assert made.embedding is LM.decoder.embedding
 
 
@@ -305,8 +301,9 @@ def test_smollm2_becomes_a_mixtral_of_eight_experts(split: int) -> None:
     tokens = np.array([lm.encode("Once upon a time, there was a little girl named Emma who loved to play in the sun.")])
     made = upcycle(lm, MixtureSpec(8, 2 * split), key=KEY, split=split, tokens=tokens)
     assert made.model.config.model_type == "mixtral"
-    print(f"split {split}: logits {far(made.model(tokens), lm(tokens)):.2e}, layers {max(made.errors.values()):.2e}")
-    assert far(made.model(tokens), lm(tokens)) <= 1e-5
+    error = relative_rms(made.model(tokens), lm(tokens))
+    print(f"split {split}: logits {error:.2e}, layers {max(made.errors.values()):.2e}")
+    assert error <= 1e-5
     assert max(made.errors.values()) <= 1e-5
     prompt = "The capital of France is"
     assert made.model.generate(prompt, max_new_tokens=2) == lm.generate(prompt, max_new_tokens=2) == " Paris."

@@ -122,7 +122,7 @@ def test_a_layer_that_never_asks_its_experts_is_trained_all_the_same(monkeypatch
 
 @pytest.mark.parametrize("moe", ["remoe", "smoe_sharev3"])
 def test_some_layers_dense_beside_attention_experts(moe):
-    """What only the registered layers tell reaches them, although other layers tell of attention experts."""
+    """Metrics that only registered layers report reach these layers, although other layers report attention experts."""
     found = decoder(moe, moe_layers=[1], num_attention_experts=4, num_attention_experts_per_tok=2)
 
     def step(found: Decoder) -> Any:

@@ -163,8 +163,8 @@ KEYS: KeyTable = {
     _OURS + "attention.latent_norm.weight": [whole(_ATTENTION + "kv_a_layernorm.weight")],
     _OURS + "attention.up.weight": [rows(_ATTENTION + "kv_b_proj.weight")],
     _OURS + "attention.output.weight": [whole(_ATTENTION + "o_proj.weight")],
-    _OURS + "feed_forward.gate_up": [stacked(_MLP + "gate_proj.weight", _MLP + "up_proj.weight")],
-    _OURS + "feed_forward.down": [whole(_MLP + "down_proj.weight")],
+    _OURS + "feed_forward.experts.gate_up": [stacked(_MLP + "gate_proj.weight", _MLP + "up_proj.weight")],
+    _OURS + "feed_forward.experts.down": [whole(_MLP + "down_proj.weight")],
     _OURS + "feed_forward.router.weight": [whole(_MLP + "gate.weight")],
     _OURS + "feed_forward.router.selection_bias": [whole(_MLP + "gate.e_score_correction_bias")],
     _OURS + "feed_forward.experts.gate_up": [

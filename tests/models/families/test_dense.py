@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny.hugging_face import loaded, random_batch, torch_model
 
 import moejax
 from moejax import report
@@ -21,8 +22,6 @@ from moejax.report.aggregate import top_experts
 from moejax.report.checkpoints import doctor_tables
 from moejax.rules import Gates
 from moejax.training import LossWeights, language_model_loss
-
-from .build import loaded, random_batch, torch_model
 
 L, T, H, D, F, V = 4, 11, 4, 40, 36, 97
 PROMPT = random_batch()[0][0, :T]

@@ -1,8 +1,8 @@
 """Tests of this folder run on four emulated devices, in a process of their own.
 
-The number of CPU devices is settled when JAX starts, and the other tests of this process want one. So pytest collects,
-parametrises and reports here as ever, but the call itself happens in a spawned process that lives for the session.
-Arguments of a test (parameters, ``tmp_path``) are pickled on the way.
+JAX fixes the number of CPU devices when it starts, and all other tests need one device. So pytest collects,
+parametrises and reports in its own process, but the test function is called in a spawned process, which lives for the
+session. Arguments of a test (parameters, ``tmp_path``) are pickled, so a test takes no fixture that cannot be pickled.
 """
 
 import importlib
@@ -18,6 +18,7 @@ DEVICES = 4
 
 
 def _emulate_devices() -> None:
+    """Prepare the spawned process."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -25,6 +26,7 @@ def _emulate_devices() -> None:
 
 
 def _call(module: str, function: str, arguments: dict[str, Any]) -> None:
+    """Call a test function in the spawned process."""
     try:
         getattr(importlib.import_module(module), function)(**arguments)
     finally:
@@ -33,12 +35,14 @@ def _call(module: str, function: str, arguments: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def four_devices() -> Iterator[ProcessPoolExecutor]:
+    """The spawned process."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_emulate_devices) as pool:
         yield pool
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+    """Hand a test of this folder to the spawned process."""
     pool: ProcessPoolExecutor = pyfuncitem.funcargs["four_devices"]
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     pool.submit(_call, pyfuncitem.module.__name__, pyfuncitem.originalname, arguments).result()

@@ -1,21 +1,20 @@
-"""What is computed over four devices equals what one computes, and weights stay where they are."""
-
-import re
-from collections.abc import Iterator
+"""Results computed over four devices equal results of one device, and weights stay where they are."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny.compare import close
+from tiny.four_devices import LAYOUTS, VOCABULARY, single, spread
 
+from models.sharding.placement import messages
 from moejax import LM, TENSOR, Continuation, Gates, explain
 from moejax.lm import _logits
 from moejax.models import FlatDecoder
 from moejax.relevance.engine import LogitSeeds, relevance
 from moejax.relevance.result import ExpertRelevance
 from moejax.rules import CPLRP, AttnLRP, Proportional
-from sharding.tiny import LAYOUTS, VOCABULARY, close, single, spread
 
 FAMILIES = ["gpt_oss", "jetmoe", "olmoe", "qwen3_moe"]
 RULES = {
@@ -26,7 +25,7 @@ RULES = {
     "backtrace": Proportional(),
 }
 MODELS = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
-# what is not run often because another run shows nearly the same
+# slow tests: another run shows nearly the same
 RARE = {m for m in MODELS if m[0] != "olmoe" and m[1] != "expert"} | {("qwen3_moe", "expert")}
 
 
@@ -117,20 +116,6 @@ def test_an_expert_that_lives_elsewhere_can_be_switched_off() -> None:
 # Below: what travels between devices, read off the compiled programs. With three tokens every activation, the experts'
 # buffers included, is smaller than a device's part of the smallest expert matrix, so that a large message is weights.
 
-_MESSAGE = re.compile(
-    r"= (?P<shapes>.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
-
-
-def _messages(program: jax.stages.Compiled) -> Iterator[int]:
-    """Values in each array that devices exchange."""
-    text = program.as_text()
-    assert text is not None
-    for message in _MESSAGE.finditer(text):
-        for shape in _SHAPE.finditer(message["shapes"]):
-            yield int(np.prod([int(size) for size in shape[1].split(",") if size]))
-
 
 def _smallest_part(family: str, layout: str) -> int:
     """Values of a device's part of its smallest stack of expert matrices."""
@@ -149,7 +134,7 @@ def test_no_weights_travel_in_an_explanation(family: str, layout: str) -> None:
     seeds = LogitSeeds.of(jnp.array([[2]]), jnp.array([[[3]]]), jnp.array([[[1.0]]]))
     model = spread(family, layout)
     program = relevance.lower(model.flat, tokens, None, seeds, Gates(), rule=AttnLRP("uniform")).compile()
-    assert max(_messages(program)) < _smallest_part(family, layout)
+    assert max(messages(program)) < _smallest_part(family, layout)
 
 
 @EVERY_MODEL
@@ -157,7 +142,7 @@ def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> 
     tokens = jnp.ones((1, 1), jnp.int32)
     program = _logits.lower(spread(family, layout).flat, tokens, None, Gates()).compile()
     matrix = _matrices(single(family))[1][0].size
-    assert max(_messages(program)) < matrix // LAYOUTS[layout][0].get("tensor", 1)
+    assert max(messages(program)) < matrix // LAYOUTS[layout][0].get("tensor", 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -169,4 +154,4 @@ def test_devices_meet_once_for_a_mixture(family: str) -> None:
     mixtures = sum(block.mixture is not None for block in config.blocks)
     # attention experts meet with the slots of their first product, and with the sums of their second
     attention = 2 * config.num_layers if config.num_attention_experts else 0
-    assert len(list(_messages(program))) == mixtures + attention
+    assert len(list(messages(program))) == mixtures + attention

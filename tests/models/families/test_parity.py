@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tiny.compare import relative_rms
+from tiny.hugging_face import FAMILIES, loaded, random_batch, torch_logits, torch_model, with_config
 
 from moejax import load
 from moejax.layers import AttentionConfig, BlockConfig, MixtureConfig
 from moejax.models import Config
-
-from .build import FAMILIES, loaded, random_batch, relative_rms, torch_logits, torch_model, with_config
 
 GATE = 1e-5
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layers.reference import LIBMOE, PUBLISHED, expert, gelu, relu, shared
-from layers.toy import CASES, B, K, T, make, parameters, tokens
+from tiny.layers import CASES, B, K, T, make, parameters, tokens
 
+from layers.reference import LIBMOE, PUBLISHED, expert, gelu, relu, shared
 from moejax.rules import Gates, Reading
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -6,13 +6,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from jax.sharding import Mesh
-
-from moejax import EXPERT, EXPERT_TENSOR, TENSOR, ConfigError, load
-from moejax.checkpoints.plan import leaf_paths
-from moejax.models import Decoder, Rules, family, shard, shardings
-from moejax.models.sharding import AXES, logical_axes
-from moejax.ops.experts import hopper
-from sharding.tiny import (
+from tiny.four_devices import (
     DENSE,
     EXPERTS,
     FAMILIES,
@@ -29,6 +23,12 @@ from sharding.tiny import (
     mesh,
     random_decoder,
 )
+
+from moejax import EXPERT, EXPERT_TENSOR, TENSOR, ConfigError, load
+from moejax.checkpoints.plan import leaf_paths
+from moejax.models import Decoder, Rules, family, shard, shardings
+from moejax.models.sharding import AXES, logical_axes
+from moejax.ops.experts import hopper
 
 SIZES = {
     "expert": {EXPERTS},

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny.hugging_face import FAMILIES, loaded, random_batch
 
 import moejax
 from moejax.rules import CPLRP, AttnLRP, Gates, Proportional, Rule
-
-from .build import FAMILIES, loaded, random_batch
 
 RULES = [*moejax.rules.RULES.values(), CPLRP(router="uniform")]
 MAIN = [AttnLRP(), AttnLRP(router="uniform"), CPLRP(), Proportional()]

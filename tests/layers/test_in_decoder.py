@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layers.reference import LIBMOE, PUBLISHED
-from relevance.toy import PROMPT, ROW, V, best_and_worst, noisy, word_tokenizer
+from tiny.decoders import PROMPT, ROW, V, best_and_worst, noisy
+from tiny.tokenizers import word_tokenizer
 
 import moejax
+from layers.reference import LIBMOE, PUBLISHED
 from moejax import LM, Gates, explain
 from moejax.checkpoints import save_folder
 from moejax.models import Decoder, family

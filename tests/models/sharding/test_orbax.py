@@ -5,12 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny.four_devices import LAYOUTS, decoder, hugging_face, mesh, spread
 
+from models.sharding.placement import check_parts
 from moejax import load
 from moejax.checkpoints import convert, save_folder
 from moejax.models import Decoder
-from sharding.test_loading import check_parts
-from sharding.tiny import LAYOUTS, decoder, hugging_face, mesh, spread
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

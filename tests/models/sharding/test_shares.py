@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiny.compare import close
+from tiny.four_devices import VOCABULARY, WITH_DATA, decoder, hugging_face, mesh, random_decoder, single, spread
 
+from models.sharding.placement import messages
 from moejax import LM, Cell, Continuation, Gates, MoejaxError, Relevance, Span, ablate, explain, explain_batch
 from moejax import Backtrace as DLBacktrace
 from moejax.dlbacktrace.propagation import LogitRelevanceSeeds
@@ -17,12 +20,10 @@ from moejax.models import FlatDecoder, shard
 from moejax.models.data_parallel import max_over_devices, shard_map_data, split
 from moejax.ops.device import whole
 from moejax.relevance.ablate import _values
+from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import LogitSeeds, per_device, relevance
-from moejax.relevance.explain import _footprint
 from moejax.rules import AttnLRP, Proportional
 from moejax.training.upcycle import MixtureSpec, upcycle
-from sharding.test_compute import _messages
-from sharding.tiny import VOCABULARY, WITH_DATA, close, decoder, hugging_face, mesh, random_decoder, single, spread
 
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (5, 23))
 """A number of sequences that no number of devices divides."""
@@ -49,7 +50,7 @@ def test_logits(family: str, layout: str) -> None:
 
 @models()
 def test_gates(family: str, layout: str) -> None:
-    """Those of one sequence, and those of all."""
+    """Gates of one sequence, and gates of all sequences."""
     ours, theirs = spread(family, layout), single(family)
     of_one = Gates.ones(theirs.config, TOKENS)
     assert of_one.tokens is not None
@@ -90,7 +91,7 @@ def test_generation_with_a_time_limit() -> None:
 @models(("olmoe", "data and expert"))
 @pytest.mark.parametrize("count", [1, 5])
 def test_relevance(family: str, layout: str, count: int) -> None:
-    """Of one sequence, whose targets are shared, and of more than there are devices."""
+    """Relevance in one sequence, whose targets devices divide, and in more sequences than there are devices."""
     ours, theirs = (
         explain_batch(m, PROMPTS[:count], target=THREE, nodes=["attention.1"], chunk=2)
         for m in (spread(family, layout), single(family))
@@ -156,7 +157,7 @@ def test_nothing_is_waited_for() -> None:
         relevance.lower(weights, tokens[:1], None, first, Gates(), rule=AttnLRP()),
         jax.jit(lambda t, v: generate_tokens(weights, t, v, jax.random.key(0), max_new_tokens=5)).lower(tokens, valid),
     ):
-        assert not list(_messages(program.compile()))
+        assert not list(messages(program.compile()))
 
 
 def test_a_device_computes_its_share() -> None:
@@ -203,8 +204,8 @@ def test_a_bound_on_memory_is_a_device_s() -> None:
     """Four devices explain with what one of them needs for a quarter of the targets."""
     target = Continuation((5, 7, 11, 13))
     four, one = spread("olmoe", "data"), single("olmoe")
-    found = _footprint(one, jnp.ones((1, 12)), ())
-    bound = found.kept(0) + found.target + found.readout
+    footprint = Footprint.of(one.config, batch=1, tokens=12, itemsize=4)
+    bound = footprint.kept(0) + footprint.target + footprint.readout
     explain(four, PROMPTS[0], target=target, max_bytes=bound, rematerialise=False)
 
 

@@ -12,14 +12,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny.compare import close
+from tiny.four_devices import FAMILIES, LAYOUTS, decoder, hugging_face, mesh, random_decoder, single
 
+from models.sharding.placement import check_parts
 from moejax import load
 from moejax.checkpoints import save_folder
 from moejax.checkpoints.load import load_decoder
 from moejax.checkpoints.plan import LeafPlan, leaf_paths, make_plan
 from moejax.checkpoints.safetensors import SafetensorsFolder
 from moejax.models import Decoder, family, shardings
-from sharding.tiny import FAMILIES, LAYOUTS, close, decoder, hugging_face, mesh, random_decoder, single
 
 TOKENS = np.arange(1, 12)
 
@@ -28,18 +30,6 @@ def published(name: str, folder: Path) -> Path:
     """The Hugging Face files of the tiny decoder."""
     save_folder(decoder(name), hugging_face(name), folder)
     return folder
-
-
-def check_parts(spread: Decoder, whole: Decoder, layout: str) -> None:
-    """Each device holds its part of every leaf, and that is equal."""
-    axes, rules = LAYOUTS[layout]
-    placed = shardings(whole, mesh(layout), rules)
-    for (path, ours), theirs in zip(leaf_paths(spread), jax.tree.leaves(whole), strict=True):
-        assert ours.sharding == placed[path], path
-        assert len(ours.addressable_shards) == math.prod(axes.values())
-        for part in ours.addressable_shards:
-            assert part.data.shape == placed[path].shard_shape(theirs.shape), path
-            np.testing.assert_array_equal(part.data, theirs[part.index], err_msg=path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -151,7 +141,7 @@ def test_a_part_of_one_tensor_is_a_view_of_the_mapped_file(name: str, leaf: str,
 
 
 def _mapped(array: np.ndarray | None) -> bool:
-    """Whether the data lie in a mapped file."""
+    """Return whether the data lie in a mapped file."""
     while isinstance(array, np.ndarray):
         if isinstance(array, np.memmap):
             return True
