@@ -11,21 +11,19 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
 from moejax.models import Decoder, FlatDecoder, unflatten
+from moejax.ops.cotangents import gate
 from moejax.program import Program
 from moejax.relevance.ablate import Question, hidden_apart, read_as_first, spread
 from moejax.relevance.engine import LogitSeeds, Readout, Seeds, Slots, checked_chunk, refuse_half, relevance
 from moejax.relevance.explain import decoder_dtype, explain
 from moejax.relevance.result import ExpertRelevance
 from moejax.relevance.targets import Argmax, Target
-from moejax.rules import AttnLRP, Gates, Plain, Reading
-from moejax.rules.primitives import accumulation_dtype, attach, gate
-from moejax.rules.rule import AttentionProduct, Slope, Total, over_slots
+from moejax.rules import Activations, Direct, Gates, Reading
 from moejax.xla import refuse_wrong_sums
 
 
@@ -233,37 +231,6 @@ def _by_slot(scores: np.ndarray | None, slots: Slots | None, count: int) -> Expe
 # ---- read by a rule -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Direct(AttnLRP):
-    """Nothing passes through a part of a layer: all relevance is of what is written, where it meets the head.
-
-    The final norm's scale is a constant. The relevance of the stream entering each layer is the logit lens.
-    """
-
-    @property
-    def leaks(self) -> frozenset[str]:
-        return super().leaks | {"activation"}
-
-    def gated(
-        self,
-        slope: Slope,
-        gate: Float[Array, "*s"],
-        up: Float[Array, "*s"],
-        offset: float = 0.0,
-        limit: float | None = None,
-    ) -> Float[Array, "*s"]:
-        return super().gated(slope, stop_gradient(gate), stop_gradient(up), offset, limit)
-
-    def attention(
-        self,
-        product: AttentionProduct,
-        q: Float[Array, "B T H C"],
-        k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
-        return product(stop_gradient(q), stop_gradient(k), stop_gradient(v))
-
-
 def direct_logit_attribution(lm: LM, prompt: Prompt, *, target: Target = Argmax(), **options: Any) -> Scores:
     """What every component writes times the target's direction, through the final norm's frozen scale, in logits.
 
@@ -292,59 +259,6 @@ def direct_logit_attribution(lm: LM, prompt: Prompt, *, target: Target = Argmax(
         shared=found.shared,
     )
     return replace(answer, gap=found.ledger.target - _sum(answer))
-
-
-@dataclass(frozen=True)
-class Activations(Plain):
-    """Reads activations, whatever the target: a routed slot's gate its output's norm, an edge its attention weight."""
-
-    @property
-    def leaks(self) -> frozenset[str]:
-        return frozenset()
-
-    def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
-        """A term times its own direction is its norm."""
-        return total(_along_themselves(terms))
-
-    def attention(
-        self,
-        product: AttentionProduct,
-        q: Float[Array, "B T H C"],
-        k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
-        """Values of one, of which a head hands back one in all: the pattern's cotangent is one."""
-        q, k = stop_gradient(q), stop_gradient(k)
-        return attach(stop_gradient(product(q, k, v)), _one_in_all(product(q, k, jnp.ones_like(v))))
-
-
-@jax.custom_vjp
-def _along_themselves(terms: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
-    """``terms``, whose cotangents are their directions, whatever comes back."""
-    return terms
-
-
-def _forward(terms):
-    return terms, terms
-
-
-def _backward(terms, _):
-    wide = terms.astype(accumulation_dtype(terms))
-    norm = jnp.linalg.norm(wide, axis=-1, keepdims=True)
-    return ((wide / jnp.where(norm == 0, 1, norm)).astype(terms.dtype),)
-
-
-_along_themselves.defvjp(_forward, _backward)
-
-
-@jax.custom_vjp
-def _one_in_all(heads: Float[Array, "*b C"]) -> Float[Array, "*b C"]:
-    return heads
-
-
-_one_in_all.defvjp(
-    lambda heads: (heads, None), lambda _, cotangent: (jnp.full_like(cotangent, 1 / cotangent.shape[-1]),)
-)
 
 
 def rollout(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:

@@ -15,7 +15,7 @@ import moejax
 from moejax import LM, Argmax, Contrast, Relevance, explain
 from moejax.relevance import Ledger
 from moejax.rules import CPLRP, AttnLRP, Plain, Rule
-from moejax.rules.primitives import scale_cotangent
+from moejax.ops.cotangents import scale_cotangent
 
 from .toy import LAYERS, PROMPT, VARIANTS, V, best_and_worst, make_config, make_lm, noisy, variant_lm
 
