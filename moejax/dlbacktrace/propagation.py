@@ -16,10 +16,10 @@ from moejax.errors import MoejaxError
 from moejax.layers.linear import matmul_f32_accum
 from moejax.lm import LM
 from moejax.models import Decoder, Hidden
-from moejax.relevance.engine import LogitSeeds, Readout, TargetValues, relevance
-from moejax.relevance.explain import decoder_dtype
+from moejax.relevance.engine import Readout, relevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import ExpertRelevance
+from moejax.relevance.seeds import LogitSeeds, TargetValues
 from moejax.rules import Gates, Reading, Rule
 
 CHUNK_BYTES = 2**30
@@ -114,7 +114,7 @@ def of_tokens(
         columns = run.prompt - 1 + np.array(padded)
         positions, live = _positions(batch, run.prompt, padded)
         chosen = np.where(live, tokens[:, padded], 0)
-        dtype = decoder_dtype(lm)
+        dtype = lm.decoder.accumulation_dtype
         seeds = LogitSeeds.of(
             jnp.asarray(positions, jnp.int32),
             jnp.asarray(chosen[..., None], jnp.int32),
@@ -145,7 +145,7 @@ def of_weights(run: Run, weights: Float[np.ndarray, "B T V"]) -> tuple[StepRelev
         raise MoejaxError("start_wt is zero everywhere, or not zero at padding: there is nothing to start from.")
     columns = np.flatnonzero(used.any(0))
     places = np.minimum(batch.places[:, columns], batch.width - 1)
-    dtype = decoder_dtype(run.lm)
+    dtype = run.lm.decoder.accumulation_dtype
     seeds = StartWeights(jnp.asarray(places, jnp.int32), jnp.asarray(weights[:, columns], dtype))
     out = _read(run, seeds, engine_nodes(run.lm.config.num_layers))
     found = _step(run, out, 0, np.ones(len(batch.ids)), batch.ids.shape[1])
@@ -176,7 +176,7 @@ def _read(run: Run, seeds: LogitSeeds | StartWeights, nodes: tuple[str, ...]) ->
     out = relevance(lm.flat, tokens, valid, seeds, Gates(), rule=run.rule, nodes=nodes)
     assert out.logits is not None
     # of the last start alone, if anybody asks
-    return jax.device_get(out._replace(logits=out.logits[:, -1:]))
+    return jax.device_get(replace(out, logits=out.logits[:, -1:]))
 
 
 def _step(run: Run, out: Readout, n: int, factor: np.ndarray, columns: int) -> StepRelevance:

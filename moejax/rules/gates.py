@@ -250,8 +250,7 @@ class Gates:
     def ones_like(self, name: str) -> Array | None:
         """Return the field, or ones in its shape if it is ``None`` and the field that it is like is set."""
         gate, like = getattr(self, name), _METADATA[name]["like"]
-        template = None if gate is not None or like is None else getattr(self, like)
-        if template is None:
+        if gate is not None or like is None or (template := getattr(self, like)) is None:
             return gate
         return jnp.ones_like(template[: max(1, len(template) - 1)] if _METADATA[like]["extra_layer"] else template)
 

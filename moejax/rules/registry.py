@@ -34,7 +34,8 @@ def register_rule(
 
     def enter(rule: RuleClass) -> RuleClass:
         for key, arguments in {name: {}, **(variants or {})}.items():
-            RULES.add(key, rule(**arguments), origin=rule)
+            made: Rule = rule(**arguments)
+            RULES.add(key, made, origin=rule)
         return rule
 
     return enter

@@ -29,8 +29,9 @@ from moejax import (
     explain_batch,
 )
 from moejax.layers import RouterConfig
-from moejax.relevance.engine import LogitSeeds, relevance
+from moejax.relevance.engine import relevance
 from moejax.relevance.result import ExpertRelevance
+from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import RULES, AttnLRP, Plain, Reading
 
 from .toy import PROMPT, ROW, D, E, F, K, T, make_config, noisy, variant_lm, word_tokenizer

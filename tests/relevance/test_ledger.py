@@ -13,9 +13,9 @@ from jax.lax import stop_gradient
 
 import moejax
 from moejax import LM, Argmax, Contrast, Relevance, explain
+from moejax.ops.cotangents import scale_cotangent
 from moejax.relevance import Ledger
 from moejax.rules import CPLRP, AttnLRP, Plain, Rule
-from moejax.ops.cotangents import scale_cotangent
 
 from .toy import LAYERS, PROMPT, VARIANTS, V, best_and_worst, make_config, make_lm, noisy, variant_lm
 

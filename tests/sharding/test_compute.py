@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from moejax import LM, TENSOR, Continuation, Gates, explain
 from moejax.lm import _logits
 from moejax.models import FlatDecoder
-from moejax.relevance.engine import LogitSeeds, relevance
+from moejax.relevance.engine import relevance
 from moejax.relevance.result import ExpertRelevance
+from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import CPLRP, AttnLRP, Proportional
 from sharding.tiny import LAYOUTS, VOCABULARY, close, single, spread
 
