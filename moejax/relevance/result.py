@@ -118,7 +118,7 @@ class ExpertRelevance:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """What relevance and the scores of other methods have in common: targets, tokens, and experts of one kind.
+    """The part that relevance and the scores of other methods share: targets, tokens, and feed-forward experts.
 
     Attributes:
         token_ids, pieces: the input sequence and each token's text.

@@ -163,7 +163,7 @@ class Gates:
         for name, gate in given.items():
             shape = shapes.get(name)
             if shape is None:
-                raise MoejaxError(f"gates on {name}, of which this model has none.")
+                raise MoejaxError(f"gates on {name}: this model has none.")
             # layers, sequences and tokens may be 1; a fourth axis counts experts, slots or heads
             sizes = [(1, size) for size in shape[:3]] + [(size,) for size in shape[3:]]
             if gate.ndim != len(shape) or any(m not in fits for m, fits in zip(gate.shape, sizes, strict=True)):

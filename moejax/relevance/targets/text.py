@@ -50,10 +50,10 @@ def _values(name: str, text: str, known: dict[str, Field]) -> dict[str, Any]:
             raise PromptError(f"target {name!r} does not understand {word!r}; {_usage(name, known)}")
         try:
             values[match[1]], place = json.JSONDecoder().raw_decode(text, match.end())
-            whole = place == len(text) or text[place].isspace()
+            is_json = place == len(text) or text[place].isspace()
         except json.JSONDecodeError:
-            whole = False
-        if not whole:
+            is_json = False
+        if not is_json:
             word = _WORD.match(text, match.end())
             if word is None or word[0][0] in '"[{':
                 raise PromptError(f"the value of {match[1]!r} is no JSON; {_usage(name, known)}")
