@@ -20,6 +20,7 @@ from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, Sampling, generate_tokens
 from moejax.models import Config, Decoder, FlatDecoder, ShardingRules, unflatten
 from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, shard_map_data, split
+from moejax.models.padding import left_pad, padded_length
 from moejax.program import Program
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
@@ -226,40 +227,6 @@ class LM:
         if self.tokenizer is None:
             raise PromptError(f"{self.name} has no tokenizer.json; pass token ids instead of text.")
         return self.tokenizer
-
-
-def bucket_length(length: int) -> int:
-    """``length`` or somewhat more: one of so few that most prompts find their program compiled.
-
-    Powers of two up to 64, since few tokens take as long as 64, and from there on four to a doubling.
-    """
-    step = max(16, 1 << (length - 1).bit_length()) // (1 if length <= 64 else 8)
-    return -(-length // step) * step
-
-
-def padded_length(config: Config, length: int, gates: Gates | None) -> int:
-    """What prompts of ``length`` tokens may be padded to, so that others share their program (:func:`bucket_length`).
-
-    No more than they are where padding would count: if sequences compete, or if gates hold for single tokens.
-    """
-    by_token = any(gate.shape[2:3] > (1,) for gate in jax.tree.leaves(gates))
-    return length if by_token or config.couples_sequences else bucket_length(length)
-
-
-def left_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """Rows of unequal length, aligned at their ends, and where they hold real tokens."""
-    tokens, valid = np.full((len(rows), width), pad_id, np.int32), np.zeros((len(rows), width), bool)
-    for out, real, row in zip(tokens, valid, rows, strict=True):
-        out[width - len(row) :], real[width - len(row) :] = row, True
-    return jnp.asarray(tokens), jnp.asarray(valid)
-
-
-def right_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> Int[Array, "B T"]:
-    """Rows of unequal length, aligned at their beginnings: no token sees the padding behind it."""
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    for out, row in zip(tokens, rows, strict=True):
-        out[: len(row)] = row
-    return jnp.asarray(tokens)
 
 
 def _until(row: list[int], ends: tuple[int, ...]) -> list[int]:

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from moejax.errors import PromptError
-from moejax.lm import LM, bucket_length, left_pad
+from moejax.lm import LM
+from moejax.models.padding import bucket_length, left_pad
 
 
 @dataclass(frozen=True)

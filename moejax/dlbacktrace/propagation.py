@@ -16,10 +16,10 @@ from moejax.errors import MoejaxError
 from moejax.layers.linear import matmul_f32_accum
 from moejax.lm import LM
 from moejax.models import Decoder, Hidden
-from moejax.relevance.engine import LogitSeeds, Readout, TargetValues, relevance
-from moejax.relevance.explain import decoder_dtype
+from moejax.relevance.engine import Readout, relevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import ExpertRelevance
+from moejax.relevance.seeds import LogitSeeds, TargetValues
 from moejax.rules import Gates, Reading, Rule
 
 CHUNK_BYTES = 2**30
@@ -152,7 +152,7 @@ def relevance_of_logits(
         raise MoejaxError("start_wt is zero everywhere, or not zero at padding: there is nothing to start from.")
     columns = np.flatnonzero(used.any(0))
     positions = np.minimum(inputs.positions[:, columns], inputs.width - 1)
-    dtype = decoder_dtype(run.lm)
+    dtype = run.lm.decoder.accumulation_dtype
     seeds = LogitRelevanceSeeds(jnp.asarray(positions, jnp.int32), jnp.asarray(initial[:, columns], dtype))
     out = _propagate(run, seeds, engine_nodes(run.lm.config.num_layers))
     result = _step_relevance(run, out, 0, np.ones(len(inputs.ids)), inputs.ids.shape[1])
@@ -174,7 +174,7 @@ def _token_seeds(
     seeds = LogitSeeds.of(
         jnp.asarray(positions, jnp.int32),
         jnp.asarray(chosen[..., None], jnp.int32),
-        jnp.asarray(live[..., None], decoder_dtype(run.lm)),
+        jnp.asarray(live[..., None], run.lm.decoder.accumulation_dtype),
     )
     return seeds, chosen
 
@@ -197,7 +197,8 @@ def _propagate(run: PropagationRun, seeds: LogitSeeds | LogitRelevanceSeeds, nod
     tokens, valid = run.inputs.left(lm.config.pad_id)
     out = relevance(lm.flat, tokens, valid, seeds, Gates(), rule=run.rule, nodes=nodes)
     assert out.logits is not None
-    return jax.device_get(out._replace(logits=out.logits[:, -1:]))
+    # only the logits of the last target are ever read
+    return jax.device_get(replace(out, logits=out.logits[:, -1:]))
 
 
 def _step_relevance(run: PropagationRun, out: Readout, n: int, factor: np.ndarray, columns: int) -> StepRelevance:

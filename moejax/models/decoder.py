@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moejax.layers import Block, BlockAux, Call, RMSNorm, Rotary, Rotation
 from moejax.layers.linear import matmul_f32_accum, normal
 from moejax.models.config import Config
+from moejax.ops.cotangents import accumulation_dtype
 from moejax.ops.mxfp4 import MXFP4
 from moejax.routing import Routing
 from moejax.rules import Reading
@@ -156,7 +157,16 @@ class Decoder(nnx.Module):
         reading: Reading = Reading(),
     ) -> Float[Array, "B *s V"]:
         """Final norm and head, the product accumulated and left in float32."""
-        return reading.linear(matmul_f32_accum, self.norm(stream, reading.for_layer(-1)), self.output_embedding)
+        return self.head_product(self.norm(stream, reading.for_layer(-1)), reading)
+
+    def head_product(self, normed: Float[Array, "B *s D"], reading: Reading) -> Float[Array, "B *s V"]:
+        """Multiply the normed stream by the head; the product is accumulated and left in float32."""
+        return reading.linear(matmul_f32_accum, normed, self.output_embedding)
+
+    @property
+    def accumulation_dtype(self) -> jnp.dtype:
+        """The dtype in which logits and relevance are computed: float32 or wider."""
+        return accumulation_dtype(self.embedding)
 
     @property
     def output_embedding(self) -> Float[Array, "V D"]:

@@ -1,4 +1,4 @@
-"""Relevance: targets, ``explain``, and the conservation ledger."""
+"""Relevance: targets, ``explain``, ``ablate``, baselines, and the conservation ledger."""
 
 from moejax.relevance.ablate import Cell, ablate
 from moejax.relevance.baselines import (
@@ -10,6 +10,7 @@ from moejax.relevance.baselines import (
     frequency,
     integrated_gradients,
     reap,
+    register_baseline,
     rollout,
     router_weight,
 )
@@ -18,6 +19,7 @@ from moejax.relevance.explain import explain, explain_batch
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, Relevance
 from moejax.relevance.targets import (
+    TARGETS,
     Argmax,
     Continuation,
     Contrast,
@@ -29,11 +31,15 @@ from moejax.relevance.targets import (
     Span,
     Target,
     Token,
+    parse_target,
+    register_target,
+    target_help,
 )
 
 __all__ = [
     "BASELINES",
     "NODES",
+    "TARGETS",
     "Argmax",
     "Candidate",
     "Cell",
@@ -58,7 +64,11 @@ __all__ = [
     "explain_batch",
     "frequency",
     "integrated_gradients",
+    "parse_target",
     "reap",
+    "register_baseline",
+    "register_target",
     "rollout",
     "router_weight",
+    "target_help",
 ]

@@ -1,20 +1,19 @@
 """The compiled engine: one forward pass, one vector-Jacobian product per seed, read at the gates."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
-from moejax.layers.linear import matmul_f32_accum
-from moejax.models import Config, Decoder, FlatDecoder, Hidden, unflatten
-from moejax.models.data_parallel import REPLICATED, gate_specs, num_shards, shard_map_data, split
+from moejax.models import Config, Decoder, FlatDecoder, unflatten
+from moejax.models.data_parallel import gate_specs, num_shards, placed, placements, shard_map_data
 from moejax.program import Program
+from moejax.relevance.seeds import Seeds
 from moejax.routing import Routing
 from moejax.rules import Gates, Reading, Rule
 from moejax.xla import refuse_wrong_sums
@@ -22,166 +21,77 @@ from moejax.xla import refuse_wrong_sums
 Pulled = tuple[Any, Any, Any]
 """Cotangents of gates, probes and taps."""
 
-BEST = -1
-"""Stands for the token with the largest logit, known only after the forward pass."""
-
-
-class TargetValues(NamedTuple):
-    """Values of the targets, the tokens that were meant, and the logits at their positions."""
-
-    target: Float[Array, "B N"]
-    ids: Int[Array, "B N J"]
-    logits: Float[Array, "B N V"]
-
-
-@runtime_checkable
-class Seeds(Protocol):
-    """N targets for each of B sequences, of which each leaf has an entry."""
-
-    @property
-    def num_targets(self) -> int:
-        """N."""
-        ...
-
-    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
-        """The targets' values, to be differentiated; ``reading`` is that of the whole pass."""
-        ...
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LogitSeeds:
-    """Sums of logits ``z``: ``sum signs z[ids] - mean average(z) - expected sum(p z)``, ``p`` their softmax.
-
-    Attributes:
-        ids: tokens; :data:`BEST` is the one with the largest logit.
-        rivals: terms that count ``-p[id] / sum of p over the rivals`` instead of their sign.
-        dense: whether any ``mean`` or ``expected`` is not zero: then all logits take part in the backward pass.
-    """
-
-    positions: Int[Array, "B N"]
-    ids: Int[Array, "B N J"]
-    signs: Float[Array, "B N J"]
-    rivals: Bool[Array, "B N J"]
-    mean: Float[Array, "B N"]
-    expected: Float[Array, "B N"]
-    dense: bool = field(default=False, metadata={"static": True})
-
-    @classmethod
-    def of(cls, positions: Int[Array, "B N"], ids: Int[Array, "B N J"], signs: Float[Array, "B N J"]) -> Self:
-        """Sums of named logits alone."""
-        nothing = jnp.zeros(positions.shape, signs.dtype)
-        return cls(positions, ids, signs, jnp.zeros(ids.shape, bool), nothing, nothing)
-
-    @property
-    def num_targets(self) -> int:
-        return self.positions.shape[1]
-
-    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
-        stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
-        logits = stop_gradient(decoder.logits(stream))
-        ids = jnp.where(self.ids == BEST, jnp.argmax(logits, axis=-1, keepdims=True), self.ids)
-        named = jnp.take_along_axis(logits, ids, axis=-1)
-        signs = jnp.where(self.rivals, -jax.nn.softmax(named, axis=-1, where=self.rivals), self.signs)
-        last = reading.for_layer(-1)
-        normed = decoder.norm(stream, last)
-        if not self.dense:
-            # only the head's rows that a seed names take part in the backward pass
-            rows = last.linear(_rows, normed, decoder.output_embedding[ids])
-            return TargetValues((rows * signs).sum(-1), ids, logits)
-        background = self.mean[..., None] / logits.shape[-1] + self.expected[..., None] * jax.nn.softmax(logits)
-        one_hot = jax.nn.one_hot(ids, logits.shape[-1], dtype=logits.dtype)
-        every = last.linear(matmul_f32_accum, normed, decoder.output_embedding)
-        return TargetValues((every * ((one_hot * signs[..., None]).sum(-2) - background)).sum(-1), ids, logits)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RoutingSeeds:
-    """Sums of the router's logits of one layer: ``sum signs l[ids]``."""
-
-    positions: Int[Array, "B N"]
-    ids: Int[Array, "B N J"]
-    signs: Float[Array, "B N J"]
-    layer: int = field(metadata={"static": True})
-    attention: bool = field(default=False, metadata={"static": True})
-
-    @property
-    def num_targets(self) -> int:
-        return self.positions.shape[1]
-
-    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
-        routing = hidden.routing("attention" if self.attention else "feed_forward")[self.layer]
-        assert routing is not None
-        # the router's operation, which its logits have entered, ends here for the target
-        logits = reading.for_layer(self.layer % len(hidden.aux)).ledger_out("router", routing.logits)
-        scores = jnp.take_along_axis(logits, self.positions[..., None], axis=1)
-        target = (jnp.take_along_axis(scores, self.ids, axis=-1) * self.signs).sum(-1)
-        stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
-        return TargetValues(target, self.ids, stop_gradient(decoder.logits(stream)))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class StreamSeeds:
-    """Products of directions with the residual stream that a layer reads; after the last, with what leaves it."""
-
-    positions: Int[Array, "B N"]
-    directions: Float[Array, "B N D"]
-    layer: int = field(metadata={"static": True})
-
-    @property
-    def num_targets(self) -> int:
-        return self.positions.shape[1]
-
-    def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
-        stream = hidden.stream
-        if self.layer < len(hidden.entering):
-            # as the layer itself reads it; what leaves the last has passed there already
-            own = reading.for_layer(self.layer)
-            stream = own.tap("stream", own.gate("tokens", hidden.entering[self.layer]))
-        at = jnp.take_along_axis(stream, self.positions[..., None], axis=1).astype(self.directions.dtype)
-        last = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
-        ids = jnp.zeros((*self.positions.shape, 0), jnp.int32)
-        return TargetValues((at * self.directions).sum(-1), ids, stop_gradient(decoder.logits(last)))
-
 
 class Slots(NamedTuple):
-    """The routed slots of all layers; a layer without a mixture has id -1 and weight 0."""
+    """Experts and weights of the routed slots of all layers; id -1 and weight 0 in layers without a mixture."""
 
     ids: Int[Any, "L B T K"]
     weights: Float[Any, "L B T K"]
 
 
-class Readout(NamedTuple):
-    """All that one call reads, on the device or, once fetched (perhaps without the logits), on the host.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PassInputs:
+    """The arguments of one pass, with the axis along which devices split each of them.
 
-    ``ids`` are the seeds' with the best token filled in; ``vectors`` hold the relevance of every number at a node.
+    Devices split either the sequences of a batch or the seeds of all sequences.
+
+    Attributes:
+        weights: the decoder, flat or not.
+        tokens: token ids.
+        valid: true where a token is no padding; ``None`` if there is no padding.
+        seeds: the targets.
+        interventions: gates that hold during the pass.
+        seed_numbers: numbers of the seeds whose cotangents the pass propagates; ``None`` for all.
     """
 
-    gates: Gates
-    leaks: dict[str, Float[Any, "N L+1 B"]]
-    vectors: dict[str, Float[Any, "N B ..."]]
-    target: Float[Any, "B N"]
-    ids: Int[Any, "B N J"]
-    logits: Float[Any, "B N V"] | None
-    routes: Slots | None
-    attention_routes: Slots | None
+    weights: Decoder | FlatDecoder = placed()
+    tokens: Int[Array, "B T"] = placed(sequences=0)
+    valid: Bool[Array, "B T"] | None = placed(sequences=0)
+    seeds: Seeds = placed(sequences=0)
+    interventions: Gates = placed(sequences=gate_specs)
+    seed_numbers: Int[Array, " N"] | None = placed(seeds=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Readout:
+    """All that one pass reads, on the device or, once fetched, on the host.
+
+    Attributes:
+        gates: relevance at every gate, with an axis N of targets in front.
+        leaks: relevance that each named operation did not conserve.
+        vectors: relevance of every number at the nodes that were asked for.
+        target: values of the targets.
+        ids: ids of the targets' terms, with the best token filled in.
+        logits: next-token logits at the targets' positions; ``None`` if they were not fetched.
+        routes, attention_routes: the routed slots of feed-forward and of attention layers.
+    """
+
+    gates: Gates = placed(sequences=2, seeds=0)
+    leaks: dict[str, Float[Any, "N L+1 B"]] = placed(sequences=2, seeds=0)
+    vectors: dict[str, Float[Any, "N B ..."]] = placed(sequences=1, seeds=0)
+    target: Float[Any, "B N"] = placed(sequences=0)
+    ids: Int[Any, "B N J"] = placed(sequences=0)
+    logits: Float[Any, "B N V"] | None = placed(sequences=0)
+    routes: Slots | None = placed(sequences=1)
+    attention_routes: Slots | None = placed(sequences=1)
 
     def cut(self, length: int) -> "Readout":
-        """Without the padding behind so many tokens."""
+        """Return the readout of the first ``length`` tokens, without the padding behind them."""
 
-        def routed(slots: Slots | None) -> Slots | None:
+        def cut_slots(slots: Slots | None) -> Slots | None:
             return None if slots is None else Slots(slots.ids[:, :, :length], slots.weights[:, :, :length])
 
-        def vector(node: str, v: Any) -> Any:
+        def cut_vector(node: str, v: Any) -> Any:
             return v[..., :length, :length] if node.startswith("edges.") else v[:, :, :length]
 
-        return self._replace(
+        return replace(
+            self,
             gates=jax.tree.map(lambda g: g[:, :, :, :length], self.gates),
-            vectors={node: vector(node, v) for node, v in self.vectors.items()},
-            routes=routed(self.routes),
-            attention_routes=routed(self.attention_routes),
+            vectors={node: cut_vector(node, v) for node, v in self.vectors.items()},
+            routes=cut_slots(self.routes),
+            attention_routes=cut_slots(self.attention_routes),
         )
 
 
@@ -199,20 +109,19 @@ def relevance(
     joint: bool = False,
     rematerialised_layers: int = 0,
 ) -> Readout:
-    """Relevance at every gate for all seeds, in one forward pass and one backward pass over a batch of seeds.
+    """Compute relevance at every gate for all seeds, in one forward pass and one backward pass per batch of seeds.
 
-    Over a mesh with an axis ``data``, its devices share the sequences; or, where that is less work or a layer lets
-    sequences compete, the seeds: then each makes the forward pass of all.
+    Over a mesh with an axis ``data`` the devices split the sequences. If a layer couples sequences, or if it is less
+    work, they split the seeds instead, and each device makes the forward pass of all sequences.
 
     Args:
-        valid: tokens that are not padding; ``None``, which saves time, where none is.
-        interventions: interventions that hold during the pass.
-        chunk: how many seeds a device propagates at a time at most, over one and the same forward pass; all by
-            default.
-        nodes: where to read the relevance of every number (:data:`NODES`), as ``"attention.3"``.
-        joint: propagate the sum of a sequence's seeds, one cotangent in place of N.
-        rematerialised_layers: of how many, counted from the first, to keep only the residual stream that enters them
-            and compute the rest again on the way back.
+        valid: true where a token is no padding. ``None`` means that there is none, which saves time.
+        interventions: gates that hold during the pass.
+        chunk: how many seeds at most a device propagates at a time, over one and the same forward pass; by default all.
+        nodes: names of the nodes at which to read the relevance of every number (:data:`NODES`): ``"attention.3"``.
+        joint: propagate the sum of a sequence's seeds, one cotangent instead of N.
+        rematerialised_layers: how many layers, counted from the first, keep only the residual stream that enters them
+            and are computed again in the backward pass.
 
     Raises:
         PromptError: there is no such node.
@@ -220,41 +129,32 @@ def relevance(
     """
     refuse_wrong_sums()
     read = partial(_read, rule=rule, chunk=chunk, nodes=nodes, joint=joint, rematerialised_layers=rematerialised_layers)
-    config, arguments, seen = weights.config, (weights, tokens, valid, seeds, interventions), None
+    config, numbers = weights.config, None
     if num_shards(config.mesh) > 1:
-        seen = jnp.arange(1 if joint else seeds.num_targets, dtype=jnp.int32)
-    if seen is None or _by_sequence(config, len(tokens), len(seen)):
-        placed = REPLICATED, split(0), split(0), split(0), gate_specs(interventions), REPLICATED
-        # their axes in what is found
-        found = Readout(split(2), split(2), split(1), split(0), split(0), split(0), split(1), split(1))
-    else:
-        placed = REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED, split(0)
-        found = Readout(split(0), split(0), split(0), REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED)
-    return shard_map_data(read, config.mesh, (*arguments, seen), placed, found)
+        numbers = jnp.arange(1 if joint else seeds.num_targets, dtype=jnp.int32)
+    inputs = PassInputs(weights, tokens, valid, seeds, interventions, numbers)
+    by_sequence = numbers is None or _splits_sequences(config, len(tokens), len(numbers))
+    over = "sequences" if by_sequence else "seeds"
+    return shard_map_data(read, config.mesh, (inputs,), (placements(inputs, over),), placements(Readout, over))
 
 
 def per_device(config: Config, sequences: int, seeds: int) -> tuple[int, int]:
-    """How many sequences :func:`relevance` gives to a device, and how many seeds of each."""
+    """Return how many sequences :func:`relevance` gives to a device, and how many seeds of each sequence."""
     devices = num_shards(config.mesh)
-    if _by_sequence(config, sequences, seeds):
+    if _splits_sequences(config, sequences, seeds):
         return -(-sequences // devices), seeds
     return sequences, -(-seeds // devices)
 
 
-def _by_sequence(config: Config, sequences: int, seeds: int) -> bool:
-    """Whether devices share sequences, not seeds: whichever leaves each with fewer passes."""
+def _splits_sequences(config: Config, sequences: int, seeds: int) -> bool:
+    """Return whether devices split sequences, not seeds: that which leaves each device with fewer passes."""
     devices = num_shards(config.mesh)
     passes = -(-sequences // devices) * (1 + seeds), sequences * (1 + -(-seeds // devices))
     return passes[0] <= passes[1] and not config.couples_sequences
 
 
 def _read(
-    weights: Decoder | FlatDecoder,
-    tokens: Int[Array, "B T"],
-    valid: Bool[Array, "B T"] | None,
-    seeds: Seeds,
-    interventions: Gates,
-    seen: Int[Array, " N"] | None,
+    inputs: PassInputs,
     *,
     rule: Rule,
     chunk: int | None,
@@ -262,51 +162,52 @@ def _read(
     joint: bool,
     rematerialised_layers: int,
 ) -> Readout:
-    """Relevance for the seeds of the numbers ``seen``, by default all, as one device computes it."""
-    decoder = unflatten(weights)
+    """Compute the relevance of the seeds ``inputs.seed_numbers`` on one device."""
+    decoder, tokens, seeds = unflatten(inputs.weights), inputs.tokens, inputs.seeds
     refuse_half(decoder)
-    dtype = jnp.promote_types(decoder.embedding.dtype, jnp.float32)
-    # summed once for all in the end: a sum over tokens is two more kernels wherever it stands
+    dtype = decoder.accumulation_dtype
+    # probes keep the axis of tokens, and one sum over it ends the pass: a sum at each operation costs two kernels there
     entries = (decoder.config.num_layers + 1, *tokens.shape)
     probes = {name: jnp.zeros(entries, dtype) for name in sorted(rule.leaks)}
     readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
     taps = {node: jnp.ones(node_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
 
     def targets(gates: Gates, probes: dict[str, Array], taps: dict[str, Array]) -> tuple[Array, tuple]:
-        reading = Reading(rule, gates.times(interventions), probes, _counted_from_the_end(taps, decoder.config))
-        again = rematerialised_layers
-        hidden = decoder.hidden(tokens, valid=valid, reading=reading, rematerialised_layers=again)
+        reading = Reading(rule, gates.times(inputs.interventions), probes, _final_stream_last(taps, decoder.config))
+        hidden = decoder.hidden(
+            tokens, valid=inputs.valid, reading=reading, rematerialised_layers=rematerialised_layers
+        )
         target, ids, logits = seeds.read(decoder, hidden, reading)
         return target, (ids, logits, (hidden.routing(), hidden.routing("attention")))
 
     target, pull, (ids, logits, (routing, attention_routing)) = jax.vjp(targets, readout, probes, taps, has_aux=True)
-    # joint: a one at every seed
+    # a joint target has the cotangent one at every seed
     ones = jnp.ones((1, 1), target.dtype) if joint else jnp.eye(target.shape[1], dtype=target.dtype)
-    seeded = ones[:, None] if seen is None else ones[seen, None]
-    seeded = jnp.broadcast_to(seeded, (len(seeded), *target.shape))
-    gates, leaks, vectors = _in_chunks(jax.vmap(pull), seeded, chunk or len(seeded))
+    cotangents = ones[:, None] if inputs.seed_numbers is None else ones[inputs.seed_numbers, None]
+    cotangents = jnp.broadcast_to(cotangents, (len(cotangents), *target.shape))
+    gates, leaks, vectors = _in_chunks(jax.vmap(pull), cotangents, chunk or len(cotangents))
     feed_forward, attention = _stack(routing), _stack(attention_routing)
     leaks = {name: leak.sum(-1) for name, leak in leaks.items()}
     return Readout(gates, leaks, vectors, target, ids, logits, feed_forward, attention)
 
 
-def _in_chunks(pull: Callable[[Array], Pulled], seeds: Float[Array, "N B M"], chunk: int) -> Pulled:
-    """``pull`` of at most ``chunk`` seeds at a time, in chunks of one size; the last may hold seeds of zero."""
-    count = len(seeds)
+def _in_chunks(pull: Callable[[Array], Pulled], cotangents: Float[Array, "N B _"], chunk: int) -> Pulled:
+    """Apply ``pull`` to at most ``chunk`` cotangents at a time, in chunks of one size; zeros fill up the last chunk."""
+    count = len(cotangents)
     chunks = -(-count // chunk)
     if chunks == 1:
-        return pull(seeds)
+        return pull(cotangents)
     size = -(-count // chunks)
-    padded = jnp.pad(seeds, [(0, chunks * size - count), (0, 0), (0, 0)])
-    parts = jax.lax.map(pull, padded.reshape(chunks, size, *seeds.shape[1:]))
+    padded = jnp.pad(cotangents, [(0, chunks * size - count), (0, 0), (0, 0)])
+    parts = jax.lax.map(pull, padded.reshape(chunks, size, *cotangents.shape[1:]))
     return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], parts)
 
 
 def checked_chunk(chunk: int | None) -> int | None:
-    """``chunk``, which is positive if it is given.
+    """Return ``chunk``.
 
     Raises:
-        MoejaxError: it is not.
+        MoejaxError: it is given and not positive.
     """
     if chunk is not None and chunk < 1:
         raise MoejaxError(f"chunk={chunk} must be positive.")
@@ -317,25 +218,29 @@ def refuse_half(decoder: Decoder) -> None:
     """Raise ``MoejaxError`` for weights in float16."""
     if decoder.embedding.dtype == jnp.float16:
         raise MoejaxError(
-            "float16 overflows and underflows in silence on the way back; load with dtype='bfloat16' or 'float32'."
+            "float16 overflows and underflows silently in the backward pass; load with dtype='bfloat16' or 'float32'."
         )
 
 
 NODES = {
-    "stream": "residual stream entering the layer; of the layer after the last, what enters the final norm",
-    "attention_norm": "what attention reads",
-    "edges": "what each query reads of each key, for each head [H T S]",
-    "attention": "what attention writes",
+    "stream": "residual stream entering the layer; for the number of layers, the stream entering the final norm",
+    "attention_norm": "input of attention, after its norm",
+    "edges": "weighted value that each query reads from each key, for each head [H T S]",
+    "attention": "output of attention",
     "middle": "residual stream between attention and feed-forward part",
-    "feed_forward_norm": "what the feed-forward part reads",
+    "feed_forward_norm": "input of the feed-forward part, after its norm",
     "neurons": "hidden units of the routed experts [T K F]",
-    "feed_forward": "what the feed-forward part writes",
+    "feed_forward": "output of the feed-forward part",
 }
-"""Nodes of a layer; they have the shape [T D] where nothing else is said."""
+"""Nodes of a layer, with what stands there. Their shape is [T D] where no other is given."""
 
 
 def node_shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, ...]:
-    """Of all the numbers at a node, for a batch of tokens of shape ``[B T]``.
+    """Return the shape of the numbers at a node.
+
+    Args:
+        node: name and layer, as in ``"attention.3"``.
+        batch: the shape ``(B, T)`` of the token ids.
 
     Raises:
         PromptError: there is no such node.
@@ -355,20 +260,16 @@ def node_shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, 
     return (*batch, config.model_dim)
 
 
-def _counted_from_the_end(taps: dict[str, Array], config: Config) -> dict[str, Array]:
-    """What follows the last layer is read as layer -1."""
+def _final_stream_last(taps: dict[str, Array], config: Config) -> dict[str, Array]:
+    """Rename the tap on the stream behind the last layer to layer -1, as :class:`Reading` counts."""
     return {"stream.-1" if name == f"stream.{config.num_layers}" else name: tap for name, tap in taps.items()}
 
 
 def _stack(routing: Sequence[Routing | None]) -> Slots | None:
+    """Stack the routed slots of all layers; ``None`` if no layer is a mixture."""
     present = next((r for r in routing if r is not None), None)
     if present is None:
         return None
     none = Slots(jnp.full_like(present.ids, -1), jnp.zeros_like(present.weights))
     layers = [none if r is None else Slots(r.ids, r.weights) for r in routing]
     return Slots(*map(jnp.stack, zip(*layers, strict=True)))
-
-
-def _rows(x: Float[Array, "B N D"], weight: Float[Array, "B N J D"]) -> Float[Array, "B N J"]:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum("bnd,bnjd->bnj", x, weight, preferred_element_type=wide)

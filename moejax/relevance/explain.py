@@ -1,9 +1,8 @@
-"""``explain``: what caused an output, as a user asks it."""
+"""``explain``: which tokens, experts, heads and layers caused an output."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +11,43 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
-from moejax.lm import LM, Prompt, padded_length, right_pad
+from moejax.lm import LM, Prompt
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
 from moejax.relevance.ledger import Ledger
+from moejax.relevance.question import ResolvedTarget
 from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
-from moejax.relevance.targets import Argmax, Target, TargetTerms, checked_target
+from moejax.relevance.targets import Argmax, Target, checked_target
 from moejax.rules import Gates, Rule, by_name
 
 _CANDIDATES = 5
+"""Number of likely next tokens that a result lists."""
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """The options of :func:`explain` that concern the pass itself, checked."""
+
+    rule: Rule
+    gates: Gates | None
+    nodes: tuple[str, ...]
+    chunk: int | None
+    rematerialise: bool | int | None
+    max_bytes: int | None
+
+    def rematerialised_layers(self, layers: int) -> int | None:
+        """Return how many of ``layers`` layers to compute again; ``None`` if ``max_bytes`` decides.
+
+        Raises:
+            MoejaxError: a negative number is given.
+        """
+        if self.rematerialise is None:
+            return None
+        if isinstance(self.rematerialise, bool):
+            return layers if self.rematerialise else 0
+        if self.rematerialise < 0:
+            raise MoejaxError(f"rematerialise={self.rematerialise}: a number of layers, or True for all.")
+        return min(self.rematerialise, layers)
 
 
 def explain(
@@ -35,18 +62,17 @@ def explain(
     rematerialise: bool | int | None = None,
     max_bytes: int | None = None,
 ) -> Relevance:
-    """Which tokens, experts, heads and layers caused an output.
+    """Compute which tokens, experts, heads and layers caused an output.
 
     Args:
-        prompt: text or token ids; the rest as in :func:`explain_batch`.
+        prompt: text or token ids. The other arguments are as in :func:`explain_batch`.
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
         MoejaxError: an unknown rule, gates of another model, weights in float16.
     """
-    options = {"target": target, "rule": rule, "gates": gates, "nodes": nodes}
-    bounds = {"chunk": chunk, "rematerialise": rematerialise, "max_bytes": max_bytes}
-    return explain_batch(lm, [prompt], **options, **bounds)[0]
+    options = PassOptions(by_name(rule), gates, tuple(nodes), checked_chunk(chunk), rematerialise, max_bytes)
+    return _explain(lm, [prompt], checked_target(target), options)[0]
 
 
 def explain_batch(
@@ -61,161 +87,120 @@ def explain_batch(
     rematerialise: bool | int | None = None,
     max_bytes: int | None = None,
 ) -> list[Relevance]:
-    """:func:`explain` for several prompts as one batch, padded behind their ends, where no token sees it; one by one,
-    where gates must fit each, if a layer lets sequences compete.
+    """Compute :func:`explain` for several prompts in one batch.
 
-    Prompts are padded to one of few lengths, so that most find their program compiled (:func:`moejax.lm.bucket_length`),
-    unless ``gates`` hold for single tokens or ``max_bytes`` is given.
+    Prompts are padded at their ends, where no token attends to the padding, to one of few lengths, so that most prompts
+    find their program compiled (:func:`moejax.models.padding.bucket_length`). They are not padded that far if ``gates``
+    hold for single tokens or ``max_bytes`` is given. If a layer couples sequences (``couples_sequences``), prompts run
+    one at a time and ``gates`` must fit each of them.
 
     Args:
         target: what to explain; by default the logit of the most likely next token.
-        rule: how relevance propagates, or the name of a rule in ``moejax.rules.RULES``.
+        rule: how relevance propagates: a rule, or the name of one in ``moejax.rules.RULES``.
         gates: interventions that hold during the pass; they must broadcast over the batch. Tokens are counted from a
             prompt's beginning.
-        nodes: where to read the relevance of every number, as ``"feed_forward.3"`` or ``"neurons.0"``; the names are
-            those of ``moejax.relevance.NODES``, with the layer. Read them from ``vectors`` of the result.
-        chunk: how many targets a device propagates at a time, to bound memory; all by default.
-        rematerialise: of how many layers, counted from the first, to keep only the stream that enters them and compute
-            the rest again on the way back; ``True`` for all. Less memory for long prompts, up to 40 % more time (OLMoE,
-            4096 tokens), the same numbers. By default of none, unless ``max_bytes`` asks for it.
-        max_bytes: what the pass may take of a device beside the weights, by an estimate: ``chunk`` and
+        nodes: where to read the relevance of every number: ``"feed_forward.3"`` or ``"neurons.0"``, a name in
+            ``moejax.relevance.NODES`` and a layer. The result has it in ``vectors``.
+        chunk: how many targets a device propagates at a time, to bound memory; by default all.
+        rematerialise: number of leading layers whose activations are not kept but computed again in the backward pass;
+            ``True`` for all. Long prompts need less memory then, and up to 40 % more time (OLMoE, 4096 tokens), for the
+            same numbers. By default none, unless ``max_bytes`` asks for it.
+        max_bytes: how much memory of a device the pass may take beside the weights, by an estimate. ``chunk`` and
             ``rematerialise``, where they are not given, are chosen to stay below it in the least time.
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
         MoejaxError: an unknown rule, gates of another model, weights in float16, ``max_bytes`` too little for a target,
-            fewer than no layers, a chunk of none.
+            a negative ``rematerialise``, a ``chunk`` that is not positive.
     """
     if len(prompts) == 0:
         return []
     if isinstance(prompts, str):
         raise PromptError("one text is no list of prompts; put it in one, or call explain.")
-    rule, chunk, target = by_name(rule), checked_chunk(chunk), checked_target(target)
-    read = partial(_together, lm, target, rule, gates, tuple(nodes), chunk, rematerialise, max_bytes)
+    options = PassOptions(by_name(rule), gates, tuple(nodes), checked_chunk(chunk), rematerialise, max_bytes)
+    target = checked_target(target)
     if lm.config.couples_sequences:
-        return [found for prompt in prompts for found in read([prompt])]
-    return read(prompts)
+        return [result for prompt in prompts for result in _explain(lm, [prompt], target, options)]
+    return _explain(lm, prompts, target, options)
 
 
-def _together(
-    lm: LM,
-    target: Target,
-    rule: Rule,
-    gates: Gates | None,
-    nodes: tuple[str, ...],
-    chunk: int | None,
-    rematerialise: bool | int | None,
-    max_bytes: int | None,
-    prompts: Sequence[Prompt],
-) -> list[Relevance]:
-    resolved = [target.resolve(lm, lm.encode(p)) for p in prompts]
-    rows = [ids for ids, _ in resolved]
-    longest = max(map(len, rows))
-    interventions = Gates() if gates is None else gates.check(lm.config, np.zeros((len(rows), longest), np.int32))
-    # who bounds memory has none for padding
-    width = padded_length(lm.config, longest, gates) if max_bytes is None else longest
-    tokens = right_pad(rows, width, lm.config.pad_id)
-    seeds = target.seeds([aims for _, aims in resolved], decoder_dtype(lm))
-    again = _layers(rematerialise, lm.config.num_layers)
-    if max_bytes is not None:
-        count = 1 if target.joint else max(len(aims) for _, aims in resolved)
-        mine, count = per_device(lm.config, len(tokens), count)
-        chunk, again = _footprint(lm, tokens[:mine], nodes).arrange(count, max_bytes, chunk, again)
+def _explain(lm: LM, prompts: Sequence[Prompt], target: Target, options: PassOptions) -> list[Relevance]:
+    """Explain all prompts in one pass."""
+    resolved = ResolvedTarget.of(lm, prompts, target)
+    interventions = resolved.interventions(options.gates)
+    # padding would take memory, which max_bytes bounds
+    tokens = resolved.tokens(options.gates, bucket=options.max_bytes is None)
+    chunk, layers = options.chunk, options.rematerialised_layers(lm.config.num_layers)
+    if options.max_bytes is not None:
+        sequences, seeds = per_device(lm.config, len(tokens), resolved.num_cotangents)
+        footprint = _footprint(lm, tokens[:sequences], options.nodes)
+        chunk, layers = footprint.arrange(seeds, options.max_bytes, chunk, layers)
     out = relevance(
         lm.flat,
         tokens,
         None,
-        seeds,
+        resolved.seeds,
         interventions,
-        rule=rule,
+        rule=options.rule,
         chunk=chunk,
-        nodes=nodes,
+        nodes=options.nodes,
         joint=target.joint,
-        rematerialised_layers=again or 0,
+        rematerialised_layers=layers or 0,
     )
-    out, likely = jax.device_get((out._replace(logits=None), _likely(out.logits)))
-    return [
-        _result(lm, repr(rule), target, ids, aims, out.cut(len(ids)), likely, row)
-        for row, (ids, aims) in enumerate(resolved)
-    ]
-
-
-def decoder_dtype(lm: LM) -> jnp.dtype:
-    """The dtype that logits of ``lm`` are computed in: float32 or wider."""
-    return jnp.promote_types(lm.decoder.embedding.dtype, jnp.float32)
-
-
-def _layers(rematerialise: bool | int | None, layers: int) -> int | None:
-    """How many layers are meant, of so many."""
-    if rematerialise is None:
-        return None
-    if isinstance(rematerialise, bool):
-        return layers if rematerialise else 0
-    if rematerialise < 0:
-        raise MoejaxError(f"rematerialise={rematerialise}: a number of layers, or True for all.")
-    return min(rematerialise, layers)
+    out, likely = jax.device_get((replace(out, logits=None), _likely(out.logits)))
+    return [_result(resolved, row, repr(options.rule), out, likely) for row in range(len(prompts))]
 
 
 def _footprint(lm: LM, tokens: Array, nodes: tuple[str, ...]) -> Footprint:
+    """Estimate the memory of a pass that reads ``nodes`` too."""
     batch, length = tokens.shape
-    found = Footprint.of(lm.config, batch, length, lm.decoder.embedding.dtype.itemsize)
-    read = sum(math.prod(node_shape(lm.config, node, tokens.shape)) for node in nodes)
-    return replace(found, readout=found.readout + 4 * read)
+    footprint = Footprint.of(lm.config, batch, length, lm.decoder.embedding.dtype.itemsize)
+    numbers = sum(math.prod(node_shape(lm.config, node, tokens.shape)) for node in nodes)
+    return replace(footprint, readout=footprint.readout + 4 * numbers)
 
 
 class _Likely(NamedTuple):
-    """The most likely next tokens, the best first."""
+    """The X most likely next tokens at each target, the best first."""
 
-    ids: Int[Any, "B N C"]
-    logits: Float[Any, "B N C"]
-    probabilities: Float[Any, "B N C"]
+    ids: Int[Any, "B N X"]
+    logits: Float[Any, "B N X"]
+    probabilities: Float[Any, "B N X"]
 
-    def of(self, lm: LM, row: int, target: int) -> list[Candidate]:
-        """Those of one target, as people read them."""
+    def candidates(self, lm: LM, row: int, target: int) -> list[Candidate]:
+        """Return the tokens at one target, as people read them."""
         ids, logits, probabilities = (array[row, target].tolist() for array in self)
         return list(map(Candidate, lm.pieces(ids), ids, logits, probabilities))
 
 
 @jax.jit
 def _likely(logits: Float[Array, "B N V"]) -> _Likely:
-    """Found where the logits are: whole vocabularies take long to fetch and to sort."""
+    """Select the most likely tokens on the device: whole vocabularies take long to fetch and to sort."""
     best, ids = jax.lax.top_k(logits, min(_CANDIDATES, logits.shape[-1]))
     return _Likely(ids, best, jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
 
 
-def _result(
-    lm: LM,
-    rule: str,
-    target: Target,
-    token_ids: list[int],
-    aims: list[TargetTerms],
-    out: Readout,
-    likely: _Likely,
-    row: int,
-) -> Relevance:
-    """One batch row of the readout."""
-    n, values = len(aims), out.target[row, : len(aims)].astype(np.float64)
-    labels = [target.label(lm, aim, out.ids[row, i]) for i, aim in enumerate(aims)]
-    if target.joint:
-        n, values, labels = 1, values.sum(keepdims=True), [" + ".join(labels)]
+def _result(resolved: ResolvedTarget, row: int, rule: str, out: Readout, likely: _Likely) -> Relevance:
+    """Make the result of one sequence from the readout of the batch."""
+    lm, ids, count = resolved.lm, resolved.sequences[row], len(resolved.terms[row])
+    out, values = out.cut(len(ids)), out.target[row, :count].astype(np.float64)
+    if resolved.target.joint:
+        values = values.sum(keepdims=True)
+    n = len(values)
     gates = {f.name: g[:n, :, row] for f in fields(Gates) if (g := getattr(out.gates, f.name)) is not None}
     leaks = {name: leak[:n, :, row].astype(np.float64) for name, leak in out.leaks.items()}
     layers = gates["tokens"]
 
     def experts(name: str, slots: Slots | None, count: int) -> ExpertRelevance | None:
-        if slots is None:
-            return None
-        ids, weights = slots.ids[:, row], slots.weights[:, row]
-        return ExpertRelevance(gates[name], ids, weights, count)
+        return None if slots is None else ExpertRelevance(gates[name], slots.ids[:, row], slots.weights[:, row], count)
 
     return Relevance(
         model=lm.name,
         rule=rule,
-        prompt=lm.tokenizer.decode(token_ids) if lm.tokenizer else " ".join(map(str, token_ids)),
-        token_ids=np.array(token_ids),
-        pieces=lm.pieces(token_ids),
-        labels=labels,
-        positions=np.array([aim.position for aim in aims[-n:]]),
+        prompt=lm.tokenizer.decode(ids) if lm.tokenizer else " ".join(map(str, ids)),
+        token_ids=np.array(ids),
+        pieces=lm.pieces(ids),
+        labels=resolved.labels(row, out.ids[row]),
+        positions=resolved.positions(row),
         layers=layers,
         heads=gates["heads"],
         feed_forward=experts("slots", out.routes, lm.config.num_experts),
@@ -228,5 +213,5 @@ def _result(
             # an operation that the model does not have leaks exactly nothing
             leaks={name: leak for name, leak in leaks.items() if leak.any()},
         ),
-        candidates=[likely.of(lm, row, n) for n in range(len(aims) - n, len(aims))],
+        candidates=[likely.candidates(lm, row, target) for target in range(count - n, count)],
     )

@@ -1,4 +1,4 @@
-"""The closed ledger: what went in, what came out, every named leak."""
+"""The conservation ledger: the explained value, the relevance of the input, and every named leak between them."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,15 @@ from jaxtyping import Float
 class Ledger:
     """``target = tokens + sum of leaks + residual``, where every operation that does not conserve is named.
 
-    A rule names the operations at which it does not conserve; each is measured where it happens, as relevance of its
-    outputs minus relevance of its inputs. Everything else must conserve, so the residual is zero up to rounding, and is
-    not if a rule, gate or kernel outside the named operations is wrong. What goes wrong inside one changes its entry.
+    A rule names the operations at which it does not conserve relevance. Each of them is measured where it happens, as
+    relevance of its outputs minus relevance of its inputs. All other operations must conserve, so the residual is zero
+    up to rounding. It is not zero if a rule, gate or kernel outside the named operations is wrong. A mistake inside a
+    named operation changes its entry, not the residual.
 
     Attributes:
         target: the explained logit or difference of logits.
         tokens: sum of the relevance of all input tokens.
-        leaks: by operation; the last row is the final norm and head.
+        leaks: relevance lost at each named operation, for each layer; the last row is the final norm and head.
     """
 
     target: Float[np.ndarray, " N"]
@@ -26,13 +27,18 @@ class Ledger:
 
     @property
     def residual(self) -> Float[np.ndarray, " N"]:
-        """What is not accounted for."""
+        """The part of the target that neither tokens nor leaks account for."""
         return (
             self.target - self.tokens - sum((leak.sum(-1) for leak in self.leaks.values()), np.zeros_like(self.target))
         )
 
+    def __repr__(self) -> str:
+        """Names of the leaks and the largest residual."""
+        residual = np.abs(self.residual).max(initial=0.0)
+        return f"Ledger(targets={len(self.target)}, leaks={list(self.leaks)}, residual={residual:.1e})"
+
     def __str__(self) -> str:
-        """A table for each target: what each layer's operations kept of the target, and what remains."""
+        """Format a table for each target: what each layer's operations kept of the target, and the residual."""
         return "\n\n".join(self._table(n) for n in range(len(self.target)))
 
     def _table(self, n: int) -> str:

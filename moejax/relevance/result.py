@@ -1,4 +1,4 @@
-"""The answer of ``explain``."""
+"""The result of ``explain``."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moejax.relevance.ledger import Ledger
 
 
 class Candidate(NamedTuple):
-    """A likely next token."""
+    """A likely next token: its text, id, logit and probability."""
 
     token: str
     id: int
@@ -21,14 +21,14 @@ class Candidate(NamedTuple):
     probability: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExpertRelevance:
     """Relevance of the experts of one kind, feed-forward or attention.
 
     Attributes:
         slots: relevance of each routed slot's weighted output.
-        ids, weights: the routing behind the slots; id -1 in layers that are no mixture.
-        count: experts of a layer.
+        ids, weights: expert and routing weight of each slot; id -1 in layers that are no mixture.
+        count: number E of experts of a layer.
     """
 
     slots: Float[np.ndarray, "N L T K"]
@@ -37,15 +37,15 @@ class ExpertRelevance:
     count: int
 
     def by_expert(self, how: str = "sum") -> Float[np.ndarray, "N L E"]:
-        """Relevance of each expert of each layer over the tokens routed to it.
+        """Sum the relevance of each expert of each layer over the tokens routed to it.
 
         Args:
-            how: ``"sum"`` (signed, as the ledger counts), ``"absolute"`` (sum of absolute values), ``"positive"`` (of
-                positive parts), ``"count"`` (slots whose weight is not zero), ``"mean"`` (sum over count). They rank
-                experts differently, since frequent experts collect more.
+            how: ``"sum"`` (signed, as the ledger counts), ``"absolute"`` (sum of absolute values), ``"positive"`` (sum
+                of positive parts), ``"count"`` (number of slots whose weight is not zero), ``"mean"`` (sum over
+                count). They rank experts differently, since frequent experts collect more relevance.
 
         Raises:
-            MoejaxError: another word.
+            MoejaxError: ``how`` is another word.
         """
         ways = {
             "sum": self.slots,
@@ -60,41 +60,44 @@ class ExpertRelevance:
         return self._scatter(ways[how], 2)
 
     def by_token(self) -> Float[np.ndarray, "N L T E"]:
-        """Relevance of each expert for each token; zero where it was not selected."""
+        """Return the relevance of each expert for each token; zero where it was not selected."""
         return self._scatter(self.slots, 3)
 
     def _scatter(self, slots: Float[np.ndarray, "N L T K"], kept: int) -> Float[np.ndarray, "N L *t E"]:
-        """Sums by expert over all axes but the first ``kept``; two slots of a token may have one expert."""
+        """Sum by expert over all axes but the first ``kept``; two slots of a token may have one expert."""
         shape, places = slots.shape[:kept], self.count + 1
         rows = np.arange(math.prod(shape)).reshape(*shape, *[1] * (slots.ndim - kept))
-        # id -1 adds to the last place, which no expert has
+        # id -1 adds to the last place, which belongs to no expert
         where = rows * places + self.ids % places
         sums = np.bincount(where.ravel(), slots.ravel(), rows.size * places)
         return sums.reshape(*shape, places)[..., :-1].astype(slots.dtype)
 
     def drop_renormalise(self) -> Float[np.ndarray, "N L T K"]:
-        """What the target loses, to first order, if a slot's expert is dropped and the others' weights grow to make up.
+        """Estimate to first order what the target loses if a slot's expert is dropped and the other weights make up.
 
-        ``(R_k - w_k R) / (1 - w_k)`` with ``R`` the relevance of all slots of the token and ``w`` the weights over
-        their sum. A token's only expert cannot be made up for; its score is its relevance.
+        The estimate is ``(R_k - w_k R) / (1 - w_k)`` with ``R`` the relevance of all slots of the token and ``w`` the
+        weights over their sum. Nothing makes up for a token's only expert; its score is its relevance.
         """
-        share = self._share
+        fraction = self._fractions
         total = self.slots.sum(-1, keepdims=True)
-        return np.where(share < 1, (self.slots - share * total) / np.where(share < 1, 1 - share, 1), self.slots)
+        scores = (self.slots - fraction * total) / np.where(fraction < 1, 1 - fraction, 1)
+        return np.where(fraction < 1, scores, self.slots)
 
     def advantage(self) -> Float[np.ndarray, "N L T K"]:
-        """How much better a slot's expert is for the target than the mixture it sits in, before its weight.
+        """Compare a slot's expert, before its weight, with the mixture that it belongs to.
 
-        ``R_k / w_k - R / sum w``; weighted by ``w`` it sums to zero.
+        The result ``R_k / w_k - R / sum w`` is positive for experts that are better for the target than the mixture;
+        weighted by ``w`` it sums to zero.
         """
         weights = np.where(self.weights == 0, 1, self.weights)
         mixture = self.slots.sum(-1, keepdims=True) / np.where(self._sum == 0, 1, self._sum)
         return np.where(self.weights == 0, 0, self.slots / weights - mixture)
 
     def sensitivity(self) -> Float[np.ndarray, "N L T K"]:
-        """Derivative of the target by a selected expert's router logit, the other things being equal.
+        """Differentiate the target by a selected expert's router logit, with all else held constant.
 
-        ``R_k - w_k R``, where ``w`` are the weights as they are: softmax over the selected experts or over all.
+        The result is ``R_k - w_k R``, where ``w`` are the routing weights themselves, a softmax over the selected
+        experts or over all experts.
         """
         return self.slots - self.weights * self.slots.sum(-1, keepdims=True)
 
@@ -103,36 +106,73 @@ class ExpertRelevance:
         return self.weights.sum(-1, keepdims=True)
 
     @property
-    def _share(self) -> np.ndarray:
+    def _fractions(self) -> np.ndarray:
+        """Weights over the sum of the token's weights."""
         return self.weights / np.where(self._sum == 0, 1, self._sum)
 
+    def __repr__(self) -> str:
+        """Sizes."""
+        n, layers, tokens, slots = self.slots.shape
+        return f"ExpertRelevance(N={n}, L={layers}, T={tokens}, K={slots}, E={self.count})"
 
-@dataclass(frozen=True)
-class Relevance:
-    """Relevance of N targets for everything that was gated, signed, in units of the target's logit.
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """The part that relevance and the scores of other methods share: targets, tokens, and feed-forward experts.
 
     Attributes:
-        model, rule, prompt: what was explained, how, and the text of the sequence.
         token_ids, pieces: the input sequence and each token's text.
-        labels: what each target is.
+        labels: name of each target.
         positions: the token whose successor each target predicts.
+    """
+
+    token_ids: Int[np.ndarray, " T"]
+    pieces: list[str]
+    labels: list[str]
+    positions: Int[np.ndarray, " N"]
+
+    @property
+    def experts(self) -> Float[np.ndarray, "N L T K"]:
+        """Relevance or score of each routed slot of the feed-forward layers."""
+        return self._mixture.slots
+
+    @property
+    def expert_ids(self) -> Int[np.ndarray, "L T K"]:
+        """The expert of each routed slot of the feed-forward layers; -1 in layers without experts."""
+        return self._mixture.ids
+
+    def by_expert(self, how: str = "sum") -> Float[np.ndarray, "N L E"]:
+        """Sum over the tokens routed to each feed-forward expert (:meth:`ExpertRelevance.by_expert`)."""
+        return self._mixture.by_expert(how)
+
+    @property
+    def _mixture(self) -> ExpertRelevance:
+        """The experts of the feed-forward layers."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, repr=False)
+class Relevance(Attribution):
+    """Relevance of everything that has a gate, for N targets, signed, in units of the target's logit.
+
+    Without mixtures, ``experts`` and ``expert_ids`` are arrays with ``K = 0``.
+
+    Attributes:
+        model, rule, prompt: name of the model, the rule, and the text of the sequence.
+        token_ids, pieces, labels, positions: see :class:`Attribution`.
         layers: relevance of the residual stream entering each layer; last, the final norm.
         heads: relevance of each attention head's output.
         feed_forward: relevance of the experts of feed-forward layers; ``None`` if no layer has any.
         attention: relevance of attention experts; ``None`` in families without them.
         shared: relevance of the shared expert's gated output, for each token; ``None`` in families without it.
         vectors: relevance of every number at the nodes that were asked for.
-        ledger: the books.
+        ledger: the explained value, the relevance of the input, and the leaks between them.
         candidates: the most likely next tokens at each target's position.
     """
 
     model: str
     rule: str
     prompt: str
-    token_ids: Int[np.ndarray, " T"]
-    pieces: list[str]
-    labels: list[str]
-    positions: Int[np.ndarray, " N"]
     layers: Float[np.ndarray, "N L1 T"]
     heads: Float[np.ndarray, "N L T H"]
     feed_forward: ExpertRelevance | None
@@ -144,18 +184,8 @@ class Relevance:
 
     @property
     def tokens(self) -> Float[np.ndarray, "N T"]:
-        """Relevance of each input token: of its embedding."""
+        """Relevance of each input token's embedding."""
         return self.layers[:, 0]
-
-    @property
-    def experts(self) -> Float[np.ndarray, "N L T K"]:
-        """Relevance of each routed slot of the feed-forward layers; K is 0 if no layer has experts."""
-        return self._mixture.slots
-
-    @property
-    def expert_ids(self) -> Int[np.ndarray, "L T K"]:
-        """The expert of each routed slot of the feed-forward layers."""
-        return self._mixture.ids
 
     @property
     def expert_weights(self) -> Float[np.ndarray, "L T K"]:
@@ -164,19 +194,15 @@ class Relevance:
 
     @property
     def num_experts(self) -> int:
-        """Experts of a feed-forward layer."""
+        """Number E of experts of a feed-forward layer."""
         return self._mixture.count
 
-    def by_expert(self, how: str = "sum") -> Float[np.ndarray, "N L E"]:
-        """Relevance of each feed-forward expert of each layer (:meth:`ExpertRelevance.by_expert`)."""
-        return self._mixture.by_expert(how)
-
     def drop_renormalise(self) -> Float[np.ndarray, "N L T K"]:
-        """Score of dropping a feed-forward expert and renormalising (:meth:`ExpertRelevance.drop_renormalise`)."""
+        """Estimate the loss if a feed-forward expert is dropped (:meth:`ExpertRelevance.drop_renormalise`)."""
         return self._mixture.drop_renormalise()
 
     def neurons(self, layer: int, expert: int) -> Float[np.ndarray, "N T F"]:
-        """Relevance of an expert's hidden units for each token; zero where it was not selected.
+        """Return the relevance of an expert's hidden units for each token; zero where it was not selected.
 
         Raises:
             MoejaxError: the layer's neurons were not read (``explain(.., nodes=["neurons.LAYER"])``).
@@ -189,30 +215,30 @@ class Relevance:
 
     @property
     def _mixture(self) -> ExpertRelevance:
-        """The experts; where there are none, arrays that hold none, so that no reader has to ask."""
+        """The experts; without any, arrays of no slots, so that callers need no special case."""
         if self.feed_forward is not None:
             return self.feed_forward
         shape = (*self.heads.shape[:-1], 0)
-        none = np.zeros(shape[1:], self.heads.dtype)
-        return ExpertRelevance(np.zeros(shape, self.heads.dtype), none.astype(np.int32), none, 0)
+        weights = np.zeros(shape[1:], self.heads.dtype)
+        return ExpertRelevance(np.zeros(shape, self.heads.dtype), weights.astype(np.int32), weights, 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON and for the reports."""
-        books, residual = self.ledger, self.ledger.residual
+        """Return the result as plain data, for JSON and for the reports."""
+        ledger, residual = self.ledger, self.ledger.residual
         targets = [
             {
                 "label": self.labels[n],
                 "position": int(self.positions[n]),
-                "value": float(books.target[n]),
+                "value": float(ledger.target[n]),
                 "candidates": [c._asdict() for c in self.candidates[n]],
                 "tokens": self.tokens[n].tolist(),
                 "layers": self.layers[n].tolist(),
                 "experts": self.experts[n].tolist(),
                 "heads": self.heads[n].tolist(),
                 "ledger": {
-                    "target": float(books.target[n]),
-                    "tokens": float(books.tokens[n]),
-                    "leaks": {name: leak[n].tolist() for name, leak in books.leaks.items()},
+                    "target": float(ledger.target[n]),
+                    "tokens": float(ledger.tokens[n]),
+                    "leaks": {name: leak[n].tolist() for name, leak in ledger.leaks.items()},
                     "residual": float(residual[n]),
                 },
             }
@@ -231,7 +257,7 @@ class Relevance:
         }
 
     def show(self, target: int = 0) -> Any:
-        """In a notebook a figure, which displays itself; in a terminal the coloured text."""
+        """Show a target: as a figure, which displays itself, in a notebook, and as coloured text in a terminal."""
         from moejax import report
 
         if _in_notebook():
@@ -239,13 +265,29 @@ class Relevance:
         return report.render(self.to_dict())
 
     def save_html(self, path: str | Path) -> None:
-        """Write a self-contained page."""
+        """Write the report as a self-contained page."""
         from moejax import report
 
         Path(path).write_text(report.to_html(self.to_dict()), encoding="utf-8")
 
+    def __repr__(self) -> str:
+        """Model, rule, targets, sizes and the ledger's largest residual."""
+        layers, tokens, slots = self.expert_ids.shape
+        residual = np.abs(self.ledger.residual).max(initial=0.0)
+        return (
+            f"Relevance(model={self.model!r}, rule={self.rule}, targets={self.labels}, "
+            f"T={tokens}, L={layers}, K={slots}, residual={residual:.1e})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Format a small table for notebooks: tokens coloured by relevance, and the top experts of each layer."""
+        from moejax.report.notebook_table import notebook_table
+
+        return notebook_table(self.to_dict())
+
 
 def _in_notebook() -> bool:
+    """Return whether this runs in a Jupyter kernel."""
     import sys
 
     shell = sys.modules.get("IPython")

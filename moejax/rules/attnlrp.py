@@ -1,7 +1,6 @@
-"""AttnLRP (Achtibat et al., ICML 2024, arXiv 2402.05602) in the gradient convention of Arras et al. (arXiv 2502.15886),
-and CP-LRP, which holds the attention pattern constant.
+"""AttnLRP (Achtibat et al., ICML 2024, arXiv 2402.05602) in the gradient convention of Arras et al. (arXiv 2502.15886).
 
-With ``c = R / x`` the epsilon rule on a linear map is its ordinary VJP, so that five methods are the whole of AttnLRP.
+With ``c = R / x`` the epsilon rule on a linear map is its ordinary VJP, so AttnLRP needs no method for linear maps.
 """
 
 from dataclasses import dataclass
@@ -11,29 +10,42 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from moejax.rules.primitives import (
+from moejax.ops.cotangents import (
     elementwise,
     elementwise_identity,
     scale_cotangent,
     share_by_size,
     uniform_product,
 )
+from moejax.rules.registry import register_rule
 from moejax.rules.rule import AttentionProduct, Rule, Slope, Total, activate, over_slots
 
 Router = Literal["constant", "uniform", "gradient", "proportional"]
 
 
+@register_rule(
+    "attnlrp",
+    variants={
+        "attnlrp-uniform": {"router": "uniform"},
+        "attnlrp-gradient": {"router": "gradient"},
+        "attnlrp-proportional": {"router": "proportional"},
+    },
+)
 @dataclass(frozen=True)
 class AttnLRP(Rule):
     """AttnLRP: identity rule on norms and activations, uniform rule on products, Taylor rule on the attention softmax.
 
-    ``router`` says what flows from an expert's weighted output into its routing weight:
-    ``"constant"`` nothing, all goes to the expert's output (conserves);
-    ``"uniform"`` one half to each factor, and the ordinary VJP through softmax and top-k (as LXT ships for Qwen3-MoE;
-    what the router's softmax does not conserve is booked as ``router`` in the ledger);
-    ``"gradient"`` the ordinary product rule, which hands all of it to both (booked likewise);
-    ``"proportional"`` nothing, and every dimension of the mixture is shared among the experts' weighted outputs by
-    their size, so that an expert working against the target cannot be seen (conserves).
+    Attributes:
+        router: how much relevance of an expert's weighted output flows into its routing weight.
+            ``"constant"``: none, the expert's output receives all of it (conserves).
+            ``"uniform"``: one half to each factor, then the ordinary VJP through softmax and top-k, as LXT ships for
+            Qwen3-MoE. The ledger books what the router's softmax does not conserve as ``router``.
+            ``"gradient"``: the ordinary product rule, which passes all of it to both factors (booked likewise).
+            ``"proportional"``: none, and the weighted outputs share every dimension of the mixture by their size
+            (conserves). An expert that works against the target cannot be seen then.
+
+    Raises:
+        ValueError: ``router`` is another word.
     """
 
     router: Router = "constant"
@@ -60,7 +72,7 @@ class AttnLRP(Rule):
     ) -> Float[Array, "*s"]:
         """Identity rule on ``a(g) = g * slope(g)``, uniform rule (Prop. 3.3) on its product with ``up``.
 
-        The product with the constant ``offset`` is a function of the gate alone, which gets all of its relevance.
+        The product with the constant ``offset`` depends on ``gate`` alone, which receives all its relevance.
         """
 
         def unit(gate: Array, up: Array) -> Array:
@@ -80,36 +92,22 @@ class AttnLRP(Rule):
         k: Float[Array, "B S G C"],
         v: Float[Array, "B S G C"],
     ) -> Float[Array, "B T H C"]:
-        """Uniform rule on both matrix products: the pattern gets one half, which queries and keys share."""
+        """Uniform rule on both matrix products: values and pattern receive one half each; queries and keys share the
+        pattern's half.
+        """
         return product(scale_cotangent(q, 0.25), scale_cotangent(k, 0.25), scale_cotangent(v, 0.5))
 
     def mix(self, weights: Float[Array, "*b K"], outputs: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
+        """Pass relevance to ``weights`` as ``router`` says."""
         if self.router in ("constant", "proportional"):
             return super().mix(stop_gradient(weights), outputs)
         product = super().mix(weights, outputs)
         return scale_cotangent(product, 0.5) if self.router == "uniform" else product
 
     def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
+        """Ordinary sum, or shared by size if ``router`` is ``"proportional"``."""
         return share_by_size(terms, total) if self.router == "proportional" else super().combine(terms, total)
 
     def clamp(self, x: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
-        """Identity rule, so that saturated units keep their relevance."""
+        """Identity rule: saturated units keep their relevance."""
         return elementwise_identity(x, jnp.clip(x, low, high))
-
-
-@dataclass(frozen=True)
-class CPLRP(AttnLRP):
-    """AttnLRP with the attention pattern held constant: all relevance of a head flows to its values (conserves)."""
-
-    @property
-    def leaks(self) -> frozenset[str]:
-        return super().leaks - {"softmax"}
-
-    def attention(
-        self,
-        product: AttentionProduct,
-        q: Float[Array, "B T H C"],
-        k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
-        return product(stop_gradient(q), stop_gradient(k), v)

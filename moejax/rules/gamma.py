@@ -6,18 +6,23 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
+from moejax.ops.cotangents import attach
 from moejax.rules.attnlrp import AttnLRP
-from moejax.rules.primitives import attach
+from moejax.rules.registry import register_rule
 from moejax.rules.rule import MatMul, Slope, Weight
 
 
+@register_rule("gamma")
 @dataclass(frozen=True)
 class Gamma(AttnLRP):
-    """AttnLRP whose linear maps favour contributions of the output's own sign by ``1 + gamma``; zero is AttnLRP.
+    """AttnLRP whose linear maps favour contributions that have the sign of the output.
 
-    For ``y = sum z`` with ``m`` the sum of the ``z`` that have the sign of ``y``, a contribution receives
-    ``(z + gamma z [z y > 0]) / (y + gamma m)`` of the relevance: the generalisation to inputs and outputs of both signs
-    that LRP toolkits use, whose denominator is never smaller than ``|y|``.
+    Let ``y = sum z``, and ``m`` the sum of the contributions ``z`` that have the sign of ``y``. A contribution receives
+    ``(z + gamma z [z y > 0]) / (y + gamma m)`` of the relevance. This is the generalisation to inputs and outputs of
+    both signs that LRP toolkits use; its denominator is never smaller than ``|y|``.
+
+    Attributes:
+        gamma: weight of the favoured contributions above 1; 0 is AttnLRP.
     """
 
     gamma: float = 0.25
@@ -42,6 +47,6 @@ class Gamma(AttnLRP):
 def sum_of_sizes(
     matmul: MatMul, x: Float[Array, "*b D"], weight: Weight, bias: Float[Array, "*c"] | None
 ) -> Float[Array, "*c"]:
-    """``matmul(|x|, |weight|) + |bias|``: for each output the sum of its contributions' absolute values."""
+    """Sum the absolute values of each output's contributions: ``matmul(|x|, |weight|) + |bias|``."""
     size = matmul(jnp.abs(x), abs(weight))
     return size if bias is None else size + jnp.abs(bias)

@@ -1,7 +1,7 @@
 """The proportional rule of DLBacktrace (Sankarapu et al., arXiv 2411.12643), idealised, in closed form.
 
-Every sum hands its relevance to its terms in proportion to their absolute values. What the published programs do beside
-or instead of that (pooling over tokens, missing masks, fixed shares for routers) is not reproduced.
+Every sum passes its relevance to its terms in proportion to their absolute values. The published programs deviate from
+that (they pool over tokens, lack masks, and give routers a fixed part); these deviations are not reproduced.
 """
 
 from dataclasses import dataclass
@@ -10,29 +10,32 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
+from moejax.ops.cotangents import by_size, share_by_size
 from moejax.rules.attnlrp import AttnLRP
 from moejax.rules.gamma import sum_of_sizes
-from moejax.rules.primitives import by_size, share_by_size
+from moejax.rules.registry import register_rule
 from moejax.rules.rule import AttentionProduct, MatMul, Slope, Total, Weight, over_slots
 
 _FLAT = -6.0
-"""Where the published rule takes a SiLU as saturated."""
+"""Input of a SiLU below which the published rule takes it as saturated."""
 
 
+@register_rule("proportional", variants={"proportional-masked": {"saturation": True}})
 @dataclass(frozen=True)
 class Proportional(AttnLRP):
-    """Linear maps, attention's values, mixtures and residual sums share by ``|z| / sum |z|``; everything conserves.
+    """Terms of every sum share its relevance by ``|z| / sum |z|``, and all relevance is conserved.
 
-    Norms, gated activations and clamps are as in :class:`AttnLRP`; the attention pattern and the routing weights are
-    constants. Since shares are never negative, a term that works against the target cannot be told from one that
-    works for it.
+    This holds for linear maps, attention values, mixtures and residual sums. Norms, gated activations and clamps are as
+    in :class:`AttnLRP`; the attention pattern and the routing weights are constants. Since ``|z|`` is never negative, a
+    term that works against the target looks like one that works for it.
 
     Attributes:
-        saturation: mask the side of a gate's sum that its activation does not see. With ``P`` and ``N`` the sums of
-            positive and negative contributions and ``f`` the activation: the positive side below ``P - N = -6``; else
-            the negative side where ``f(P - N)`` equals ``f(P)``, else the positive side where it equals ``f(-N)``.
-        tolerance: how close, relative to ``f(P - N)``, counts as equal. The published rule compares floats exactly,
-            so its masks depend on the dtype.
+        saturation: mask the side of an activation's input sum that does not change the activation. With ``P`` and
+            ``N`` the sums of positive and negative contributions and ``f`` the activation, the positive side is masked
+            below ``P - N = -6``; else the negative side where ``f(P - N)`` equals ``f(P)``; else the positive side
+            where ``f(P - N)`` equals ``f(-N)``.
+        tolerance: difference, relative to ``f(P - N)``, up to which two values count as equal. The published rule
+            compares floats exactly, so its masks depend on the dtype.
     """
 
     saturation: bool = False
@@ -56,12 +59,12 @@ class Proportional(AttnLRP):
         of_gate = (jnp.arange(y.shape[-2]) == 0)[:, None]
         positive, negative = self._seen(slope, stop_gradient(y), stop_gradient(size))
         positive, negative = jnp.where(of_gate, positive, 1), jnp.where(of_gate, negative, 1)
-        # of a contribution z the seen side is (positive max(z, 0) + negative max(-z, 0)) in size
+        # unmasked, a contribution z has the size positive * max(z, 0) + negative * max(-z, 0)
         both, difference = 0.5 * (positive + negative), 0.5 * (positive - negative)
         return by_size(y, both.astype(y.dtype) * size + difference.astype(y.dtype) * y)
 
     def _seen(self, slope: Slope, y: Array, size: Array) -> tuple[Array, Array]:
-        """1 where the positive, and where the negative contributions to a gate count; 0 elsewhere."""
+        """Return masks of positive and of negative contributions to an activation's input: 1 where they count."""
         positive, negative = 0.5 * (size + y), 0.5 * (size - y)
         f = lambda gate: gate * slope(gate)
         equals = lambda part: jnp.abs(f(y) - f(part)) <= self.tolerance * jnp.abs(f(y))
@@ -77,7 +80,7 @@ class Proportional(AttnLRP):
         k: Float[Array, "B S G C"],
         v: Float[Array, "B S G C"],
     ) -> Float[Array, "B T H C"]:
-        """The pattern is a constant; what a head adds up is shared among the values by size."""
+        """The pattern is a constant; the weighted values of a head share its relevance by size."""
         q, k = stop_gradient(q), stop_gradient(k)
         return by_size(product(q, k, v), product(q, k, jnp.abs(v)))
 

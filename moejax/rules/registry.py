@@ -1,37 +1,57 @@
-"""Rules by name, for the command line and for ``explain(.., rule="gim")``."""
+"""Relevance rules by name, for the command line and for ``explain(.., rule="gim")``."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from moejax.errors import MoejaxError
-from moejax.rules.attnlrp import CPLRP, AttnLRP
-from moejax.rules.gamma import Gamma
-from moejax.rules.gim import GIM
-from moejax.rules.proportional import Proportional
-from moejax.rules.rule import Plain, Rule
+from moejax.errors import ConfigError
+from moejax.registry import Registry
+from moejax.rules.rule import Rule
 
-RULES: Mapping[str, Rule] = {
-    "attnlrp": AttnLRP(),
-    "attnlrp-uniform": AttnLRP(router="uniform"),
-    "attnlrp-gradient": AttnLRP(router="gradient"),
-    "attnlrp-proportional": AttnLRP(router="proportional"),
-    "cplrp": CPLRP(),
-    "gim": GIM(),
-    "gamma": Gamma(),
-    "backtrace": Proportional(),
-    "backtrace-masked": Proportional(saturation=True),
-    "plain": Plain(),
-}
-"""Every rule with its defaults, and its variants."""
+RuleClass = TypeVar("RuleClass", bound=type[Rule])
+
+RULES: Registry[Rule] = Registry("rule", "moejax.rules")
+"""Every rule with its defaults, and its variants, by name."""
+
+_RENAMED = {"backtrace": "proportional", "backtrace-masked": "proportional-masked"}
+
+
+def register_rule(
+    name: str, variants: Mapping[str, Mapping[str, Any]] | None = None
+) -> Callable[[RuleClass], RuleClass]:
+    """Decorator that enters a rule's class in :data:`RULES`.
+
+    Args:
+        name: name of the rule with its defaults.
+        variants: names of further instances, with the arguments that make each of them:
+            ``{"attnlrp-uniform": {"router": "uniform"}}``.
+
+    Raises:
+        ConfigError: another class has one of the names, or a name is no string.
+    """
+    if not isinstance(name, str):
+        raise ConfigError('give the rule a name: @register_rule("my_rule").')
+
+    def enter(rule: RuleClass) -> RuleClass:
+        for key, arguments in {name: {}, **(variants or {})}.items():
+            made: Rule = rule(**arguments)
+            RULES.add(key, made, origin=rule)
+        return rule
+
+    return enter
 
 
 def by_name(rule: Rule | str) -> Rule:
-    """The rule of that name; a rule is returned as it is.
+    """Return the rule of that name; return a rule as it is.
 
     Raises:
-        MoejaxError: there is none of that name.
+        MoejaxError: no rule has that name.
     """
     if isinstance(rule, Rule):
         return rule
-    if rule not in RULES:
-        raise MoejaxError(f"rule {rule!r} is unknown; choose from {', '.join(RULES)}.")
-    return RULES[rule]
+    if rule in _RENAMED:
+        new = _RENAMED[rule]
+        # one level up is the public function that the name was given to
+        warnings.warn(f"the rule {rule!r} is now called {new!r}.", DeprecationWarning, stacklevel=3)
+        rule = new
+    return RULES.find(rule)

@@ -1,4 +1,4 @@
-"""What a rule is: one method for every place where relevance propagation differs from calculus."""
+"""The base class of rules: one method for every place where relevance propagation may differ from calculus."""
 
 import math
 from collections.abc import Callable
@@ -8,46 +8,52 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.rules.primitives import elementwise
+from moejax.ops.cotangents import accumulation_dtype, elementwise
 
 Weight = Array | Any
-"""A matrix, a stack of them, or a packed form of either that the product itself unpacks."""
+"""A matrix, a stack of matrices, or an MXFP4 form of either that the product itself unpacks."""
 
 MatMul = Callable[[Array, Weight], Array]
+"""A product of inputs and a weight, linear in both."""
+
 Slope = Callable[[Array], Array]
+"""``a(x) / x`` of an activation ``a``."""
+
 Total = Callable[[Float[Array, "*b K D"]], Float[Array, "*b D"]]
+"""A sum over the routed slots of a token, on one device or several."""
 
 
 def over_slots(terms: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
-    """The sum over slots that are all at hand."""
+    """Sum over the slots, all of which are on this device."""
     return terms.sum(-2)
 
 
 @runtime_checkable
 class AttentionProduct(Protocol):
-    """``softmax(q k^T * scale / temperature) v`` under the layer's mask, its sinks divided by the temperature too."""
+    """``softmax(q k^T * scale / temperature) v`` under the layer's mask; sinks are divided by the temperature too."""
 
     def __call__(self, q: Array, k: Array, v: Array, temperature: float = 1.0) -> Array: ...
 
 
 def activate(slope: Slope, gate: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """``gate * slope(gate)``, computed in float32 and returned in the dtype of ``gate``."""
-    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    """Compute the activation ``gate * slope(gate)`` in float32 and return it in the dtype of ``gate``."""
+    wide = gate.astype(accumulation_dtype(gate))
     return (wide * slope(wide)).astype(gate.dtype)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How cotangents flow back through the places where relevance may differ from calculus.
+    """Cotangents at the places where relevance propagation may differ from calculus.
 
-    A rule never changes a value: every method returns what ordinary calculus returns, to the bit. This base class *is*
-    ordinary calculus. A new rule is a subclass that overrides the methods it treats differently, and names in ``leaks``
-    the operations at which it does not conserve relevance. Rules are hashable and static under ``jit``.
+    A rule never changes a value: every method returns bit for bit the value that this base class returns. This base
+    class is ordinary calculus. A new rule is a frozen dataclass, derived from it, that overrides the methods it treats
+    differently and names in ``leaks`` the operations at which it does not conserve relevance. Rules are hashable and
+    static under ``jit``; :func:`register_rule` gives them a name.
     """
 
     @property
     def leaks(self) -> frozenset[str]:
-        """Operations whose relevance out differs from their relevance in; the ledger books the difference by name.
+        """Names of the operations that do not conserve relevance; the ledger books what each of them loses or gains.
 
         Names: ``norm``, ``activation``, ``clamp``, ``softmax`` (attention, from queries, keys and values to heads),
         ``router`` (from router logits and expert outputs to weighted expert outputs), ``bias``.
@@ -55,7 +61,7 @@ class Rule:
         return frozenset({"norm", "activation", "clamp", "softmax", "router", "bias"})
 
     def norm(self, x: Float[Array, "*b D"], inverse_rms: Float[Array, "*b 1"]) -> Float[Array, "*b D"]:
-        """Normalisation before its weight: ``x * inverse_rms``, where ``inverse_rms`` is a function of ``x``."""
+        """Normalise, without the norm's weight: ``x * inverse_rms``, where ``inverse_rms`` is a function of ``x``."""
         return x * inverse_rms
 
     def gated(
@@ -66,9 +72,10 @@ class Rule:
         offset: float = 0.0,
         limit: float | None = None,
     ) -> Float[Array, "*s"]:
-        """Gated activation ``a(gate) * (up + offset)``, where ``a(g) = g * slope(g)`` (SiLU: the sigmoid).
+        """Gated activation ``a(gate) * (up + offset)`` with ``a(g) = g * slope(g)``; SiLU's slope is the sigmoid.
 
-        Its branches are :meth:`limited` before. A limit that the ledger books is none here.
+        :meth:`limited` limits its branches first. Where the ledger books the limits, the caller applies them itself and
+        passes ``limit=None``.
         """
 
         def unit(gate: Array, up: Array) -> Array:
@@ -80,7 +87,7 @@ class Rule:
     def limited(
         self, gate: Float[Array, "*s"], up: Float[Array, "*s"], limit: float | None
     ) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
-        """The gate limited from above and the linear branch on both sides, as :meth:`clamp` does (GPT-OSS)."""
+        """Limit the gate from above and the linear branch on both sides by :meth:`clamp`, as GPT-OSS does."""
         if limit is None:
             return gate, up
         return self.clamp(gate, -math.inf, limit), self.clamp(up, -limit, limit)
@@ -96,23 +103,23 @@ class Rule:
         k: Float[Array, "B S G C"],
         v: Float[Array, "B S G C"],
     ) -> Float[Array, "B T H C"]:
-        """Heads from queries, keys and values; ``product`` is the kernel, whichever computes it."""
+        """Compute heads from queries, keys and values by ``product``, the implementation of attention in use."""
         return product(q, k, v)
 
     def mix(self, weights: Float[Array, "*b K"], outputs: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
-        """Routing weight times expert output, for each routed slot and before their sum."""
+        """Multiply each routed slot's expert output by its routing weight."""
         return weights[..., None] * outputs
 
     def clamp(self, x: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
-        """``x`` limited to ``[low, high]``."""
+        """Limit ``x`` to ``[low, high]``."""
         return jnp.clip(x, low, high)
 
     def combine(self, terms: Float[Array, "*b K D"], total: Total = over_slots) -> Float[Array, "*b D"]:
-        """Sum of the routed slots' weighted outputs.
+        """Sum the weighted outputs of a token's routed slots.
 
         Args:
-            total: computes it, over all devices that have some. Whatever is returned, or stands in for it on the way
-                back, must have passed through ``total``.
+            total: computes the sum, over all devices that hold slots of the token. The returned value, and any other
+                value that replaces it in the backward pass, must be a result of ``total``.
         """
         return total(terms)
 
@@ -124,22 +131,17 @@ class Rule:
         bias: Float[Array, "*c"] | None = None,
         slope: Slope | None = None,
     ) -> Float[Array, "*c"]:
-        """``matmul(x, weight) + bias``; dense, per-expert and head products all come through here.
+        """Linear map ``matmul(x, weight) + bias``; all dense, per-expert and head products pass through here.
 
         Args:
-            matmul: linear in both its arguments.
-            bias: of the product's shape.
-            slope: that of the activation which the product enters: of a unit's first product, whose last axes are its
-                branches (gate and linear branch, or one without a gate) and their units.
+            matmul: the product, linear in both its arguments.
+            bias: already broadcast to the shape of the product.
+            slope: given for the first product of a feed-forward unit: the slope of the activation that it enters. The
+                last axes of that product are the unit's branches (gate and linear branch, or one branch) and F.
         """
         y = matmul(x, weight)
         return y if bias is None else y + bias
 
     def add(self, stream: Float[Array, "*b D"], branch: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        """The residual sum."""
+        """Residual sum ``stream + branch``."""
         return stream + branch
-
-
-@dataclass(frozen=True)
-class Plain(Rule):
-    """Ordinary calculus. Read at the gates it is gradient times input."""

@@ -142,7 +142,7 @@ def check_against_explain(bt: Backtrace, results: dict[str, Any]) -> None:
     assert bt.model is not None
     prefix, target = ids[:-1], moejax.Token(ids[-1])
     nodes = ["feed_forward.1", "attention.0", "stream.1"]
-    rel = moejax.explain(bt.model, prefix, target=target, rule="backtrace", nodes=nodes)
+    rel = moejax.explain(bt.model, prefix, target=target, rule="proportional", nodes=nodes)
     unit = 100 / rel.ledger.target[0]
     assert_close(step["all_wt"]["decoder_embeddings"].sum(-1), rel.tokens * unit)
     assert_close(step["all_wt"]["decoder_feed_forward_1"], rel.vectors["feed_forward.1"] * unit)

@@ -14,8 +14,8 @@ import moejax
 from generation.reference import NEW, PAD, PROMPTS, theirs, until
 from moejax import Gates, MoejaxError, PromptError
 from moejax.generation import Sampling, decode, generate_tokens
-from moejax.lm import left_pad
 from moejax.models import Cache, Decoder
+from moejax.models.padding import left_pad
 from moejax.rules import Reading
 
 

@@ -44,7 +44,7 @@ def make_lm(name: str, compat: str | None = None, bias: bool = False) -> LM:
 
 # ---- the ledger ----------------------------------------------------------------------------------------------------
 
-NAMES = ("attnlrp", "attnlrp-uniform", "cplrp", "backtrace")
+NAMES = ("attnlrp", "attnlrp-uniform", "cplrp", "proportional")
 ORDINARY = {
     ("smoe_tcmoe", None, "attnlrp"),
     ("smoe_plus_plus", None, "attnlrp-uniform"),

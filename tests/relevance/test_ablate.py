@@ -389,7 +389,7 @@ class TestErrors:
         for gates, name in zip(wrong, ("selectable", "attention"), strict=True):
             with pytest.raises(MoejaxError, match=f"gates on {name} of shape"):
                 ablate(lm, PROMPT, cells=[Cell.token(0)], gates=gates)
-        with pytest.raises(MoejaxError, match="gates on attention_routing_weights, of which this model has none"):
+        with pytest.raises(MoejaxError, match="gates on attention_routing_weights: this model has none"):
             ablate(
                 lm, PROMPT, cells=[Cell.token(0)], gates=Gates(attention_routing_weights=jnp.ones((LAYERS, 1, T, E)))
             )

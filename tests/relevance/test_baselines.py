@@ -13,7 +13,6 @@ from moejax.relevance import (
     BASELINES,
     Direct,
     activation_norm,
-    baselines,
     direct_logit_attribution,
     frequency,
     integrated_gradients,
@@ -21,6 +20,8 @@ from moejax.relevance import (
     rollout,
     router_weight,
 )
+from moejax.relevance.baselines import observed
+from moejax.relevance.baselines.path_integrals import _by_slot
 from moejax.relevance.engine import Readout, Slots
 from moejax.rules import Plain
 from relevance.reference import Affine, Reference, wide
@@ -188,13 +189,13 @@ class TestObserved:
         slots = Slots(ids[:, None], weights[:, None])
         gates = Gates(slots=np.abs(weights)[None, :, None] * 10)
         out = Readout(gates, {}, {}, np.zeros((1, 1)), np.zeros((1, 1, 1), int), np.zeros((1, 1, V)), slots, None)
-        monkeypatch.setattr(baselines, "_read", lambda *_, **__: out)
+        monkeypatch.setattr(observed, "read_activations", lambda *_, **__: out)
         wants = {frequency: [[[1, 1, 0], [0.5, 1, 0.5]]], activation_norm: [[[10, 10, 0], [10, 10, 10]]]}
         for method, want in wants.items():
             found = method(toy(), PROMPT[:2], target=Argmax())
             np.testing.assert_allclose(found.experts[0], want, rtol=1e-12, err_msg=found.method)
         scores = np.arange(1.0, 1 + 2 * E).reshape(1, 1, 2, E)
-        by_slot = baselines._by_slot(scores, slots, E)
+        by_slot = _by_slot(scores, slots, E)
         np.testing.assert_array_equal(by_slot.slots, [[[[3, 0, 1], [E + 2, E + 3, E + 1]]]])
 
     def test_other_mixtures_and_targets(self):

@@ -12,7 +12,8 @@ from tiny.decoders import PROMPT, L, make_config, variant_lm
 from moejax import Continuation, MoejaxError, explain
 from moejax.models import Decoder, family
 from moejax.relevance.budget import Arrangement, Footprint
-from moejax.relevance.engine import LogitSeeds, relevance
+from moejax.relevance.engine import relevance
+from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import AttnLRP, Gates, Reading
 
 ANSWER = [3, 1, 4, 1, 5]

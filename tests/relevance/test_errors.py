@@ -40,8 +40,8 @@ class TestErrors:
             ("heads", (LAYERS + 1, 1, T, H), r"heads of shape \[3, 1, 7, 4\]"),
             ("heads", (LAYERS, 1, T + 1, H), r"heads of shape \[2, 1, 8, 4\]"),
             ("slots", (LAYERS, 1, T, K + 1), r"slots of shape \[2, 1, 7, 3\] do not fit \[2, 1, 7, 2\]"),
-            ("shared", (LAYERS, 1, T, 1), "gates on shared, of which this model has none"),
-            ("attention_experts", (LAYERS, 1, T, E), "gates on attention_experts, of which this model has none"),
+            ("shared", (LAYERS, 1, T, 1), "gates on shared: this model has none"),
+            ("attention_experts", (LAYERS, 1, T, E), "gates on attention_experts: this model has none"),
         ],
     )
     def test_gates_of_another_model(self, lm, field, shape, message):

@@ -123,7 +123,7 @@ class TestSetting:
 
 
 class TestCombining:
-    def test_over_multiplies_field_by_field(self, lm, ones):
+    def test_times_multiplies_field_by_field(self, lm, ones):
         readout = Gates.readout(lm.config, TOKENS)
         assert readout.experts is None
         assert readout.slots.shape == (L, B, T, K)
@@ -132,9 +132,9 @@ class TestCombining:
         np.testing.assert_array_equal(both.tokens, readout.tokens * interventions.tokens)
         np.testing.assert_array_equal(both.experts, interventions.experts)
         np.testing.assert_array_equal(both.slots, readout.slots)
-        assert readout.over(None) is readout
-        np.testing.assert_array_equal(readout.over(Gates()).heads, readout.heads)
-        np.testing.assert_array_equal(Gates().over(ones).experts, ones.experts)
+        assert readout.times(None) is readout
+        np.testing.assert_array_equal(readout.times(Gates()).heads, readout.heads)
+        np.testing.assert_array_equal(Gates().times(ones).experts, ones.experts)
 
     def test_slot_gate_is_the_expert_gate_where_routed(self, lm):
         """Switching a slot off equals switching off the expert that it was routed to."""

@@ -14,9 +14,9 @@ from tiny.decoders import LAYERS, PROMPT, VARIANTS, V, best_and_worst, make_conf
 
 import moejax
 from moejax import LM, Argmax, Contrast, Relevance, explain
+from moejax.ops.cotangents import scale_cotangent
 from moejax.relevance import Ledger
 from moejax.rules import CPLRP, AttnLRP, Plain, Rule
-from moejax.rules.primitives import scale_cotangent
 
 RULES = [*moejax.rules.RULES.values(), CPLRP(router="uniform")]
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}

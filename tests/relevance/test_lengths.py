@@ -1,7 +1,5 @@
 """Prompts of many lengths share few programs, and padding changes nothing."""
 
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,17 +9,15 @@ from tiny.decoders import PROMPT, L, T, make_lm
 
 from moejax import LM, Cell, Gates, Token, ablate, baselines, explain
 from moejax.generation import decode
-from moejax.lm import bucket_length
-from moejax.relevance import explain_batch
+from moejax.models.padding import bucket_length
+from moejax.relevance import explain_batch, question
 from moejax.relevance.ablate import _values
+from moejax.relevance.baselines.path_integrals import _slopes
 from moejax.relevance.engine import relevance
-from moejax.relevance.explain import decoder_dtype
 from moejax.rules import AttnLRP
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 AIM = Token(11)
-# by these names there are functions
-ablate_room, explain_room = (sys.modules[f"moejax.relevance.{name}"] for name in ("ablate", "explain"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +41,7 @@ def test_a_quarter_at_most_and_four_to_a_doubling(length):
 def unpadded(lm: LM, ids: list[int], target=AIM, gates: Gates | None = None, **options):
     """What the engine reads of just these tokens."""
     ids, aims = target.resolve(lm, ids)
-    seeds = target.seeds([aims], decoder_dtype(lm))
+    seeds = target.seeds([aims], lm.decoder.accumulation_dtype)
     tokens = jnp.asarray([ids], jnp.int32)
     return relevance(lm.flat, tokens, None, seeds, gates or Gates(), rule=AttnLRP(), **options)
 
@@ -112,11 +108,10 @@ def test_baselines(lm, monkeypatch, name):
     """Each finds of the tokens alone what it finds of padded ones, for which there is a program already."""
     method = baselines.BASELINES[name]
     method(lm, PROMPT[:3], target=AIM)
-    before = relevance.jitted._cache_size() + baselines._slopes.jitted._cache_size()
+    before = relevance.jitted._cache_size() + _slopes.jitted._cache_size()
     got = method(lm, PROMPT, target=AIM)
-    assert relevance.jitted._cache_size() + baselines._slopes.jitted._cache_size() == before
-    for module in (ablate_room, explain_room):
-        monkeypatch.setattr(module, "padded_length", lambda config, length, gates: length)
+    assert relevance.jitted._cache_size() + _slopes.jitted._cache_size() == before
+    monkeypatch.setattr(question, "padded_length", lambda config, length, gates: length)
     want = method(lm, PROMPT, target=AIM)
     assert (got.method, got.labels, got.pieces) == (want.method, want.labels, want.pieces)
     for part in ("tokens", "heads", "shared", "gap"):

@@ -15,8 +15,7 @@ from moejax.models import Config, Decoder
 from moejax.ops.activation import SLOPES
 from moejax.ops.attention import attention
 from moejax.ops.rope import Rope
-from moejax.relevance.baselines import Direct
-from moejax.rules import CPLRP, GIM, RULES, AttnLRP, Gamma, Gates, Plain, Proportional, Reading, Rule, by_name
+from moejax.rules import CPLRP, GIM, RULES, AttnLRP, Direct, Gamma, Gates, Plain, Proportional, Reading, Rule, by_name
 
 T, D, F, E, K, H, G, C, L, V = 7, 40, 20, 6, 2, 4, 2, 10, 3, 97
 

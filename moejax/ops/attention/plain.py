@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.rules.primitives import gate
+from moejax.ops.cotangents import gate
 
 
 def plain(

@@ -11,7 +11,8 @@ from moejax.generation import Generation, generate_tokens
 from moejax.lm import LM
 from moejax.models import Decoder, FlatDecoder, unflatten
 from moejax.relevance import Continuation, Relevance, explain
-from moejax.relevance.engine import LogitSeeds, Readout, relevance
+from moejax.relevance.engine import Readout, relevance
+from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import GIM, AttnLRP, Gates, Plain, Proportional, Reading, Rule
 
 DECODED = 64

@@ -12,8 +12,9 @@ from models.sharding.placement import messages
 from moejax import LM, TENSOR, Continuation, Gates, explain
 from moejax.lm import _logits
 from moejax.models import FlatDecoder
-from moejax.relevance.engine import LogitSeeds, relevance
+from moejax.relevance.engine import relevance
 from moejax.relevance.result import ExpertRelevance
+from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import CPLRP, AttnLRP, Proportional
 
 FAMILIES = ["gpt_oss", "jetmoe", "olmoe", "qwen3_moe"]

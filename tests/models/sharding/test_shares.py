@@ -20,8 +20,9 @@ from moejax.models import FlatDecoder, shard
 from moejax.models.data_parallel import max_over_devices, shard_map_data, split
 from moejax.ops.device import whole
 from moejax.relevance.ablate import _values
-from moejax.relevance.budget import Footprint
-from moejax.relevance.engine import LogitSeeds, per_device, relevance
+from moejax.relevance.engine import per_device, relevance
+from moejax.relevance.explain import _footprint
+from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import AttnLRP, Proportional
 from moejax.training.upcycle import MixtureSpec, upcycle
 
@@ -303,7 +304,7 @@ def test_what_broadcasts_over_sequences() -> None:
     valid = np.arange(TOKENS.shape[1])[None] >= 3
     close(ours(TOKENS, valid=valid)[:, 3:], theirs(TOKENS, valid=valid)[:, 3:])
     rows, of_some = jnp.ones((8, 5), jnp.int32), jnp.ones((2, 5), bool)
-    with pytest.raises(MoejaxError, match="there are 2, 8: one number or 1"):
+    with pytest.raises(MoejaxError, match="have lengths 2, 8: give one length, or 1"):
         generate_tokens(ours.flat, rows, of_some, jax.random.key(0), max_new_tokens=2)
 
 

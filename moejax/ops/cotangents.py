@@ -1,8 +1,9 @@
-"""The differentiable atoms that rules, gates and the ledger are made of.
+"""Small differentiable functions that change cotangents: rules, gates and the ledger are made of them.
 
-Each returns its first argument's value bit for bit and differs from the identity only in what flows back. They are
-written in the gradient convention: the cotangent of a tensor ``x`` is ``c = R / x`` with ``R`` its relevance, so the
-relevance of anything is read as ``sum(x * c)`` and no rule ever divides by an activation.
+Except for :func:`gate` each function returns a value that is given to it, bit for bit, or the value of an ordinary
+expression; it differs from that expression only in its backward pass. All are written in the gradient convention: the
+cotangent of a tensor ``x`` is ``c = R / x`` with ``R`` its relevance. Relevance is then read as ``sum(x * c)``, and no
+rule ever divides by an activation.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def accumulation_dtype(x: Array) -> jnp.dtype:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def scale_cotangent(x: Float[Array, "*s"], factor: float) -> Float[Array, "*s"]:
-    """``x``, whose cotangent is multiplied by ``factor`` on the way back."""
+    """Return ``x`` and multiply its cotangent by ``factor`` in the backward pass."""
     return x
 
 
@@ -38,9 +39,10 @@ scale_cotangent.defvjp(_scale_forward, _scale_backward)
 
 @jax.custom_vjp
 def attach(value: Float[Array, "*s"], surrogate: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """``value``, whose cotangent also flows to ``surrogate``: how a rule replaces a derivative by another function's.
+    """Return ``value`` and pass its cotangent to ``surrogate`` too: a rule replaces a derivative this way.
 
-    With ``stop_gradient`` around ``value`` it flows to the surrogate alone, whose own value is never computed.
+    With ``stop_gradient`` around ``value`` the cotangent flows to ``surrogate`` alone. XLA then never computes the
+    value of ``surrogate``.
     """
     return value
 
@@ -58,9 +60,10 @@ attach.defvjp(_attach_forward, _attach_backward)
 
 @jax.custom_vjp
 def gate(x: Float[Array, "*s"], g: Float[Array, "*r"]) -> Float[Array, "*s"]:
-    """``x * g``; the cotangent of ``g`` is the relevance ``sum(x * c)`` of what it multiplies, accumulated in float32.
+    """Multiply ``x`` by the gate ``g``.
 
-    ``g`` has as many axes as ``x``; its axes of size 1 broadcast.
+    The cotangent of ``g`` is the relevance ``sum(x * c)`` of the gated numbers, accumulated in float32. ``g`` has as
+    many axes as ``x``; its axes of size 1 broadcast.
     """
     return (x * g.astype(accumulation_dtype(x))).astype(x.dtype)
 
@@ -83,7 +86,10 @@ gate.defvjp(_gate_forward, _gate_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def probe(x: Float[Array, "*s"], entry: Float[Array, "*r"], sign: float) -> Float[Array, "*s"]:
-    """``x`` itself; ``sign * sum(x * c)`` over the axes that ``entry`` has not is added to its cotangent."""
+    """Return ``x`` and add ``sign * sum(x * c)`` to the cotangent of ``entry``.
+
+    ``entry`` has the first axes of ``x``; the sum runs over the others.
+    """
     return x
 
 
@@ -103,16 +109,16 @@ probe.defvjp(_probe_forward, _probe_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def elementwise(function: Callable[..., Array], *xs: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """``function(*xs)`` of numbers that stand in the same place; cotangents are multiplied by factors made once.
+    """Apply ``function`` elementwise; compute its derivatives once and multiply every cotangent by them.
 
-    What flows back through ``function`` must stay in its place too: the factors are what it makes of ones. XLA would
-    make them again, exponentials and all, for each of several cotangents.
+    The backward pass of ``function`` must be elementwise too, since its derivatives are taken as its answer to a
+    cotangent of ones. Without this XLA would compute them, exponentials included, for each of several cotangents.
     """
     return function(*xs)
 
 
 def _elementwise_forward(function, *xs):
-    # where it is used, XLA would rather compute it again from what the factors are made of, which is more to read
+    # without the barrier XLA recomputes the result from the inputs of the derivatives, which reads more memory
     return jax.lax.optimization_barrier(function(*xs)), xs
 
 
@@ -127,9 +133,9 @@ elementwise.defvjp(_elementwise_forward, _elementwise_backward)
 
 @jax.custom_vjp
 def elementwise_identity(x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """``y``, an elementwise function of ``x``, whose relevance goes to ``x`` unchanged: ``c_x = c_y * y / x``.
+    """Return ``y``, an elementwise function of ``x``, and pass its relevance to ``x`` unchanged: ``c_x = c_y * y / x``.
 
-    Where ``x`` is zero the ratio is taken as one. Meant for functions with ``|y| <= |x|``, such as a clamp.
+    Where ``x`` is zero the ratio is one. It is meant for functions with ``|y| <= |x|``, such as a clamp.
     """
     return y
 
@@ -147,7 +153,10 @@ elementwise_identity.defvjp(_identity_forward, _identity_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def uniform_product(a: Float[Array, "*s"], b: Float[Array, "*s"], offset: float) -> Float[Array, "*s"]:
-    """``a * (b + offset)``; the relevance of ``a * b`` is shared in halves, that of ``a * offset`` goes to ``a``."""
+    """Compute ``a * (b + offset)``.
+
+    ``a`` and ``b`` receive one half each of the relevance of ``a * b``; ``a`` receives all relevance of ``a * offset``.
+    """
     return a * (b + offset)
 
 
@@ -164,15 +173,17 @@ uniform_product.defvjp(_product_forward, _product_backward)
 
 
 def by_size(value: Float[Array, "*s"], size: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """``value``, whose relevance goes to the terms of ``size``, the sum of its terms' absolute values.
+    """Return the sum ``value`` and pass its relevance to its terms by their absolute values (proportional rule).
 
-    With ``value = sum z`` and ``size = sum |z|`` a term receives ``|z| / size`` of the relevance (proportional rule).
-    Where ``size`` is zero there is nothing to share it among.
+    Args:
+        value: the sum of terms, ``sum z``.
+        size: the sum of their absolute values, ``sum |z|``, through which relevance flows back. A term receives
+            ``|z| / size`` of the relevance, and nothing where ``size`` is zero.
     """
     ratio = jnp.where(size == 0, 0, value / jnp.where(size == 0, 1, size))
     return attach(stop_gradient(value), stop_gradient(ratio) * size)
 
 
 def share_by_size(terms: Float[Array, "..."], total: Callable[[Array], Array]) -> Float[Array, "..."]:
-    """``total(terms)``, a sum of them, which receive its relevance in proportion to their absolute values."""
+    """Sum ``terms`` by ``total`` and pass the sum's relevance to them in proportion to their absolute values."""
     return by_size(total(terms), total(jnp.abs(terms)))

@@ -1,4 +1,4 @@
-"""The atoms: the identity on values, exactly what they say on cotangents."""
+"""Functions that change cotangents: they keep values and do to cotangents exactly what they say."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.rules.primitives import elementwise, elementwise_identity, gate, probe, scale_cotangent
+from moejax.ops.cotangents import elementwise, elementwise_identity, gate, probe, scale_cotangent
 
 B, T, D, N = 2, 7, 5, 3
 
