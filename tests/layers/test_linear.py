@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from moejax.layers.linear import matmul
+
+pytestmark = pytest.mark.fast
 
 
 def test_weights_that_are_held_constant_cost_no_product():

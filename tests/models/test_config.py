@@ -7,6 +7,8 @@ import pytest
 from moejax import ConfigError, MoejaxError
 from moejax.models import FAMILIES, Config, family
 
+pytestmark = pytest.mark.fast
+
 PUBLISHED = {
     "architectures": ["OlmoeForCausalLM"],
     "attention_bias": False,

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax.rules import AttnLRP, Gates, Reading
+
+pytestmark = pytest.mark.fast
 
 L, B, T, E = 3, 2, 5, 4
 
