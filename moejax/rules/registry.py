@@ -8,7 +8,7 @@ from moejax.errors import ConfigError
 from moejax.registry import Registry
 from moejax.rules.rule import Rule
 
-RuleClass = TypeVar("RuleClass", bound=type[Rule])
+RuleClass = TypeVar("RuleClass", bound=Rule)
 
 RULES: Registry[Rule] = Registry("rule", "moejax.rules")
 """Every rule with its defaults, and its variants, by name."""
@@ -18,7 +18,7 @@ _RENAMED = {"backtrace": "proportional", "backtrace-masked": "proportional-maske
 
 def register_rule(
     name: str, variants: Mapping[str, Mapping[str, Any]] | None = None
-) -> Callable[[RuleClass], RuleClass]:
+) -> Callable[[type[RuleClass]], type[RuleClass]]:
     """Decorator that enters a rule's class in :data:`RULES`.
 
     Args:
@@ -32,10 +32,9 @@ def register_rule(
     if not isinstance(name, str):
         raise ConfigError('give the rule a name: @register_rule("my_rule").')
 
-    def enter(rule: RuleClass) -> RuleClass:
+    def enter(rule: type[RuleClass]) -> type[RuleClass]:
         for key, arguments in {name: {}, **(variants or {})}.items():
-            made: Rule = rule(**arguments)
-            RULES.add(key, made, origin=rule)
+            RULES.add(key, rule(**arguments), origin=rule)
         return rule
 
     return enter
