@@ -276,7 +276,13 @@ def bench(
     # a row is printed as soon as it is measured, with --json as a line of its own
     for part in measure(name, decoder, tokens=tokens, long_tokens=long_tokens, cases=words, repeats=repeats):
         found = part if isinstance(part, dict) else part.to_dict()
-        lines = [json.dumps(found)] if as_json else heading_lines(part) if isinstance(part, dict) else [row_line(found)]
+        lines = (
+            [json.dumps(found)]
+            if as_json
+            else heading_lines(part)
+            if isinstance(part, dict)
+            else [row_line(part.to_dict())]
+        )
         print(*lines, sep="\n", flush=True)
 
 

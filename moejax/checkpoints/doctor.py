@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -13,12 +13,13 @@ from moejax.checkpoints.describe import ModelConfig, architecture
 from moejax.checkpoints.load import pack
 from moejax.checkpoints.memory import estimate
 from moejax.errors import ConfigError
+from moejax.report.schema import SCHEMA, DoctorReport
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "torch", "transformers")
 _SHOWN = ("float32", "bfloat16")
 
 
-def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
+def examine(model: Any = None, *, dtype: Any = None) -> DoctorReport:
     """Versions, devices and, given a model, its memory in ``dtype`` or in the usual ones; reads no weights.
 
     Raises:
@@ -28,6 +29,7 @@ def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
     import moejax  # which imports this room; what runs counts, whatever is installed
 
     found: dict[str, Any] = {
+        "schema": SCHEMA,
         "python": platform.python_version(),
         "versions": {"moejax": moejax.__version__} | {name: _version(name) for name in _PACKAGES},
         "devices": [_device(device) for device in jax.local_devices()],
@@ -39,7 +41,7 @@ def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
         with contextlib.suppress(ConfigError):  # where there is nothing that could stay packed
             memory.append(estimate(pack(config), parse_dtype(dtypes[-1])).to_dict())
         found |= {"model": str(model), "config": ModelConfig.of(config).to_dict(), "memory": memory}
-    return found
+    return cast(DoctorReport, found)
 
 
 def _version(package: str) -> str | None:

@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from moejax.errors import MoejaxError
 from moejax.relevance.ledger import Ledger
+from moejax.report.schema import SCHEMA, RelevanceReport
 
 
 class Candidate(NamedTuple):
@@ -196,7 +197,7 @@ class Relevance:
         none = np.zeros(shape[1:], self.heads.dtype)
         return ExpertRelevance(np.zeros(shape, self.heads.dtype), none.astype(np.int32), none, 0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> RelevanceReport:
         """Everything as plain data, for JSON and for the reports."""
         books, residual = self.ledger, self.ledger.residual
         targets = [
@@ -218,7 +219,8 @@ class Relevance:
             }
             for n in range(len(self.labels))
         ]
-        return {
+        report = {
+            "schema": SCHEMA,
             "model": self.model,
             "rule": self.rule,
             "prompt": self.prompt,
@@ -229,6 +231,7 @@ class Relevance:
             "expert_weights": self.expert_weights.tolist(),
             "targets": targets,
         }
+        return cast(RelevanceReport, report)
 
     def show(self, target: int = 0) -> Any:
         """In a notebook a figure, which displays itself; in a terminal the coloured text."""

@@ -224,7 +224,7 @@ def switch_rate(
 
 
 def _members(ids: Integer[Array, "*b K"], weights: Float[Array, "*b K"] | None) -> Bool[Array, "*b K"]:
-    """Active slots, of which an expert that fills several keeps the first."""
+    """True for active slots; if an expert fills several slots, only for the first of them."""
     active = jnp.ones(ids.shape, bool) if weights is None else weights != 0
     same = (ids[..., :, None] == ids[..., None, :]) & active[..., None, :]
     return active & ~jnp.tril(same, -1).any(-1)
@@ -328,6 +328,6 @@ def pairwise_divergence(counts: Num[Array | np.ndarray, "*b X E"]) -> Float[Arra
 
 
 def wide(values: Array | np.ndarray) -> Array:
-    """``values`` in float32, or in their own dtype if it is wider."""
+    """``values`` in float32, or unchanged if their dtype is wider."""
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))

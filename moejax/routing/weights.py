@@ -35,7 +35,7 @@ def softmax(scores: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
 class Renormalised:
     """``scores / (max(sum, least) + eps)``: renormalisation with the guard that a published family has.
 
-    A checkpoint's logits are reproduced to the last digits only with its family's own guard. Without ``eps`` and
+    A checkpoint's logits are reproduced to the last digits only with the guard of its family. Without ``eps`` and
     ``least``, use :func:`renormalised`, which also guards the division and gives zeros where the sum is zero.
 
     Attributes:
