@@ -79,7 +79,7 @@ def analyse(
         outputs: also measure the similarity of the outputs of a token's feed-forward experts; every layer runs twice.
         drop: mask each token's best 1, 2, .. ``drop`` experts (:func:`moejax.study.drop_top`), with and without refill
             where enough experts remain.
-        probe_tokens: size in tokens of the sample for ``drop``, drawn at random.
+        probe_tokens: size in tokens of the sample for ``drop``, drawn at random with the seed of ``windows``.
         progress: show a bar on stderr.
 
     Raises:
