@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moejax.report.aggregate import visible
-from moejax.report.plots.routing import KINDS, routing_figures
+from moejax.report.plots.routing import KIND_NAMES, routing_figures
 from moejax.report.schema import LayerEntry, ProbeEntry, RoutingReport
 
 _TABLES = {
@@ -26,7 +26,7 @@ _TABLES = {
         "relative_perplexity": "perplexity / E",
         "jain_index": "Jain",
         "largest_load": "max load",
-        "dead": "unused",
+        "dead": "dead",
         "token_specialisation": "by token",
         "label_divergence": "by label",
         "expert_similarity": "cosine",
@@ -38,7 +38,7 @@ _TABLES = {
 _CAPTIONS = {
     "router": "entropies are divided by their largest value; -: no value",
     "experts": "perplexity and Jain index: 1 is an even usage; max load: busiest expert over the mean; "
-    "unused: experts that no token selected; by ..: specialisation",
+    "dead: experts that no token selected; by ..: specialisation",
 }
 
 
@@ -53,7 +53,7 @@ def routing_tables(report: RoutingReport) -> list[Table]:
         tables += [_layers_table(kind, part, mixtures["layers"]) for part in _TABLES]
     for kind, changes in (report["changes"] or {}).items():
         table = Table(
-            "layer", "set overlap", "switch rate", title=f"{KINDS[kind]}, against {_safe(report['against'] or '')}"
+            "layer", "set overlap", "switch rate", title=f"{KIND_NAMES[kind]}, against {_safe(report['against'] or '')}"
         )
         for change in changes:
             table.add_row(str(change["layer"]), _number(change["overlap"]), _number(change["switch_rate"]))
@@ -96,7 +96,7 @@ def layers_csv(report: RoutingReport) -> str:
 
 
 def _scalar(name: str, value: object) -> bool:
-    """Return whether a statistic fits into one cell: it is one number, or the list of unused experts (counted)."""
+    """Return whether a statistic fits into one cell: it is one number, or the list of dead experts (counted)."""
     return name == "dead" or not isinstance(value, list)
 
 
@@ -111,7 +111,7 @@ def _data_table(report: RoutingReport) -> Table:
     for kind, mixtures in report["mixtures"].items():
         layers = mixtures["layers"]
         sizes = ", ".join(sorted({f"{layer['slots']} of {layer['experts']}" for layer in layers}))
-        table.add_row(KINDS[kind], f"{sizes}, in {len(layers)} layers")
+        table.add_row(KIND_NAMES[kind], f"{sizes}, in {len(layers)} layers")
         for layer in layers:
             if layer["nan_tokens"]:
                 nan = f"{layer['nan_tokens']:,} of {layer['nan_tokens'] + layer['tokens']:,} tokens"
@@ -122,7 +122,7 @@ def _data_table(report: RoutingReport) -> Table:
 def _layers_table(kind: str, part: str, layers: Sequence[LayerEntry]) -> Table:
     rows: list[Mapping[str, object]] = [*layers]
     shown = {name: head for name, head in _TABLES[part].items() if any(row[name] is not None for row in rows)}
-    table = Table("layer", *shown.values(), title=f"{KINDS[kind]}: {part}", caption=_CAPTIONS[part])
+    table = Table("layer", *shown.values(), title=f"{KIND_NAMES[kind]}: {part}", caption=_CAPTIONS[part])
     for row in rows:
         table.add_row(str(row["layer"]), *(_number(row[name]) for name in shown))
     return table

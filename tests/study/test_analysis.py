@@ -24,7 +24,7 @@ from moejax.study.result import random_iou, routing_statistics
 from moejax.study.similarity import Similarity, _products
 
 V, L, E, K = 53, 2, 9, 5
-# cut into 32 these are windows of three sizes, for each of which the reference is compiled
+# windows of 32 tokens cut from these have three sizes; the reference is compiled once for each
 SIZES = (58, 26, 26, 1, 26)
 UNKNOWN = Similarity(None, None)
 

@@ -35,7 +35,7 @@ _PER_LAYER = {
 _PANELS = 4
 """Number of layers in the plot of co-activation."""
 
-KINDS = {"feed_forward": "feed-forward experts", "attention": "attention experts"}
+KIND_NAMES = {"feed_forward": "feed-forward experts", "attention": "attention experts"}
 """Kinds of mixtures, with their names in tables and titles."""
 
 
@@ -80,7 +80,7 @@ def _used_layers(report: RoutingReport, kind: str) -> list[LayerEntry]:
 
 
 def _title(report: RoutingReport, kind: str) -> str:
-    return f"{visible(report['model'])}: {KINDS.get(kind, kind)}"
+    return f"{visible(report['model'])}: {KIND_NAMES.get(kind, kind)}"
 
 
 @register_plot("utilisation")
@@ -139,7 +139,7 @@ def coactivation(report: RoutingReport, target: int = 0, kind: str = "feed_forwa
     images = [_map(axes, v, SHARES, max(*finite, 1e-9)) for axes, v in zip(panels, maps, strict=True)]
     for axes, layer in zip(panels, chosen, strict=True):
         axes.set_title(f"layer {layer['layer']}", loc="left", fontsize=10)
-        axes.set_xlabel("also selected by them: expert")
+        axes.set_xlabel("expert that they also select")
     panels[0].set_ylabel("tokens of expert")
     _bar(drawing, images[0], list(panels), "fraction of tokens")
     return drawing
@@ -176,21 +176,21 @@ def layer_overlap(report: RoutingReport, target: int = 0, kind: str = "feed_forw
 def labels(report: RoutingReport, target: int = 0, kind: str = "feed_forward") -> Figure:
     """Usage by label in the most specialised layer, and specialisation by layer."""
     _require(report, kind, "labels")
-    layers, labels = _used_layers(report, kind), report["labels"]
+    layers, texts = _used_layers(report, kind), report["labels"]
     known = [layer for layer in layers if layer["label_divergence"] is not None]
     most = max(known, key=lambda layer: layer["label_divergence"] or 0.0)
     usage = np.array(most["label_usage"], np.float64)
     usage[usage.sum(-1) == 0] = np.nan
     even = np.nanmean(usage, axis=0)
     drawing = _new(
-        max(8.0, min(15.0, 0.16 * most["experts"] + 7)), max(3.6, min(9.0, 0.3 * len(labels) + 2)), _title(report, kind)
+        max(8.0, min(15.0, 0.16 * most["experts"] + 7)), max(3.6, min(9.0, 0.3 * len(texts) + 2)), _title(report, kind)
     )
     left, right = drawing.subplots(1, 2, width_ratios=[1.6, 1])
     with np.errstate(divide="ignore", invalid="ignore"):
         _ratio_map(left, np.log2(usage / even), "usage / mean usage of the labels")
     left.set_title(f"Usage by label, layer {most['layer']} (the most specialised)", loc="left", fontsize=10)
     left.set_xlabel("expert")
-    left.set_yticks(range(len(labels)), [_short(label) for label in labels], fontsize=8, parse_math=False)
+    left.set_yticks(range(len(texts)), [_short(label) for label in texts], fontsize=8, parse_math=False)
     _line(right, known, "label_divergence", "labels", *SERIES[0])
     _line(right, known, "token_specialisation", "token ids", *SERIES[2])
     right.set_title("Specialisation (0: none, 1: full)", loc="left", fontsize=10)
@@ -204,14 +204,14 @@ def changes(report: RoutingReport, target: int = 0, kind: str = "feed_forward") 
     """Overlap with another checkpoint's selections, and switch rate, by layer."""
     _require(report, kind, "changes")
     assert report["changes"] is not None
-    changes, against = report["changes"][kind], visible(report["against"] or "")
+    entries, against = report["changes"][kind], visible(report["against"] or "")
     drawing = _new(7.0, 3.8, _title(report, kind))
     axes = drawing.subplots()
-    _line(axes, changes, "overlap", "set overlap", *SERIES[0])
-    _line(axes, changes, "switch_rate", "switch rate", *SERIES[2])
+    _line(axes, entries, "overlap", "set overlap", *SERIES[0])
+    _line(axes, entries, "switch_rate", "switch rate", *SERIES[2])
     axes.set_title(f"Against {against}, same data", loc="left", fontsize=10, parse_math=False)
     axes.set_ylim(-0.02, 1.02)
-    _finish_lines(axes, [change["layer"] for change in changes])
+    _finish_lines(axes, [entry["layer"] for entry in entries])
     return drawing
 
 
