@@ -63,14 +63,14 @@ class Scaled:
         weigh: the weighting that is multiplied.
     """
 
-    factor: float
+    factor: float | int
     weigh: Weigh = renormalised
 
     def __call__(self, scores: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
         return self.factor * self.weigh(scores)
 
 
-def scaled(factor: float, weigh: Weigh = renormalised) -> Scaled:
+def scaled(factor: float | int, weigh: Weigh = renormalised) -> Scaled:
     """The weighting ``factor * weigh(scores)``; by default of the renormalised scores, as in DeepSeek-V3."""
     return Scaled(factor, weigh)
 

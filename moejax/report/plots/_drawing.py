@@ -47,7 +47,7 @@ class Fonts:
         return {"parse_math": False, "fontfamily": self.families}
 
 
-def new_figure(width: float, height: float, dpi: int = 120, **options: Any) -> Figure:
+def new_figure(width: float | int, height: float | int, dpi: int = 120, **options: Any) -> Figure:
     """An empty figure, without pyplot, that shows itself in notebooks; width and height in inches."""
     from moejax.report.notebook_figure import NotebookFigure
 
