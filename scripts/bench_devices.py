@@ -27,7 +27,7 @@ from moejax import EXPERT, EXPERT_TENSOR, TENSOR
 from moejax.models import Decoder, FlatDecoder, Rules, shard
 from moejax.rules import AttnLRP, Rule
 from moejax.study.bench import published, random_decoder
-from moejax.study.bench.cases import decoding, explanation, forward
+from moejax.study.bench.cases import decode_function, forward, relevance_function
 
 DECODED = 32
 TARGETS, SEQUENCES = 16, 8
@@ -74,9 +74,9 @@ def relevances(rule: Rule, targets: int = 1) -> Callable[[FlatDecoder, jax.Array
     """
 
     def run(weights: FlatDecoder, tokens: jax.Array) -> tuple:
-        readout = explanation(rule, targets)(weights, tokens)
-        routes = [r.ids for r in (readout.routes, readout.attention_routes) if r is not None]
-        return readout.gates, readout.target, readout.logits, jnp.concatenate(routes, axis=-1)
+        found = relevance_function(rule, targets)(weights, tokens)
+        routes = [r.ids for r in (found.routes, found.attention_routes) if r is not None]
+        return found.gates, found.target, found.logits, jnp.concatenate(routes, axis=-1)
 
     return run
 
@@ -109,8 +109,8 @@ def main() -> None:
     functions = {
         "relevance": (jax.jit(relevances(AttnLRP())), tokens),
         "targets": (jax.jit(relevances(AttnLRP(), TARGETS)), tokens),
-        "decode": (decoding(1 + DECODED), tokens),
-        "prompts": (decoding(1 + DECODED), prompts),
+        "decode": (decode_function(1 + DECODED), tokens),
+        "prompts": (decode_function(1 + DECODED), prompts),
         "forward": (jax.jit(lambda w, t: forward(w, t)[0]), tokens),
     }
     chosen = {name: functions[name] for name in args.cases.split(",")}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from moejax.study.bench.cases import DECODED
+from moejax.study.bench.cases import NEW_TOKENS
 from moejax.study.bench.shapes import SHAPES, TOY
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     attempt("transformers, forward", partial(forward, model, tokens), args.repeats)
     attempt("transformers, gradient", partial(gradient, model, tokens), args.repeats)
     first = median_ms(partial(generate, model, tokens, 1), 3)
-    attempt("transformers, generate, a token", partial(generate, model, tokens, 1 + DECODED), 3, DECODED, first)
+    attempt("transformers, generate, a token", partial(generate, model, tokens, 1 + NEW_TOKENS), 3, NEW_TOKENS, first)
     try:
         patch(importlib.import_module(type(model).__module__))
     except (ImportError, AttributeError) as error:

@@ -31,7 +31,7 @@ from moejax.ops.experts import hopper, packed
 from moejax.relevance.engine import Readout, Slots
 from moejax.rules import AttnLRP, Gates, Proportional, Rule
 from moejax.study.bench import published, random_decoder
-from moejax.study.bench.cases import explanation
+from moejax.study.bench.cases import relevance_function
 
 TOLERANCE = 0.02
 
@@ -57,7 +57,7 @@ def kernels(model: str) -> Kernels:
 
 def relevance(weights: FlatDecoder, tokens: jax.Array, chosen: Gates, *, rule: Rule, targets: int) -> Found:
     """The ledger's entries, near zero, are left out."""
-    found: Readout = explanation(rule, targets)(weights, tokens, chosen)
+    found: Readout = relevance_function(rule, targets)(weights, tokens, chosen)
     slots, ids = by_expert(found.gates.slots, found.routes)
     attention_slots, attention_ids = by_expert(found.gates.attention_slots, found.attention_routes)
     gates = replace(found.gates, slots=slots, attention_slots=attention_slots)

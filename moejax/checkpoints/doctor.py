@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -14,12 +14,13 @@ from moejax.checkpoints.describe import ModelConfig, architecture
 from moejax.checkpoints.load import pack
 from moejax.checkpoints.memory import estimate
 from moejax.errors import ConfigError
+from moejax.report.schema import SCHEMA, DoctorReport
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "torch", "transformers")
 _DTYPES = ("float32", "bfloat16")
 
 
-def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
+def examine(model: Any = None, *, dtype: Any = None) -> DoctorReport:
     """Collect versions, devices and, if a model is given, how much memory it takes. No weights are read.
 
     Args:
@@ -34,6 +35,7 @@ def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
         CheckpointError: there is no such model.
     """
     facts: dict[str, Any] = {
+        "schema": SCHEMA,
         "python": platform.python_version(),
         "versions": {"moejax": __version__} | {name: _version(name) for name in _PACKAGES},
         "devices": [_device(device) for device in jax.local_devices()],
@@ -45,7 +47,7 @@ def examine(model: Any = None, *, dtype: Any = None) -> dict[str, Any]:
         with contextlib.suppress(ConfigError):  # the model is not published with MXFP4 experts
             memory.append(estimate(pack(config), parse_dtype(dtypes[-1])).to_dict())
         facts |= {"model": str(model), "config": ModelConfig.of(config).to_dict(), "memory": memory}
-    return facts
+    return cast(DoctorReport, facts)
 
 
 def _version(package: str) -> str | None:

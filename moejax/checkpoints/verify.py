@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from moejax.checkpoints.load import load_folder
 from moejax.checkpoints.plan import count_nonfinite, leaf_paths
 from moejax.errors import CheckpointError, MoejaxError
 from moejax.models import Decoder
+from moejax.report.schema import SCHEMA, VerificationReport
 
 TOLERANCE = 1e-5
 """The largest relative root mean square difference at which two float32 forward passes count as the same."""
@@ -60,9 +61,9 @@ class Verification:
             return False
         return self.relative_rms <= TOLERANCE if self.dtype in ("float32", "float64") else None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> VerificationReport:
         """Return a dictionary that can be written as JSON."""
-        return asdict(self) | {"passed": self.passed}
+        return cast(VerificationReport, {"schema": SCHEMA} | asdict(self) | {"passed": self.passed})
 
 
 def verify(source: Any, *, dtype: Any = "float32", batch: int = 2, length: int = 48, seed: int = 0) -> Verification:

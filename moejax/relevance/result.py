@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from moejax.errors import MoejaxError
 from moejax.relevance.ledger import Ledger
+from moejax.report.schema import SCHEMA, RelevanceReport
 
 
 class Candidate(NamedTuple):
@@ -222,7 +223,7 @@ class Relevance(Attribution):
         weights = np.zeros(shape[1:], self.heads.dtype)
         return ExpertRelevance(np.zeros(shape, self.heads.dtype), weights.astype(np.int32), weights, 0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> RelevanceReport:
         """Return the result as plain data, for JSON and for the reports."""
         ledger, residual = self.ledger, self.ledger.residual
         targets = [
@@ -244,7 +245,8 @@ class Relevance(Attribution):
             }
             for n in range(len(self.labels))
         ]
-        return {
+        report = {
+            "schema": SCHEMA,
             "model": self.model,
             "rule": self.rule,
             "prompt": self.prompt,
@@ -255,6 +257,7 @@ class Relevance(Attribution):
             "expert_weights": self.expert_weights.tolist(),
             "targets": targets,
         }
+        return cast(RelevanceReport, report)
 
     def show(self, target: int = 0) -> Any:
         """Show a target: as a figure, which displays itself, in a notebook, and as coloured text in a terminal."""

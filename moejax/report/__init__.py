@@ -1,12 +1,12 @@
-"""What people look at: a relevance report in the terminal, as a page of its own, and as a figure.
+"""Reports for people: explanations in the terminal, as a page and as figures; tables and plots of other measurements.
 
-Every view takes the dictionary made by ``Relevance.to_dict()`` and nothing else, so that a report saved as JSON can be
-shown later, on a machine without a model.
+Every view takes plain data (:mod:`moejax.report.schema`), so that a report saved as JSON can be shown later, on a
+machine without a model. Plots are found by name: ``report.plot("experts", relevance.to_dict())``.
 """
 
 from moejax.report.aggregate import summary_line
 from moejax.report.html import to_html
-from moejax.report.plots import figure
+from moejax.report.plots import PLOTS, figure, plot, register_plot
 from moejax.report.terminal import render
 
-__all__ = ["figure", "render", "summary_line", "to_html"]
+__all__ = ["PLOTS", "figure", "plot", "register_plot", "render", "summary_line", "to_html"]

@@ -1,52 +1,53 @@
-"""What every view of a report shares: its numbers, its colours and the words of its ledger. Plain numpy, no drawing."""
+"""Shared by all views of an explanation: sums, the check of shapes, and the text of the ledger and of tokens."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Report = Mapping[str, Any]
-"""The dictionary made by ``Relevance.to_dict()``; every leaf is a JSON value."""
+from moejax.report.schema import SCHEMA, RelevanceReport
 
-Colour = tuple[int, int, int]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-DIVERGING: tuple[Colour, ...] = ((33, 102, 172), (146, 197, 222), (255, 255, 255), (244, 165, 130), (178, 24, 43))
-"""Blue, white, red at -1, -1/2, 0, 1/2, 1: told apart by every common colour blindness."""
-
-# Characters that would reorder or break the text around them when shown as they are.
+# Characters that would reorder or break the surrounding text if shown unchanged.
 _UNSAFE = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u2028", "\u2029", "\u200e", "\u200f"}
 _NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What one expert of one layer did for a target."""
+    """Relevance of one expert of one layer for a target, and its use."""
 
     expert: int
     relevance: float
-    """Signed sum over the tokens routed to it."""
+    """Signed sum over the tokens that are routed to it."""
     share: float
-    """abs(relevance) over the sum of abs(relevance) of all experts in the layer."""
+    """abs(relevance) over the sum of abs(relevance) of all experts of the layer."""
     tokens: int
-    """How many tokens of the sequence are routed to it."""
+    """Number of tokens of the sequence that are routed to it."""
 
 
-def check(report: Report) -> None:
-    """Raise ValueError, naming the key and both shapes, when the arrays of a report do not belong together."""
+def check(report: RelevanceReport) -> None:
+    """Check that the arrays of an explanation fit together.
+
+    Raises:
+        ValueError: two shapes disagree (the message names the key and both), an index is out of range, or another
+            version wrote the report.
+    """
+    if report.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"the report has schema {report.get('schema')}, but this version of moejax reads {SCHEMA}")
     length, layers = len(report["tokens"]), len(report["expert_ids"])
     ids = _integers(report["expert_ids"])
     if ids.ndim != 3:
         raise ValueError(
             f"expert_ids has shape {ids.shape}, expected [layers, tokens, slots]: pass Relevance.to_dict()"
         )
-    # -1 in layers without experts; of a model that has none at all there are no slots
+    # ids are -1 in layers without experts; in a model without any experts there are no slots
     if ids.size and not (ids.min() >= -1 and ids.max() < report["num_experts"]):
         raise ValueError(f"expert_ids holds {ids.min()}..{ids.max()}, but num_experts is {report['num_experts']}")
     slots = (layers, length, ids.shape[2])
@@ -65,44 +66,44 @@ def check(report: Report) -> None:
             raise ValueError(f"targets[{n}].position is {target['position']}, outside the {length} tokens")
 
 
-def expert_map(report: Report, target: int = 0) -> Floats:
-    """Relevance of every expert, summed over the tokens routed to it: [layers, experts]."""
+def expert_map(report: RelevanceReport, target: int = 0) -> Floats:
+    """Relevance [L, E] of every expert, summed over the tokens routed to it."""
     return _by_expert(report, floats(report["targets"][target]["experts"]))
 
 
-def routed_counts(report: Report) -> Ints:
-    """How many tokens of the sequence are routed to every expert: [layers, experts]."""
+def routed_counts(report: RelevanceReport) -> Ints:
+    """Number of tokens [L, E] of the sequence that are routed to every expert."""
     return _by_expert(report, np.ones(np.shape(report["expert_ids"]))).astype(np.int64)
 
 
-def _by_expert(report: Report, slots: Floats) -> Floats:
-    """Sums over the slots [layers, tokens, slots] of each expert; layers without experts have zeros."""
+def _by_expert(report: RelevanceReport, slots: Floats) -> Floats:
+    """Sums [L, E] over the slots [L, T, K] of each expert; zeros in layers without experts."""
     ids, experts = _integers(report["expert_ids"]), int(report["num_experts"])
-    # one place for slots of no expert, in front
+    # bin 0 collects slots without an expert (id -1) and is dropped
     rows = [np.bincount(i.ravel() + 1, s.ravel(), experts + 1)[1:] for i, s in zip(ids, slots, strict=True)]
     return np.asarray(rows, dtype=np.float64).reshape(len(rows), experts)
 
 
-def head_map(report: Report, target: int = 0) -> Floats:
-    """Relevance of every attention head, summed over tokens: [layers, heads]."""
+def head_map(report: RelevanceReport, target: int = 0) -> Floats:
+    """Relevance [L, H] of every attention head, summed over tokens."""
     return floats(report["targets"][target]["heads"]).sum(axis=1)
 
 
-def top_experts(report: Report, target: int = 0, top: int = 3) -> list[list[ExpertUse]]:
-    """For every layer the `top` experts that were routed to, by the absolute value of their summed relevance."""
+def top_experts(report: RelevanceReport, target: int = 0, top: int = 3) -> list[list[ExpertUse]]:
+    """The ``top`` experts of every layer among those routed to, by the absolute value of their summed relevance."""
     sums, counts = expert_map(report, target), routed_counts(report)
     layers = []
     for row, count in zip(sums, counts, strict=True):
         total = float(np.abs(row).sum())
-        # Unrouted experts have no relevance: with few routed experts they would only pad the list with zeros.
+        # unrouted experts have no relevance: where few experts are routed to, they would only pad the list with zeros
         ranked = sorted(np.flatnonzero(count), key=lambda e: (-abs(row[e]), -count[e], e))[:top]
-        share = np.abs(row) / total if total > 0 else np.zeros_like(row)
-        layers.append([ExpertUse(int(e), float(row[e]), float(share[e]), int(count[e])) for e in ranked])
+        fraction = np.abs(row) / total if total > 0 else np.zeros_like(row)
+        layers.append([ExpertUse(int(e), float(row[e]), float(fraction[e]), int(count[e])) for e in ranked])
     return layers
 
 
-def summary_line(report: Report, target: int = 0) -> str:
-    """The conservation ledger of one target as a single line of plain text."""
+def summary_line(report: RelevanceReport, target: int = 0) -> str:
+    """The conservation ledger of one target, as one line of plain text."""
     ledger = report["targets"][target]["ledger"]
     total, residual = float(ledger["target"]), float(ledger["residual"])
     line = f"ledger: logit {total:.3f} = tokens {float(ledger['tokens']):.3f}"
@@ -113,39 +114,22 @@ def summary_line(report: Report, target: int = 0) -> str:
 
 
 def scale_of(values: Floats) -> float:
-    """The largest finite absolute value, 1.0 where all are zero, so that it can always divide."""
+    """The largest finite absolute value; 1.0 if all values are zero, so that one can divide by it."""
     finite = np.abs(values[np.isfinite(values)])
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
 
 
-def colour(value: float, scale: float) -> Colour:
-    """The diverging colour of a signed value: blue at -scale, white at zero, red at +scale."""
-    unit = min(1.0, max(-1.0, value / scale)) if np.isfinite(value) else 0.0
-    place = (unit + 1.0) / 2.0 * (len(DIVERGING) - 1)
-    left = min(int(place), len(DIVERGING) - 2)
-    near, far, part = DIVERGING[left], DIVERGING[left + 1], place - left
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(near, far, strict=True))
-    return red, green, blue
-
-
-def ink(background: Colour) -> Colour:
-    """Black or white, whichever reads better on a background (WCAG contrast; never under 4.5)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255.0 for v in background)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
-
-
 def visible(token: str) -> str:
-    """A token as it can be shown in running text: itself, with line breaks, tabs and control characters made visible.
+    """A token's text with line breaks, tabs and control characters replaced by visible signs.
 
-    A token is text that someone else wrote. An escape character or a direction override in it must not reach a
-    terminal or a page, where it would change what stands beside it.
+    Others wrote that text. An escape character or a direction override in it must not reach a terminal or a page, where
+    it would change the surrounding text.
     """
     return "".join(map(_visible_character, token)) or "∅"
 
 
 def quoted(token: str) -> str:
-    """A token between quotation marks, so that its leading space is seen."""
+    """A token between quotation marks, which show its leading space."""
     return f"'{visible(token)}'"
 
 
@@ -159,7 +143,7 @@ def _visible_character(character: str) -> str:
 
 
 def floats(values: Any) -> Floats:
-    """An array of float64; JSON null, which stands for a number that is not finite, becomes nan."""
+    """An array of float64; JSON null, which stands for a number that is not finite, becomes NaN."""
     return np.asarray(values, dtype=np.float64)
 
 
@@ -168,11 +152,13 @@ def _integers(values: Any) -> Ints:
 
 
 def _term(name: str, number: str) -> str:
-    """One signed summand; the sign is the operator, so that the line reads as the equation it is."""
+    """One summand; a minus sign becomes the operator, so that the line reads as an equation."""
     return f" - {name} {number[1:]}" if number.startswith("-") else f" + {name} {number}"
 
 
 def _expect(key: str, values: Any, shape: tuple[int, ...]) -> None:
-    found = np.shape(values)
-    if found != shape:
-        raise ValueError(f"{key} has shape {found}, expected {shape}: pass the whole dictionary of Relevance.to_dict()")
+    actual = np.shape(values)
+    if actual != shape:
+        raise ValueError(
+            f"{key} has shape {actual}, expected {shape}: pass the complete dictionary of Relevance.to_dict()"
+        )

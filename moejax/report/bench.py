@@ -1,6 +1,6 @@
-"""A bench as lines of a table, each complete when its case is."""
+"""A bench as a table, printed line by line as cases complete."""
 
-from typing import Any
+from moejax.report.schema import BenchEntry, BenchHeading
 
 _COLUMNS = (
     ("case", 35),
@@ -15,10 +15,11 @@ _COLUMNS = (
     ("cached s", 9),
     ("peak GB", 8),
 )
+"""Names and widths of the columns."""
 
 
-def heading_lines(heading: dict[str, Any]) -> list[str]:
-    """Model, device, versions and limits; then the names of the columns."""
+def heading_lines(heading: BenchHeading) -> list[str]:
+    """Lines with the model, device, versions and limits, and with the names of the columns."""
     versions = ", ".join(f"{name} {version}" for name, version in heading["versions"].items())
     return [
         f"{heading['model']}: {heading['weights_gb']:.2f} GB of weights in {heading['dtype']}, on {heading['device']}",
@@ -28,18 +29,19 @@ def heading_lines(heading: dict[str, Any]) -> list[str]:
     ]
 
 
-def row_line(row: dict[str, Any]) -> str:
-    """A row of :class:`moejax.study.bench.Row` as a dictionary."""
+def row_line(row: BenchEntry) -> str:
+    """One line of the table, from the dictionary of :meth:`moejax.study.bench.BenchRow.to_dict`."""
     if row["failed"] is not None:
         return _line([row["case"], str(row["tokens"]), row["failed"]])
     rate = f"{row['targets_per_s']:.1f}" if row["targets_per_s"] else "-"
-    figures = [f"{row[name]:.2f}" for name in ("ms", "floor_ms", "ratio")]
-    figures += [f"{row[name]:.2f}" if row[name] else "-" for name in ("queued_ms", "call_ms")]
-    rest = [f"{row[name]:.1f}" for name in ("compile_s", "cached_s")]
-    line = _line([row["case"], str(row["tokens"]), *figures, rate, *rest, f"{row['peak_gb']:.2f}"])
+    times = [f"{value:.2f}" for value in (row["ms"], row["floor_ms"], row["ratio"])]
+    times += [f"{value:.2f}" if value else "-" for value in (row["queued_ms"], row["call_ms"])]
+    seconds = [f"{value:.1f}" for value in (row["compile_s"], row["cached_s"])]
+    line = _line([row["case"], str(row["tokens"]), *times, rate, *seconds, f"{row['peak_gb']:.2f}"])
     return line if row["load"] is None else f"{line}   most loaded expert: {row['load']:.2f}x the mean"
 
 
 def _line(cells: list[str]) -> str:
+    """The cells in their columns: the first aligned to the left, the others to the right."""
     first, *rest = zip(cells, _COLUMNS, strict=False)
     return first[0].ljust(first[1][1]) + "".join(cell.rjust(max(width, len(cell) + 1)) for cell, (_, width) in rest)

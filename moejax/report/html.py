@@ -1,7 +1,7 @@
-"""A relevance report as one page that needs nothing else: no network, no server, no library.
+"""An explanation as one self-contained HTML page, which needs no network, server or library.
 
-The page itself lives in `page/` (a skeleton, its style and its script). This module only prepares the data: what the
-page shows as a sum is summed here, in float64 from the full numbers, and the many single numbers are shortened.
+The folder ``page/`` has the page's skeleton, style and script. This module prepares the data: it computes the sums that
+the page shows, in float64 from the full numbers, shortens single numbers, and adds the colours.
 """
 
 from __future__ import annotations
@@ -13,36 +13,42 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from moejax.report import aggregate
-from moejax.report.aggregate import Report
+from moejax.report import aggregate, colours
+from moejax.report.schema import RelevanceReport
 
 _DIGITS = 5
-# A script element ends at the first "</script", whatever its type, and U+2028 ended a line in older JavaScript.
+_SCRIPTS = ("basics.js", "heat_map.js", "sections.js")
+# "</script" ends a script element, whatever its type; older JavaScript reads U+2028 as the end of a line
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 
-def to_html(report: Report) -> str:
-    """The report as a self-contained page: open it from a disk, mail it, or show it in a notebook's frame."""
+def to_html(report: RelevanceReport) -> str:
+    """The explanation as a self-contained page, to open from disk, to mail, or to show in a notebook's frame.
+
+    Raises:
+        ValueError: the arrays of the report do not fit together.
+    """
     aggregate.check(report)
     return Template(_asset("page.html")).substitute(
         title=_ascii(html.escape(f"{report['model']}: relevance")),
-        style=_asset("page.css"),
-        script=_asset("page.js"),
+        style=colours.page_style() + _asset("page.css"),
+        script=_script(),
         data=_embed(_payload(report)),
     )
 
 
-def _payload(report: Report) -> dict[str, Any]:
+def _payload(report: RelevanceReport) -> dict[str, Any]:
     same = ("model", "rule", "prompt", "tokens", "token_ids", "num_experts", "expert_ids")
     return {
         **{key: report[key] for key in same},
         "expert_weights": _shorten(report["expert_weights"]),
         "counts": aggregate.routed_counts(report).tolist(),
         "targets": [_target(report, index) for index in range(len(report["targets"]))],
+        "colours": {"light": colours.DIVERGING, "dark": colours.DIVERGING_DARK},
     }
 
 
-def _target(report: Report, index: int) -> dict[str, Any]:
+def _target(report: RelevanceReport, index: int) -> dict[str, Any]:
     target = report["targets"][index]
     return {
         "label": target["label"],
@@ -61,14 +67,14 @@ def _target(report: Report, index: int) -> dict[str, Any]:
 
 
 def _shorten(values: Any) -> Any:
-    """Nested lists of floats to five significant digits: a long prompt has millions of them."""
+    """Nested lists of floats, rounded to five significant digits: a long prompt has millions of them."""
     if isinstance(values, list):
         return [_shorten(value) for value in values]
     return float(f"{values:.{_DIGITS}g}") if values is not None and math.isfinite(values) else None
 
 
 def _finite(value: Any) -> Any:
-    """The same value with null for a float that JSON cannot write."""
+    """The same value with ``None`` in place of floats that are not finite, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -77,12 +83,17 @@ def _finite(value: Any) -> Any:
 
 
 def _embed(payload: dict[str, Any]) -> str:
-    # ensure_ascii writes U+2028 and lone surrogates as escapes too, so the page can be saved in any encoding.
+    # ensure_ascii escapes U+2028 and lone surrogates too, so the page can be saved in any encoding
     return json.dumps(payload, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 
 def _ascii(text: str) -> str:
     return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def _script() -> str:
+    """The page's scripts as one function, so that their names stay out of the page's global scope."""
+    return "(() => {\n'use strict';\n\n" + "\n".join(map(_asset, _SCRIPTS)) + "})();\n"
 
 
 def _asset(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A matplotlib figure that shows itself in a notebook. Imported only when a figure is drawn."""
+"""A matplotlib figure that shows itself in a notebook. This module is imported only when a figure is drawn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 class NotebookFigure(Figure):
-    """A figure without pyplot. It brings its own picture: notebooks show plain figures only once pyplot is loaded."""
+    """A figure without pyplot that renders itself as PNG; notebooks show other figures only if pyplot is loaded."""
 
     def _repr_png_(self) -> bytes:
         buffer = BytesIO()

@@ -1,79 +1,91 @@
-"""Tables of what ``moejax analyse`` found, and the files that it writes."""
+"""The tables that ``moejax analyse`` prints, and the files that it writes."""
 
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from moejax.report.aggregate import visible
-from moejax.report.routing_plots import routing_figures
-
-Found = dict[str, Any]
+from moejax.report.plots.routing import KIND_NAMES, routing_figures
+from moejax.report.schema import LayerEntry, ProbeEntry, RoutingReport
 
 _TABLES = {
     "router": {
         "router_entropy": "entropy",
         "router_margin": "margin",
-        "weight_entropy": "weights' entropy",
-        "weight_margin": "weights' margin",
+        "weight_entropy": "weight entropy",
+        "weight_margin": "weight margin",
         "active_slots": "active slots",
-        "router_similarity": "rows' cosine",
+        "router_similarity": "cosine of rows",
     },
     "experts": {
         "relative_perplexity": "perplexity / E",
         "jain_index": "Jain",
-        "largest_load": "load",
+        "largest_load": "max load",
         "dead": "dead",
         "token_specialisation": "by token",
         "label_divergence": "by label",
         "expert_similarity": "cosine",
-        "output_similarity": "outputs' cosine",
+        "output_similarity": "output cosine",
     },
 }
-"""Statistics of a layer that stand in the terminal, table by table, and their heads."""
+"""For each table in the terminal, the statistics of a layer that it shows, with their column names."""
 
 _CAPTIONS = {
-    "router": "entropies over their largest value; -: absent",
-    "experts": "perplexity, Jain: 1 is even; load: the busiest, over an even share; by ..: specialisation",
+    "router": "entropies are divided by their largest value; -: no value",
+    "experts": "perplexity and Jain index: 1 is an even usage; max load: busiest expert over the mean; "
+    "dead: experts that no token selected; by ..: specialisation",
 }
 
-_WORDS = {"feed_forward": "feed-forward experts", "attention": "attention experts"}
 
+def routing_tables(report: RoutingReport) -> list[Table]:
+    """Tables of the data, each kind of mixture, the comparison with another checkpoint, and the probes.
 
-def routing_tables(found: Found) -> list[Table]:
-    """What :meth:`moejax.study.Analysis.to_dict` says: the data, each kind of mixture, comparison and probes."""
-    tables = [_data_table(found)]
-    for kind, mixtures in found["mixtures"].items():
+    Args:
+        report: the dictionary of :meth:`moejax.study.Analysis.to_dict`.
+    """
+    tables = [_data_table(report)]
+    for kind, mixtures in report["mixtures"].items():
         tables += [_layers_table(kind, part, mixtures["layers"]) for part in _TABLES]
-    for kind, changes in (found["changes"] or {}).items():
-        table = Table("layer", "set overlap", "switch rate", title=f"{_WORDS[kind]}, against {_safe(found['against'])}")
+    for kind, changes in (report["changes"] or {}).items():
+        table = Table(
+            "layer", "set overlap", "switch rate", title=f"{KIND_NAMES[kind]}, against {_safe(report['against'] or '')}"
+        )
         for change in changes:
             table.add_row(str(change["layer"]), _number(change["overlap"]), _number(change["switch_rate"]))
         tables.append(table)
-    return [*tables, *([_probes_table(found["probes"])] if found["probes"] else [])]
+    return [*tables, *([_probes_table(report["probes"])] if report["probes"] else [])]
 
 
-def write_routing(found: Found, folder: Path) -> list[Path]:
-    """Write ``statistics.json`` (everything), ``layers.csv`` (numbers by layer) and the plots; the paths written."""
+def write_routing(report: RoutingReport, folder: Path) -> list[Path]:
+    """Write ``statistics.json`` (all statistics), ``layers.csv`` (numbers by layer) and the plots.
+
+    Args:
+        report: the dictionary of :meth:`moejax.study.Analysis.to_dict`.
+        folder: where to write; it is made if it does not exist.
+
+    Returns:
+        The paths of the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "statistics.json", folder / "layers.csv"]
-    written[0].write_text(json.dumps(found, allow_nan=False), "utf-8")
-    written[1].write_text(layers_csv(found), "utf-8")
-    for name, figure in routing_figures(found).items():
+    written[0].write_text(json.dumps(report, allow_nan=False), "utf-8")
+    written[1].write_text(layers_csv(report), "utf-8")
+    for name, figure in routing_figures(report).items():
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1])
     return written
 
 
-def layers_csv(found: Found) -> str:
-    """A row for each mixture, a column for each number of it; what is absent is empty."""
+def layers_csv(report: RoutingReport) -> str:
+    """Comma-separated values: a row for each mixture, a column for each number; absent numbers are empty."""
     rows = [
-        {"kind": kind} | {k: len(v) if k == "dead" and v is not None else v for k, v in layer.items() if _scalar(k, v)}
-        for kind, mixtures in found["mixtures"].items()
+        {"kind": kind} | {k: len(v) if isinstance(v, list) else v for k, v in layer.items() if _scalar(k, v)}
+        for kind, mixtures in report["mixtures"].items()
         for layer in mixtures["layers"]
     ]
     text = io.StringIO()
@@ -83,55 +95,58 @@ def layers_csv(found: Found) -> str:
     return text.getvalue()
 
 
-def _scalar(name: str, value: Any) -> bool:
+def _scalar(name: str, value: object) -> bool:
+    """Return whether a statistic fits into one cell: it is one number, or the list of dead experts (counted)."""
     return name == "dead" or not isinstance(value, list)
 
 
-def _data_table(found: Found) -> Table:
-    table = Table("data", "", title=_safe(found["model"]))
-    read, whole = found["tokens"], found["tokens_of_data"]
-    table.add_row("tokens", f"{read:,}" + (f" of {whole:,}, drawn at random" if read < whole else ""))
-    table.add_row("window", f"{found['length']} tokens")
-    table.add_row("loss", f"{_number(found['loss'])} nats a token, {found['predictions']:,} predicted")
-    for label, loss in zip(found["labels"], found["label_loss"], strict=True):
+def _data_table(report: RoutingReport) -> Table:
+    table = Table("data", "", title=_safe(report["model"]))
+    read, total = report["tokens"], report["tokens_of_data"]
+    table.add_row("tokens", f"{read:,}" + (f" of {total:,}, drawn at random" if read < total else ""))
+    table.add_row("window", f"{report['length']} tokens")
+    table.add_row("loss", f"{_number(report['loss'])} nats a token, {report['predictions']:,} tokens predicted")
+    for label, loss in zip(report["labels"], report["label_loss"], strict=True):
         table.add_row(f"  {_safe(label)}", _number(loss))
-    for kind, mixtures in found["mixtures"].items():
+    for kind, mixtures in report["mixtures"].items():
         layers = mixtures["layers"]
         sizes = ", ".join(sorted({f"{layer['slots']} of {layer['experts']}" for layer in layers}))
-        table.add_row(_WORDS[kind], f"{sizes}, in {len(layers)} layers")
+        table.add_row(KIND_NAMES[kind], f"{sizes}, in {len(layers)} layers")
         for layer in layers:
             if layer["nan_tokens"]:
-                of = f"{layer['nan_tokens']:,} of {layer['nan_tokens'] + layer['tokens']:,} tokens"
-                table.add_row(f"[red]NaN in layer {layer['layer']}[/red]", f"[red]the router's, at {of}[/red]")
+                nan = f"{layer['nan_tokens']:,} of {layer['nan_tokens'] + layer['tokens']:,} tokens"
+                table.add_row(f"[red]NaN in layer {layer['layer']}[/red]", f"[red]in the router's output, {nan}[/red]")
     return table
 
 
-def _layers_table(kind: str, part: str, layers: list[Found]) -> Table:
-    shown = {name: head for name, head in _TABLES[part].items() if any(layer[name] is not None for layer in layers)}
-    table = Table("layer", *shown.values(), title=f"{_WORDS[kind]}: {part}", caption=_CAPTIONS[part])
-    for layer in layers:
-        table.add_row(str(layer["layer"]), *(_number(layer[name]) for name in shown))
+def _layers_table(kind: str, part: str, layers: Sequence[LayerEntry]) -> Table:
+    rows: list[Mapping[str, object]] = [*layers]
+    shown = {name: head for name, head in _TABLES[part].items() if any(row[name] is not None for row in rows)}
+    table = Table("layer", *shown.values(), title=f"{KIND_NAMES[kind]}: {part}", caption=_CAPTIONS[part])
+    for row in rows:
+        table.add_row(str(row["layer"]), *(_number(row[name]) for name in shown))
     return table
 
 
-def _probes_table(probes: list[Found]) -> Table:
-    title = f"best experts masked in all layers, {probes[0]['predictions']:,} tokens predicted"
-    table = Table("masked", "then", "loss (nats)", "more", title=title)
+def _probes_table(probes: Sequence[ProbeEntry]) -> Table:
+    title = f"loss with each token's best experts masked in all layers, {probes[0]['predictions']:,} tokens predicted"
+    table = Table("masked", "in their place", "loss (nats)", "increase", title=title)
     table.add_row("none", "", _number(probes[0]["intact"]), "")
     for probe in probes:
         loss, intact = probe["loss"], probe["intact"]
-        more = None if loss is None or intact is None else loss - intact
-        way = "the next best" if probe["refill"] else "the rest renormalised"
-        table.add_row(str(probe["dropped"]), way, _number(loss), _number(more))
+        increase = None if loss is None or intact is None else loss - intact
+        instead = "the next best experts" if probe["refill"] else "the others, renormalised"
+        table.add_row(str(probe["dropped"]), instead, _number(loss), _number(increase))
     return table
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
+    """A number with three decimals, the length of a list, or a dash for an absent number."""
     if value is None:
         return "-"
     return str(len(value)) if isinstance(value, list) else f"{value:.3f}"
 
 
 def _safe(text: str) -> str:
-    """A name from a file: without control characters, and with brackets that are no markup."""
+    """Text from a file or a user, with control characters made visible and markup escaped."""
     return escape(visible(text))

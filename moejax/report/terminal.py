@@ -1,8 +1,6 @@
-"""A relevance report in the terminal."""
+"""An explanation in the terminal."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from rich import box
@@ -12,17 +10,26 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from moejax.report import aggregate
-from moejax.report.aggregate import ExpertUse, Report
+from moejax.report import aggregate, colours
+from moejax.report.aggregate import ExpertUse
+from moejax.report.schema import RelevanceReport, TargetEntry
 
 _LEGEND_STEPS = 21
 _STRONGEST = 5
 
 
-def render(report: Report, console: Console | None = None, top: int = 3) -> None:
-    """Print a report: coloured tokens, next-token candidates, the top experts of each layer and the ledger.
+def render(report: RelevanceReport, console: Console | None = None, top: int = 3) -> None:
+    """Print an explanation: coloured tokens, next-token candidates, the top experts of each layer and the ledger.
 
-    Where the console shows no colour, every token is followed by its signed relevance.
+    On a console without colour, the signed relevance follows every token.
+
+    Args:
+        report: the dictionary of ``Relevance.to_dict()``.
+        console: where to print; by default standard output.
+        top: number of experts to list for each layer.
+
+    Raises:
+        ValueError: the arrays of the report do not fit together.
     """
     aggregate.check(report)
     console = console or Console()
@@ -38,11 +45,11 @@ def render(report: Report, console: Console | None = None, top: int = 3) -> None
         if report["num_experts"]:
             console.print(_labelled(console, "top experts per layer", ["relevance, share of the layer, tokens routed"]))
             console.print(_experts(report, index, top))
-        # Not wrapped here: a pipe gets the equation in one line, a terminal folds it by itself.
+        # no wrapping: a pipe gets the equation in one line, and a terminal folds it by itself
         console.print(_text(console, aggregate.summary_line(report, index)), soft_wrap=True)
 
 
-def _header(console: Console, report: Report, index: int) -> Text:
+def _header(console: Console, report: RelevanceReport, index: int) -> Text:
     target, total = report["targets"][index], len(report["targets"])
     count = f"target {index + 1}/{total}" if total > 1 else "target"
     after = aggregate.quoted(report["tokens"][target["position"]])
@@ -52,7 +59,7 @@ def _header(console: Console, report: Report, index: int) -> Text:
     return line.append_text(_text(console, where))
 
 
-def _tokens(console: Console, report: Report, target: dict[str, Any]) -> Text:
+def _tokens(console: Console, report: RelevanceReport, target: TargetEntry) -> Text:
     values = aggregate.floats(target["tokens"])
     scale = aggregate.scale_of(values)
     plain = not _has_colour(console)
@@ -65,7 +72,7 @@ def _tokens(console: Console, report: Report, target: dict[str, Any]) -> Text:
     return flow
 
 
-def _legend(console: Console, target: dict[str, Any]) -> Text:
+def _legend(console: Console, target: TargetEntry) -> Text:
     scale = aggregate.scale_of(aggregate.floats(target["tokens"]))
     if not _has_colour(console):
         return Text(f"[signed relevance of each token, largest magnitude {scale:.3g}]")
@@ -75,22 +82,22 @@ def _legend(console: Console, target: dict[str, Any]) -> Text:
     return legend.append(f" {scale:+.3g}")
 
 
-def _strongest(console: Console, report: Report, target: dict[str, Any]) -> Text:
+def _strongest(console: Console, report: RelevanceReport, target: TargetEntry) -> Text:
     values = aggregate.floats(target["tokens"])
     order = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:_STRONGEST]
     parts = [f"{aggregate.quoted(report['tokens'][t])}@{t} {values[t]:+.3g}" for t in order if values[t]]
     return _labelled(console, "strongest tokens", parts or ["none, every relevance is zero"])
 
 
-def _candidates(console: Console, target: dict[str, Any]) -> Text:
+def _candidates(console: Console, target: TargetEntry) -> Text:
     parts = [f"{aggregate.quoted(c['token'])} {c['probability']:.1%}" for c in target["candidates"]]
     return _labelled(console, "next token", parts or ["no candidates"])
 
 
-def _experts(report: Report, index: int, top: int) -> Table:
+def _experts(report: RelevanceReport, index: int, top: int) -> Table:
     layers = aggregate.top_experts(report, index, top)
     scale = aggregate.scale_of(aggregate.expert_map(report, index))
-    # One width for every number of a kind, so that the columns can be read downwards.
+    # numbers of one kind have one width, so that columns align
     uses = [use for layer in layers for use in layer]
     id_width = max((len(str(use.expert)) for use in uses), default=1)
     count_width = max((len(str(use.tokens)) for use in uses), default=1)
@@ -116,13 +123,13 @@ def _labelled(console: Console, label: str, parts: list[str]) -> Text:
 
 
 def _style(value: float, scale: float) -> Style:
-    # Both colours are always set: the text then reads the same on a dark and on a light terminal.
-    background = aggregate.colour(value, scale)
-    return Style(color=Color.from_rgb(*aggregate.ink(background)), bgcolor=Color.from_rgb(*background))
+    # set both colours, so that the text is readable on dark and light terminals
+    background = colours.diverging(value, scale)
+    return Style(color=Color.from_rgb(*colours.ink(background)), bgcolor=Color.from_rgb(*background))
 
 
 def _text(console: Console, content: str, style: str | Style = "") -> Text:
-    """Text that is never read as markup and that the console's encoding can always carry."""
+    """Text that is not parsed as markup, with characters escaped that the console's encoding lacks."""
     text = Text(content.encode(console.encoding, "backslashreplace").decode(console.encoding))
     text.stylize(style)
     return text

@@ -1,4 +1,4 @@
-"""One router algebra: a route is (score, select, weigh)."""
+"""The router algebra: score all experts, select K of them for each token, weigh the selected."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,16 +12,16 @@ from moejax.routing.selection import Adjust
 from moejax.routing.weights import Weigh
 
 TopK = Callable[[Array, int], Sequence[Array]]
-"""Values and indices of the largest of each row, largest first."""
+"""Values and indices of the ``k`` largest entries of each row, largest first: ``(rows, k) -> (values, indices)``."""
 
 
 class Routing(NamedTuple):
-    """Where tokens go. All in float32 or wider, whatever the model's dtype.
+    """A router's decision for each token, in float32 or wider whatever the model's dtype.
 
     Attributes:
         logits: router logits.
         scores: scores of all experts, from which the selection is made.
-        ids: the selected experts, best first. A slot that selected nothing has an id that no expert has, and weight 0.
+        ids: the selected experts, best first. An empty slot has an id outside of ``0 .. E - 1`` and weight 0.
         weights: the weight of each selected expert's output.
     """
 
@@ -42,14 +42,20 @@ def route(
     adjust: Adjust | None = None,
     top_k: TopK = jax.lax.top_k,
 ) -> Routing:
-    """Top-k routing. Ties go to the lower expert id; the selection itself has no gradient, its weights do.
+    """Top-k routing: ``weigh(score(logits))`` of the ``num_selected`` best experts.
+
+    Ties go to the lower expert id. The selection has no gradient; the weights have.
 
     Args:
-        adjust: what the selection looks at, from the scores: a bias added, groups left out (``routing.selection``).
-            The weights are those of the scores all the same.
-        selectable: an expert at zero is selected only where no other is left; scores stay those of all.
-        weight_factors: factors of the selected experts' weights, which are then scaled to their former sum.
-        top_k: finds the best, as ``jax.lax.top_k`` does.
+        logits: router logits.
+        num_selected: ``K``, experts of each token.
+        score: scores of all experts, such as an entry of :data:`moejax.routing.SCORES`.
+        weigh: weights from the selected scores, such as an entry of :data:`moejax.routing.WEIGHTS`.
+        selectable: experts at zero are selected only if no other expert is left; their scores stay in ``scores``.
+        weight_factors: multiply the selected experts' weights, which are then scaled back to their former sum.
+        adjust: maps the scores to those by which experts are selected, such as a bias or a limit to groups
+            (:mod:`moejax.routing.selection`). The weights come from the unadjusted scores.
+        top_k: finds the best, with the interface of ``jax.lax.top_k``.
     """
     scores = score(logits)
     if selectable is None and adjust is None:
@@ -57,7 +63,7 @@ def route(
     else:
         seen = scores if adjust is None else jax.lax.stop_gradient(adjust(scores))
         if selectable is not None:
-            # those of groups that are left out come before those that are closed
+            # adjust excludes with -inf too: experts of excluded groups rank above experts closed by ``selectable``
             seen = jnp.where(selectable > 0, jnp.maximum(seen, jnp.finfo(seen.dtype).min), -jnp.inf)
         ids = top_k(seen, num_selected)[1]
         selected = jnp.take_along_axis(scores, ids, axis=-1)
@@ -68,7 +74,7 @@ def route(
 
 
 def keep_sum(weights: Float[Array, "*b K"], factors: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
-    """``weights * factors`` scaled to the sum of ``weights``; where nothing is left, nothing makes up for it."""
+    """``weights * factors``, scaled to the sum of ``weights``; zeros where the products sum to zero."""
     kept = weights * factors
     total = kept.sum(-1, keepdims=True)
     return kept * jnp.where(total == 0, 0, weights.sum(-1, keepdims=True) / jnp.where(total == 0, 1, total))

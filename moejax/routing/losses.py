@@ -1,7 +1,8 @@
-"""Auxiliary losses of router training, in float32 or wider, with masks for padding; without any token they are zero.
+"""Auxiliary losses of router training, in float32 or wider.
 
-``axis_name`` sums over the devices of a mapped axis (``jax.shard_map``). Under ``jit`` alone arrays are already whole,
-wherever they lie, and none is needed.
+Masks are true for tokens that count and false for padding; a loss over no token is zero. Inside ``jax.shard_map``,
+``axis_name`` sums over the devices of a mapped axis. Under ``jit`` alone leave it out: arrays are global there, however
+they are sharded.
 """
 
 from typing import Literal, get_args
@@ -30,15 +31,16 @@ def balance_loss(
 ) -> Float[Array, ""]:
     """Load-balancing loss ``E * sum_e t_e f_e P_e`` (Switch Transformer, arXiv 2101.03961, eq. 4, for top-k).
 
-    ``f_e`` is the share of routed slots that expert ``e`` received, ``P_e`` its mean score; 1 at perfect balance when
-    the scores of a token sum to one.
+    ``f_e`` is the fraction of routed slots that expert ``e`` received, ``P_e`` its mean score. The loss is 1 at perfect
+    balance if each token's scores sum to one.
 
     Args:
-        scope: tokens over which ``f`` and ``P`` are taken: those of one ``"sequence"`` (the last but one axis of the
-            scores; then the mean over sequences that have a token), of the ``"batch"``, or of all devices
+        scope: tokens over which ``f`` and ``P`` are taken: one ``"sequence"`` (the last but one axis of the scores; the
+            loss is then the mean over sequences that have a token), the ``"batch"``, or the batches of all devices
             (``"global"``, needs ``axis_name``).
         count: slots that count: all ``"selected"``, or the ``"first"`` of each token.
         factors: ``t_e``, by default ones (MoE++, arXiv 2410.07348, eq. 9).
+        axis_name: mapped axis over which a global loss sums.
 
     Raises:
         ValueError: an unknown scope or count, or a global scope without ``axis_name``.
@@ -58,9 +60,9 @@ def balance_loss(
 
 
 def slot_shares(routing: Routing, count: Count = "selected") -> Float[Array, "*b E"]:
-    """The share of each expert in a token's slots; a slot that selected nothing has weight 0 and does not count.
+    """Fraction of a token's slots that each expert fills; an empty slot (weight 0) does not count.
 
-    The shares of a token sum to one where all slots count, to less where some do not.
+    A token's fractions sum to one if all slots count, and to less if some are empty.
     """
     ids, weights = (routing.ids, routing.weights) if count == "selected" else (routing.ids[..., :1], None)
     wide = jnp.promote_types(routing.scores.dtype, jnp.float32)
@@ -76,9 +78,15 @@ def z_loss(routing: Routing, mask: Mask = None) -> Float[Array, ""]:
 def entropy_loss(
     probabilities: Float[Array, "*b E"], mask: Mask = None, *, over: Over = "global", axis_name: str | None = None
 ) -> Float[Array, ""]:
-    """Minus the entropy, in nats, of the mean of the tokens' distributions (sigma-MoE, arXiv 2310.10837, eq. 20-21).
+    """Minus the entropy, in nats, of the tokens' mean distribution (sigma-MoE, arXiv 2310.10837, eq. 20-21).
 
-    ``over`` a single ``"token"`` (which works against decided routing), a ``"sequence"``, or all (``"global"``).
+    Args:
+        probabilities: each token's distribution over the experts.
+        over: tokens whose distributions are averaged: a single ``"token"`` (this penalises decided routing), a
+            ``"sequence"``, or all (``"global"``).
+
+    Raises:
+        ValueError: ``over`` is unknown.
     """
     _known("over", over, Over)
     p = wide(probabilities)
@@ -90,7 +98,7 @@ def entropy_loss(
 
 
 def mutual_information_loss(probabilities: Float[Array, "*b E"], mask: Mask = None) -> Float[Array, ""]:
-    """``H(E | token) - H(E)`` in nats, minus the mutual information of tokens and experts (Mod-Squad, 2212.08066)."""
+    """``H(E | token) - H(E)`` in nats: minus the mutual information of token and expert (Mod-Squad, 2212.08066)."""
     p = wide(probabilities)
     return masked_mean(entropy(p), mask) - entropy(mean_over(p, mask, tuple(range(p.ndim - 1))))
 
@@ -102,15 +110,15 @@ def cv_squared_loss(amounts: Float[Array, " E"]) -> Float[Array, ""]:
     return jnp.where(mean == 0, 0, amounts.var() / jnp.where(mean == 0, 1, mean) ** 2)
 
 
-def null_reward(probabilities: Float[Array, "*b N"], mask: Mask = None) -> Float[Array, ""]:
-    """Minus the mean probability of the null routes together (TC-MoE: sparsity is rewarded)."""
+def null_reward(probabilities: Float[Array, "*b Z"], mask: Mask = None) -> Float[Array, ""]:
+    """Minus the mean total probability of the Z null routes: a reward for sparsity (TC-MoE)."""
     return -masked_mean(wide(probabilities).sum(-1), mask)
 
 
 def mean_over(
     values: Float[Array, "..."], mask: Mask, axes: tuple[int, ...], axis_name: str | None = None
 ) -> Float[Array, "..."]:
-    """Mean over some axes of unmasked entries; the mask has as many axes as it has, counted from the left."""
+    """Mean of the unmasked entries over some axes; the axes of the mask are the first axes of the values."""
     if mask is None:
         mean = values.mean(axes)
         return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
@@ -122,5 +130,6 @@ def mean_over(
 
 
 def _known(name: str, value: str, kinds: object) -> None:
+    """Raise ValueError unless ``value`` is one of the values of the Literal ``kinds``."""
     if value not in get_args(kinds):
         raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(get_args(kinds))}.")

@@ -1,21 +1,21 @@
-"""Questions asked of a model over data: routing statistics, two checkpoints compared, the best experts masked."""
+"""Questions about a model over a data set: routing statistics, comparing checkpoints, masking the best experts."""
 
 from moejax.study.analysis import Analysis, analyse
 from moejax.study.compare import LayerChange, compare
-from moejax.study.data import Batch, Documents, Windows
+from moejax.study.data import Documents, WindowBatch, Windows
 from moejax.study.drop_top import Probe, drop_top
 from moejax.study.result import LayerStatistics, RoutingStatistics
 from moejax.study.similarity import Similarity, similarities
 
 __all__ = [
     "Analysis",
-    "Batch",
     "Documents",
     "LayerChange",
     "LayerStatistics",
     "Probe",
     "RoutingStatistics",
     "Similarity",
+    "WindowBatch",
     "Windows",
     "analyse",
     "compare",

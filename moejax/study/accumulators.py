@@ -1,4 +1,4 @@
-"""What a batch adds to the statistics: sums over its tokens, a small pytree on the device."""
+"""The sums that a batch adds to the statistics: sums over its tokens, as a small pytree on the device."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,24 +12,32 @@ from moejax.models import Config, Decoder, FlatDecoder, Hidden, unflatten
 from moejax.program import Program
 from moejax.routing import Routing
 from moejax.routing import statistics as s
-from moejax.study.data import Batch
+from moejax.study.data import WindowBatch
 from moejax.study.outputs import output_similarity
 
-Kind = Literal["feed_forward", "attention"]
-KINDS: tuple[Kind, ...] = ("feed_forward", "attention")
+MixtureKind = Literal["feed_forward", "attention"]
+"""The two places of a block where a mixture can be."""
+
+MIXTURE_KINDS: tuple[MixtureKind, ...] = ("feed_forward", "attention")
 
 
 class RoutingSums(NamedTuple):
-    """Of the mixtures of one kind; L counts those layers only. Entropies in nats, margins in [0, 1].
+    """Sums over tokens for the mixtures of one kind; L counts those layers only, X counts labels.
 
     Attributes:
-        tokens: that count. Those whose router gave NaN do not.
-        nan: tokens whose router gave NaN, or infinite weights.
-        routed: tokens of which a slot carries something.
-        counts, first: slots that each expert filled, and tokens of which it was the first choice.
-        overlap, overlap_tokens: sums of :func:`moejax.routing.statistics.layer_iou`, and how many.
-        by_label, by_token: ``counts`` by the row's label, and by the token's id if asked for.
-        alike, alike_tokens: sums of :func:`moejax.study.outputs.output_similarity`, and of how many, if asked for.
+        tokens: tokens that count: valid ones whose router gave finite numbers.
+        nan: valid tokens whose router gave NaN, or infinite weights.
+        routed: tokens with at least one active slot.
+        router_entropy, weight_entropy: sums of entropies in nats.
+        router_margin, weight_margin: sums of margins, each in [0, 1].
+        counts: slots that each expert fills.
+        first: tokens whose first choice an expert is.
+        coactivation: tokens that selected both experts.
+        by_label: ``counts`` for each label of a row.
+        by_token: ``counts`` for each token id, if requested.
+        overlap, overlap_tokens: sums of :func:`moejax.routing.statistics.layer_iou`, and the number of terms.
+        alike, alike_tokens: sums of :func:`moejax.study.outputs.output_similarity`, and the number of terms, if
+            requested.
     """
 
     tokens: Int[Array, " L"]
@@ -42,7 +50,7 @@ class RoutingSums(NamedTuple):
     counts: Int[Array, "L E"]
     first: Int[Array, "L E"]
     coactivation: Int[Array, "L E E"]
-    by_label: Int[Array, "L G E"]
+    by_label: Int[Array, "L X E"]
     by_token: Int[Array, "L V E"] | None
     overlap: Float[Array, "L L"]
     overlap_tokens: Int[Array, "L L"]
@@ -51,26 +59,33 @@ class RoutingSums(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Of the next tokens, by label.
+    """Loss of the next tokens for each of X labels.
 
     Attributes:
         nats: sum of cross-entropies.
-        predictions: how many.
+        predictions: number of predicted tokens.
     """
 
-    nats: Float[Array, " G"]
-    predictions: Int[Array, " G"]
+    nats: Float[Array, " X"]
+    predictions: Int[Array, " X"]
 
 
 class Sums(NamedTuple):
-    """All that is measured of a batch; ``mixtures`` has those kinds that the model has."""
+    """Everything that is measured on a batch; ``mixtures`` has an entry for each kind that the model has."""
 
     loss: LossSums
-    mixtures: dict[Kind, RoutingSums]
+    mixtures: dict[MixtureKind, RoutingSums]
 
 
-class MixtureLayer(NamedTuple):
-    """A layer's mixture: its experts without null routes, a token's slots, and the outputs of its router."""
+class MixtureSizes(NamedTuple):
+    """Sizes of one layer's mixture.
+
+    Attributes:
+        layer: index of the layer in the decoder.
+        experts: experts that a token can select; null routes do not count.
+        slots: routed slots of a token.
+        routes: router outputs.
+    """
 
     layer: int
     experts: int
@@ -78,50 +93,50 @@ class MixtureLayer(NamedTuple):
     routes: int
 
 
-def mixtures(decoder: Decoder) -> dict[Kind, list[MixtureLayer]]:
+def mixtures(decoder: Decoder) -> dict[MixtureKind, list[MixtureSizes]]:
     """The mixtures of each kind that route tokens in a forward pass of the decoder.
 
     The pass is asked, not the configuration: a registered layer may never ask its experts.
     """
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     hidden = jax.eval_shape(lambda d, tokens: d.hidden(tokens), decoder, one)
-    by_kind: dict[Kind, list[MixtureLayer]] = {}
-    for kind in KINDS:
+    by_kind: dict[MixtureKind, list[MixtureSizes]] = {}
+    for kind in MIXTURE_KINDS:
         for layer, routing in enumerate(hidden.routing(kind)):
             if routing is not None:
                 sizes = decoder.config.blocks[layer].half(kind).sizes
                 experts = sizes.num_experts - sizes.num_null
-                mixture = MixtureLayer(layer, experts, routing.weights.shape[-1], routing.logits.shape[-1])
+                mixture = MixtureSizes(layer, experts, routing.weights.shape[-1], routing.logits.shape[-1])
                 by_kind.setdefault(kind, []).append(mixture)
     return by_kind
 
 
-def id_space(config: Config, kind: Kind) -> int:
-    """Experts that ids of that kind count."""
+def id_space(config: Config, kind: MixtureKind) -> int:
+    """Number of expert ids of that kind of mixture."""
     return config.num_experts if kind == "feed_forward" else config.num_attention_experts
 
 
 @partial(Program, static_argnames=("groups", "by_token", "outputs"))
 def measure(
-    weights: Decoder | FlatDecoder, batch: Batch, *, groups: int, by_token: bool, outputs: bool = False
+    weights: Decoder | FlatDecoder, batch: WindowBatch, *, groups: int, by_token: bool, outputs: bool = False
 ) -> Sums:
-    """Run a batch and sum; ``groups`` is the number of labels, at least one."""
+    """Run a batch and return its sums; ``groups`` is the number of labels, at least one."""
     decoder = unflatten(weights)
     hidden = decoder.hidden(batch.tokens, valid=batch.valid)
     loss = loss_sums(decoder, hidden.stream, batch, groups)
-    by_kind: dict[Kind, RoutingSums] = {}
-    for kind in KINDS:
-        found = [routing for routing in hidden.routing(kind) if routing is not None]
-        if found:
+    by_kind: dict[MixtureKind, RoutingSums] = {}
+    for kind in MIXTURE_KINDS:
+        layers = [routing for routing in hidden.routing(kind) if routing is not None]
+        if layers:
             vocabulary = decoder.config.vocab_size if by_token else 0
-            by_kind[kind] = routing_sums(found, batch, id_space(decoder.config, kind), groups, vocabulary)
+            by_kind[kind] = routing_sums(layers, batch, id_space(decoder.config, kind), groups, vocabulary)
     if outputs and "feed_forward" in by_kind:
         alike, tokens = _alike(decoder, hidden, batch)
         by_kind["feed_forward"] = by_kind["feed_forward"]._replace(alike=alike, alike_tokens=tokens)
     return Sums(loss, by_kind)
 
 
-def _alike(decoder: Decoder, hidden: Hidden, batch: Batch) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
+def _alike(decoder: Decoder, hidden: Hidden, batch: WindowBatch) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
     sums = []
     for layer, routing in enumerate(hidden.routing()):
         if routing is not None:
@@ -132,8 +147,8 @@ def _alike(decoder: Decoder, hidden: Hidden, batch: Batch) -> tuple[Float[Array,
     return jnp.stack(alike), jnp.stack(tokens)
 
 
-def loss_sums(decoder: Decoder, stream: Float[Array, "B T D"], batch: Batch, groups: int) -> LossSums:
-    """Cross-entropy in nats of each next token; one row's logits at a time are in memory."""
+def loss_sums(decoder: Decoder, stream: Float[Array, "B T D"], batch: WindowBatch, groups: int) -> LossSums:
+    """Cross-entropy in nats of each next token; only one row's logits are in memory at a time."""
 
     def row(of: tuple[Array, Array]) -> Float[Array, " T"]:
         logits = decoder.logits(of[0])
@@ -145,14 +160,14 @@ def loss_sums(decoder: Decoder, stream: Float[Array, "B T D"], batch: Batch, gro
 
 
 def routing_sums(
-    routing: Sequence[Routing], batch: Batch, num_experts: int, groups: int, vocabulary: int = 0
+    routing: Sequence[Routing], batch: WindowBatch, num_experts: int, groups: int, vocabulary: int = 0
 ) -> RoutingSums:
-    """Sums over the valid tokens of one routing a layer; by token id if there is a ``vocabulary``."""
-    found = [_layer(r, batch, num_experts, groups, vocabulary) for r in routing]
-    counted = jnp.stack([tokens for _, _, tokens in found])
-    iou, both = s.layer_iou(jnp.stack([chosen for _, chosen, _ in found]))
+    """Sums over the valid tokens, from one routing a layer; also by token id if ``vocabulary`` is not zero."""
+    layers = [_layer(r, batch, num_experts, groups, vocabulary) for r in routing]
+    counted = jnp.stack([tokens for _, _, tokens in layers])
+    iou, both = s.layer_iou(jnp.stack([chosen for _, chosen, _ in layers]))
     both &= counted[:, None] & counted[None]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(sums for sums, _, _ in found))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(sums for sums, _, _ in layers))
     return RoutingSums(
         **({"by_token": None} | stacked),
         overlap=jnp.where(both, iou, 0).sum((2, 3)),
@@ -162,7 +177,7 @@ def routing_sums(
 
 @partial(jax.jit, static_argnames=("num_experts", "groups", "vocabulary"))
 def _layer(
-    routing: Routing, batch: Batch, num_experts: int, groups: int, vocabulary: int
+    routing: Routing, batch: WindowBatch, num_experts: int, groups: int, vocabulary: int
 ) -> tuple[dict[str, Array], Int[Array, "B T E"], Bool[Array, "B T"]]:
     """One layer's sums, its selections, and the tokens that count."""
     ids, weights = routing.ids, routing.weights

@@ -1,4 +1,4 @@
-"""Two checkpoints on the same data: which of a token's experts they share."""
+"""Comparing two checkpoints on the same data: which of a token's experts they share."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,18 +15,20 @@ from moejax.models import FlatDecoder, unflatten
 from moejax.program import Program
 from moejax.routing.statistics import token_overlap
 from moejax.study.accumulate import accumulate
-from moejax.study.accumulators import KINDS, Kind, mixtures
-from moejax.study.data import Batch, Windows
+from moejax.study.accumulators import MIXTURE_KINDS, MixtureKind, mixtures
+from moejax.study.data import WindowBatch, Windows
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """Of one layer.
+    """How far the selections of two checkpoints agree in one layer.
 
     Attributes:
-        overlap: mean share of a token's experts in the other checkpoint that this one selects too, in [0, 1]:
-            saturation, if the other is the final one. ``None`` without tokens.
-        switch_rate: the rest of 1.
+        layer: index of the layer in the decoder.
+        tokens: tokens that count.
+        overlap: mean fraction of a token's experts in the other checkpoint that this one selects too, in [0, 1]; this
+            is router saturation if the other checkpoint is the final one. ``None`` without tokens.
+        switch_rate: ``1 - overlap``.
     """
 
     layer: int
@@ -36,54 +38,66 @@ class LayerChange:
 
 
 class _Overlap(NamedTuple):
+    """Sums of the overlaps of single tokens, and the number of tokens."""
+
     shares: Float[Array, " L"]
     tokens: Int[Array, " L"]
 
 
-def compare(lm: LM, other: LM, windows: Windows, *, progress: bool = False) -> dict[Kind, list[LayerChange]]:
-    """Set overlap of the two models' selections (:func:`moejax.routing.statistics.set_overlap`), layer by layer.
+def compare(lm: LM, other: LM, windows: Windows, *, progress: bool = False) -> dict[MixtureKind, list[LayerChange]]:
+    """Set overlap of two models' selections (:func:`moejax.routing.statistics.set_overlap`) for each layer, by kind.
 
     Raises:
         MoejaxError: the models differ in vocabulary, in which layers are mixtures, or in the number of experts.
     """
-    mine, theirs = lm.config, other.config
-    if mine.vocab_size != theirs.vocab_size:
-        raise MoejaxError(f"vocabularies of {mine.vocab_size} and {theirs.vocab_size}: no two checkpoints of a model.")
-    here, there = mixtures(lm.decoder), mixtures(other.decoder)
-    for kind in KINDS:
-        experts = [{m.layer: m.experts for m in found.get(kind, [])} for found in (here, there)]
-        layers = [i for i in range(mine.num_layers) if experts[0].get(i) != experts[1].get(i)]
-        if layers or mine.num_layers != theirs.num_layers:
-            raise MoejaxError(
-                f"{lm.name} and {other.name} are no two checkpoints of a model: {mine.num_layers} and "
-                f"{theirs.num_layers} layers" + (f", other {kind} experts in layer {layers[0]}." if layers else ".")
-            )
+    _check_same_architecture(lm, other)
     sums = accumulate(partial(_measure, lm.flat, other.flat), windows, "comparing", progress)
-    return {kind: _changes([m.layer for m in found], sums[kind]) for kind, found in here.items()}
+    return {kind: _changes([m.layer for m in sizes], sums[kind]) for kind, sizes in mixtures(lm.decoder).items()}
+
+
+def _check_same_architecture(lm: LM, other: LM) -> None:
+    """Raise MoejaxError unless the two can be checkpoints of one model."""
+    config, other_config = lm.config, other.config
+    vocabularies = config.vocab_size, other_config.vocab_size
+    if vocabularies[0] != vocabularies[1]:
+        raise MoejaxError(
+            f"{lm.name} and {other.name} are not checkpoints of one model: their vocabularies have {vocabularies[0]} "
+            f"and {vocabularies[1]} tokens."
+        )
+    both = mixtures(lm.decoder), mixtures(other.decoder)
+    for kind in MIXTURE_KINDS:
+        experts = [{m.layer: m.experts for m in sizes.get(kind, [])} for sizes in both]
+        layers = [i for i in range(config.num_layers) if experts[0].get(i) != experts[1].get(i)]
+        if layers or config.num_layers != other_config.num_layers:
+            raise MoejaxError(
+                f"{lm.name} and {other.name} are not checkpoints of one model: {config.num_layers} and "
+                f"{other_config.num_layers} layers"
+                + (f", different numbers of {kind} experts in layer {layers[0]}." if layers else ".")
+            )
 
 
 def _changes(layers: list[int], sums: _Overlap) -> list[LayerChange]:
-    found = []
+    changes = []
     for layer, total, tokens in zip(layers, sums.shares, np.asarray(sums.tokens).tolist(), strict=True):
         overlap = float(total) / tokens if tokens else None
-        found.append(LayerChange(layer, tokens, overlap, None if overlap is None else 1 - overlap))
-    return found
+        changes.append(LayerChange(layer, tokens, overlap, None if overlap is None else 1 - overlap))
+    return changes
 
 
 @Program
-def _measure(weights: FlatDecoder, other: FlatDecoder, batch: Batch) -> dict[Kind, _Overlap]:
+def _measure(weights: FlatDecoder, other: FlatDecoder, batch: WindowBatch) -> dict[MixtureKind, _Overlap]:
     both = [unflatten(w).hidden(batch.tokens, valid=batch.valid) for w in (weights, other)]
-    found = {}
-    for kind in KINDS:
+    by_kind = {}
+    for kind in MIXTURE_KINDS:
         pairs = zip(*(hidden.routing(kind) for hidden in both), strict=True)
         sums = []
-        for here, there in pairs:
-            if here is None or there is None:
+        for first, second in pairs:
+            if first is None or second is None:
                 continue
-            shares, counted = token_overlap(here.ids, there.ids, here.weights, there.weights)
-            sound = jnp.isfinite(here.weights).all(-1) & jnp.isfinite(there.weights).all(-1)
-            counted &= batch.valid & sound
+            shares, counted = token_overlap(first.ids, second.ids, first.weights, second.weights)
+            finite = jnp.isfinite(first.weights).all(-1) & jnp.isfinite(second.weights).all(-1)
+            counted &= batch.valid & finite
             sums.append(_Overlap(jnp.where(counted, shares, 0).sum(), counted.sum(dtype=jnp.int32)))
         if sums:
-            found[kind] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
-    return found
+            by_kind[kind] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
+    return by_kind

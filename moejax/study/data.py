@@ -1,4 +1,4 @@
-"""Documents from a file, and padded batches of windows of them."""
+"""Documents from a file, and padded batches of windows cut from them."""
 
 import json
 import zipfile
@@ -17,18 +17,19 @@ from moejax.lm import LM
 from moejax.training import Corpus
 from moejax.training.data import find_text, read_texts
 
-_NARROWEST = 32
-"""Tokens of the narrowest batch: short windows are padded to a power of two, so that few widths are compiled."""
+_MIN_WIDTH = 32
+"""Tokens of the narrowest batch. Widths are powers of two, so that few programs are compiled."""
 
 
-class Batch(NamedTuple):
+class WindowBatch(NamedTuple):
     """Windows side by side, padded on the right; every row holds at least one token that is not padding.
 
     Attributes:
+        tokens: token ids.
         targets: the token that follows each.
-        valid: false at padding, and in all of a row that only fills the batch up.
-        predicted: where the document goes on, so that there is a target.
-        labels: index of each row's label; 0 where there are none.
+        valid: false for padding; rows that only complete a batch are padding throughout.
+        predicted: true where the document continues, so that there is a target.
+        labels: index of each row's label; 0 if the data has no labels.
     """
 
     tokens: Int[Array, "B T"]
@@ -43,8 +44,8 @@ class Documents:
     """Texts as token ids.
 
     Attributes:
-        tokens: of each document.
-        labels: index into ``names`` of each document's label; zeros where there are no labels.
+        tokens: token ids of each document.
+        labels: index into ``names`` of each document's label; zeros if there are no labels.
         names: the labels, such as tasks or domains; empty if the data has none.
     """
 
@@ -56,14 +57,15 @@ class Documents:
     def read(cls, path: str | Path, lm: LM) -> Self:
         """Read a file for a model.
 
-        ``.npz``: a prepared corpus (:class:`moejax.training.Corpus`), whose labels are its domains, named by the
-        ``corpus.json`` beside it if there is one. ``.jsonl``: one document a line, an object with ``text`` and, if it
-        has one, ``label``. Anything else is UTF-8 text, and one document as a whole.
-        ``"sample"`` is the text that is bundled with the package.
+        ``.npz`` is a prepared corpus (:class:`moejax.training.Corpus`). Its labels are its domains; a ``corpus.json``
+        in the same folder names them. ``.jsonl`` has one document a line: an object with ``text`` and an optional
+        ``label``. Any other file is UTF-8 text and one document. ``"sample"`` is the text that is bundled with the
+        package.
 
         Raises:
-            MoejaxError: the file is missing, cannot be read as what its name says, or has no tokens.
-            PromptError: a text for a model without tokenizer, or token ids outside the model's vocabulary.
+            MoejaxError: the file is missing, its content does not fit its suffix, or it has no tokens.
+            PromptError: the file holds text and the model has no tokenizer, or token ids are outside of the model's
+                vocabulary.
         """
         path = find_text(path)
         if not path.is_file():
@@ -74,10 +76,14 @@ class Documents:
 
     @classmethod
     def of(cls, texts: Sequence[str], labels: Sequence[str | None] | None, lm: LM) -> Self:
-        """Texts with the model's tokenizer, start tokens included; a text without a label among some is ``"none"``.
+        """Encode texts with the model's tokenizer, start tokens included.
+
+        Args:
+            labels: one for each text, or ``None`` for data without labels. If only some texts have a label, the others
+                get the label ``"none"``.
 
         Raises:
-            MoejaxError: there is no token in them.
+            MoejaxError: the texts have no tokens.
             PromptError: the model has no tokenizer.
         """
         tokenizer = lm.need_tokenizer()
@@ -96,16 +102,16 @@ class Documents:
             if isinstance(error, MoejaxError):
                 raise
             raise MoejaxError(f"{path}: not a prepared corpus: {error}") from error
-        beside, found = path.parent / "corpus.json", np.unique(corpus.domains)
-        names = {int(d): f"domain {d}" for d in found}
-        if beside.is_file():
+        description, domains = path.parent / "corpus.json", np.unique(corpus.domains)
+        names = {int(d): f"domain {d}" for d in domains}
+        if description.is_file():
             try:
-                named = enumerate(json.loads(beside.read_text("utf-8"))["domains"])
+                named = enumerate(json.loads(description.read_text("utf-8"))["domains"])
                 names |= {i: str(domain["name"]) for i, domain in named if i in names}
             except (ValueError, KeyError, TypeError) as error:
-                raise MoejaxError(f"{beside}: the domains have no names in it; mend or remove it.") from error
-        labels = np.searchsorted(found, corpus.domains)
-        return cls(corpus.documents(), labels, tuple(names[int(d)] for d in found))._checked(lm)
+                raise MoejaxError(f"{description}: it does not name the domains; repair or remove it.") from error
+        labels = np.searchsorted(domains, corpus.domains)
+        return cls(corpus.documents(), labels, tuple(names[int(d)] for d in domains))._checked(lm)
 
     def _checked(self, lm: LM) -> Self:
         if not any(len(tokens) for tokens in self.tokens):
@@ -117,23 +123,26 @@ class Documents:
 
     @property
     def num_tokens(self) -> int:
-        """Of all documents."""
+        """Number of tokens in all documents."""
         return sum(map(len, self.tokens))
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Documents cut into windows of up to ``length`` tokens: every token once, and its successor as its target.
+    """Batches of windows: documents cut into pieces of up to ``length`` tokens.
 
-    A document's later windows do not see its earlier ones.
+    Every token occurs once, with its successor in the document as its target. A window does not see the earlier windows
+    of its document. Iteration yields :class:`WindowBatch`, the longest windows first.
 
     Attributes:
-        batch: windows at a time.
-        limit: take windows at random until they have this many tokens; all by default.
-        seed: of that choice.
+        documents: the data.
+        length: tokens of a window, at most.
+        batch: windows of a batch.
+        limit: draw windows at random until they have this many tokens; all windows by default.
+        seed: seed of that draw.
 
     Raises:
-        MoejaxError: a length, batch or limit that is not positive.
+        MoejaxError: ``length``, ``batch`` or ``limit`` is not positive.
     """
 
     documents: Documents
@@ -149,7 +158,7 @@ class Windows:
 
     @cached_property
     def _places(self) -> list[tuple[int, int, int]]:
-        """Document, first token and number of tokens of every window, the longest first."""
+        """Index of the document, first token and number of tokens of every window, the longest first."""
         places = [
             (d, start, min(self.length, len(tokens) - start))
             for d, tokens in enumerate(self.documents.tokens)
@@ -163,26 +172,26 @@ class Windows:
 
     @property
     def num_tokens(self) -> int:
-        """Of all windows."""
+        """Number of tokens in all windows."""
         return sum(size for _, _, size in self._places)
 
     def __len__(self) -> int:
-        """Batches."""
+        """Number of batches."""
         return -(-len(self._places) // self.batch)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[WindowBatch]:
         for first in range(0, len(self._places), self.batch):
             yield self._make(self._places[first : first + self.batch])
 
-    def _make(self, places: list[tuple[int, int, int]]) -> Batch:
-        width = min(self.length, max(_NARROWEST, 1 << (places[0][2] - 1).bit_length()))
+    def _make(self, places: list[tuple[int, int, int]]) -> WindowBatch:
+        width = min(self.length, max(_MIN_WIDTH, 1 << (places[0][2] - 1).bit_length()))
         shape = (self.batch, width)
         tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         valid, predicted = np.zeros(shape, bool), np.zeros(shape, bool)
         labels = np.zeros(self.batch, np.int32)
         for row, (document, start, size) in enumerate(places):
-            found = self.documents.tokens[document][start : start + size + 1]
-            tokens[row, :size], valid[row, :size] = found[:size], True
-            targets[row, : len(found) - 1], predicted[row, : len(found) - 1] = found[1:], True
+            ids = self.documents.tokens[document][start : start + size + 1]
+            tokens[row, :size], valid[row, :size] = ids[:size], True
+            targets[row, : len(ids) - 1], predicted[row, : len(ids) - 1] = ids[1:], True
             labels[row] = self.documents.labels[document]
-        return Batch(*map(jnp.asarray, (tokens, targets, valid, predicted, labels)))
+        return WindowBatch(*map(jnp.asarray, (tokens, targets, valid, predicted, labels)))

@@ -15,17 +15,19 @@ from moejax.routing import Routing
 from moejax.rules import Gates, Reading
 from moejax.study.accumulate import accumulate, mean
 from moejax.study.accumulators import LossSums, loss_sums, mixtures
-from moejax.study.data import Batch, Windows
+from moejax.study.data import WindowBatch, Windows
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Mean loss over ``predictions`` next tokens, in nats a token.
+    """Loss with each token's best experts masked, and without masks.
 
     Attributes:
-        dropped: experts of each token that were masked, in every mixture layer.
-        refill: whether the next best took their place.
-        intact: the loss with all experts, on the same tokens.
+        dropped: number of each token's best experts that are masked in every mixture layer.
+        refill: True if the next best experts take their place, False if the weights of the rest are renormalised.
+        predictions: number of predicted tokens.
+        loss: mean loss in nats a token with the masks; ``None`` if it is not finite or nothing is predicted.
+        intact: the same without masks, on the same tokens.
     """
 
     dropped: int
@@ -36,15 +38,15 @@ class Probe:
 
 
 def drop_top(lm: LM, windows: Windows, dropped: int, *, refill: bool, progress: bool = False) -> Probe:
-    """Mask each token's ``dropped`` best feed-forward experts in all layers, and predict.
+    """Measure the loss with each token's ``dropped`` best feed-forward experts masked in all layers.
 
-    Best are those of the largest absolute weights, as the router sees them once the layers below are masked. The masks
-    are gates: ``selectable`` with ``refill``, so that the next best experts run with the weights as if the router had
-    selected them; else ``routing_weights``, so that the weights of the rest grow to the same sum. Every layer runs twice, first
-    for its routing and then masked.
+    A token's best experts have the largest absolute weights, as routed when the layers below are masked already. The
+    masks are gates: with ``refill``, ``selectable`` gates make the router select the next best experts; without it,
+    ``routing_weights`` gates scale the weights of the remaining experts to the same sum. Every layer runs twice, once
+    to get its routing and once masked.
 
     Raises:
-        MoejaxError: the model has no experts, or so many dropped leave none to go on with.
+        MoejaxError: the model has no experts, or too few experts would remain.
     """
     check_drop(lm, dropped, refill)
     measure = partial(_measure, lm.flat, dropped=dropped, refill=refill)
@@ -55,38 +57,38 @@ def drop_top(lm: LM, windows: Windows, dropped: int, *, refill: bool, progress: 
 
 
 def possible_probes(lm: LM, most: int) -> list[tuple[int, bool]]:
-    """What :func:`drop_top` can be asked for, up to ``most`` experts: how many, and whether others take their place.
+    """Arguments ``(dropped, refill)`` that :func:`drop_top` accepts for this model, for 1 to ``most`` dropped experts.
 
     Raises:
-        MoejaxError: so many cannot be dropped in either way.
+        MoejaxError: some number of experts can be dropped neither with nor without refill.
     """
-    found = []
+    probes = []
     for dropped in range(1, most + 1):
-        ways, refusals = [], []
+        accepted, refusals = [], []
         for refill in (True, False):
             try:
                 check_drop(lm, dropped, refill)
-                ways.append((dropped, refill))
+                accepted.append((dropped, refill))
             except MoejaxError as error:
                 refusals.append(error)
-        if not ways:
+        if not accepted:
             raise refusals[0]
-        found += ways
-    return found
+        probes += accepted
+    return probes
 
 
 def check_drop(lm: LM, dropped: int, refill: bool) -> None:
-    """Whether the probe can be made.
+    """Check that :func:`drop_top` can be run with these arguments.
 
     Raises:
-        MoejaxError: it cannot.
+        MoejaxError: the model has no feed-forward experts, or too few experts would remain.
     """
-    found = mixtures(lm.decoder).get("feed_forward", [])
-    if not found:
+    sizes = mixtures(lm.decoder).get("feed_forward", [])
+    if not sizes:
         raise MoejaxError(f"{lm.name} has no mixture of feed-forward experts to drop from.")
     if dropped < 1:
-        raise MoejaxError(f"dropping {dropped} experts is no probe; drop at least 1.")
-    for _, experts, slots, _ in found:
+        raise MoejaxError(f"cannot drop {dropped} experts; drop at least 1.")
+    for _, experts, slots, _ in sizes:
         most = min(slots, experts - slots) if refill else slots - 1
         if dropped > most:
             way = "with refill" if refill else "without refill"
@@ -96,14 +98,15 @@ def check_drop(lm: LM, dropped: int, refill: bool) -> None:
 
 
 @partial(Program, static_argnames=("dropped", "refill"))
-def _measure(weights: FlatDecoder, batch: Batch, *, dropped: int, refill: bool) -> tuple[LossSums, LossSums]:
+def _measure(weights: FlatDecoder, batch: WindowBatch, *, dropped: int, refill: bool) -> tuple[LossSums, LossSums]:
+    """The loss of a batch with masks and without."""
     decoder, batch = unflatten(weights), batch._replace(labels=jnp.zeros_like(batch.labels))
     without = loss_sums(decoder, _stream(decoder, batch, dropped, refill), batch, 1)
     return without, loss_sums(decoder, decoder.hidden(batch.tokens, valid=batch.valid).stream, batch, 1)
 
 
-def _stream(decoder: Decoder, batch: Batch, dropped: int, refill: bool) -> Float[Array, "B T D"]:
-    """The residual stream after the last layer, every layer routed on what the masked layers below wrote."""
+def _stream(decoder: Decoder, batch: WindowBatch, dropped: int, refill: bool) -> Float[Array, "B T D"]:
+    """The residual stream after the last layer; every layer is masked, and reads the output of masked layers."""
     x = decoder.embedding[batch.tokens]
     for layer in decoder.layers:
         run = partial(replace(decoder, layers=[layer]).hidden, batch.tokens, valid=batch.valid, embedded=x)
@@ -119,8 +122,8 @@ def _stream(decoder: Decoder, batch: Batch, dropped: int, refill: bool) -> Float
 
 
 def _best(routing: Routing, experts: int, count: int) -> Bool[Array, "B T E"]:
-    """The ``count`` experts with the largest absolute weights of those that carry something."""
-    here = routing.ids[..., None] == jnp.arange(experts)
-    size = jnp.where(here, jnp.abs(routing.weights)[..., None], 0).max(-2)
+    """True for the ``count`` experts with the largest absolute weights; experts of weight zero are never among them."""
+    selected = routing.ids[..., None] == jnp.arange(experts)
+    size = jnp.where(selected, jnp.abs(routing.weights)[..., None], 0).max(-2)
     best = (jax.lax.top_k(size, count)[1][..., None] == jnp.arange(experts)).any(-2)
     return best & (size > 0)

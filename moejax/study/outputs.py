@@ -1,4 +1,4 @@
-"""How alike the outputs of a token's experts are."""
+"""Similarity of the outputs of a token's experts."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,16 +10,17 @@ from moejax.models import Decoder, Hidden
 from moejax.ops.experts import assign
 from moejax.routing.statistics import token_diversity
 from moejax.rules import Gates, Reading
-from moejax.study.data import Batch
+from moejax.study.data import WindowBatch
 
 
 def output_similarity(
-    decoder: Decoder, hidden: Hidden, layer: int, batch: Batch
+    decoder: Decoder, hidden: Hidden, layer: int, batch: WindowBatch
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Mean pairwise cosine of the outputs of a token's feed-forward experts, and where it has two or more of them.
+    """Mean pairwise cosine of the outputs of a token's feed-forward experts, and true where it has two or more.
 
-    What the experts read is the layer's stream without what they write: the layer runs again, their gate at zero.
-    Only routed experts count, not those that are copies, constants or nothing, and only with a weight that is not zero.
+    The experts read the residual stream after attention. To recompute it, the layer runs again with the gate of its
+    feed-forward experts at zero. Only routed experts with a weight that is not zero count; zero-computation experts do
+    not.
     """
     block, routing = decoder.layers[layer], hidden.routing()[layer]
     assert routing is not None

@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are, and the rows of its router; of the weights alone."""
+"""Similarity of the experts of a layer, and of the rows of its router, from the weights alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from moejax.layers.parts import leaf_at
 from moejax.models import Decoder
 from moejax.ops.mxfp4 import MXFP4
 from moejax.routing.statistics import expert_similarity, mean_cosine
-from moejax.study.accumulators import Kind, mixtures
+from moejax.study.accumulators import MixtureKind, mixtures
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Mean pairwise cosines in [-1, 1]; ``None`` where there is one expert only, no such weight, or one not finite.
+    """Mean pairwise cosines in [-1, 1]; ``None`` for a single expert, an absent weight, or one that is not finite.
 
     Attributes:
-        experts: of the experts' matrices, all flattened and joined.
-        router: of the router's rows, one for each route.
+        experts: cosine between experts, each the concatenation of its flattened matrices.
+        router: cosine between the router's rows, one for each route.
     """
 
     experts: float | None
     router: float | None
 
 
-def similarities(decoder: Decoder, kind: Kind = "feed_forward") -> list[Similarity]:
+def similarities(decoder: Decoder, kind: MixtureKind = "feed_forward") -> list[Similarity]:
     """The similarities of every mixture layer of that kind, in the order of the layers."""
     blocks = [decoder.layers[mixture.layer] for mixture in mixtures(decoder).get(kind, [])]
     return [_similarity(getattr(block, kind), block.config.half(kind).roles) for block in blocks]
@@ -61,7 +61,7 @@ def _finite(value: Float[Array, ""]) -> float | None:
 
 @jax.jit
 def _products(stacked: Float[Array, "E *s"] | MXFP4) -> Float[Array, "E E"]:
-    """Inner products of the experts' flattened matrices, accumulated in float32, without a copy in float32."""
+    """Inner products of the experts' flattened matrices, accumulated in float32 without a float32 copy."""
     values = stacked.unpack(jnp.bfloat16) if isinstance(stacked, MXFP4) else stacked
     product = partial(jnp.tensordot, precision="highest", preferred_element_type=jnp.float32)
     axes = list(range(1, values.ndim))

@@ -18,6 +18,8 @@ import pytest
 from rich.console import Console
 
 from moejax.report import aggregate, figure, render, summary_line, to_html
+from moejax.report.colours import DIVERGING
+from moejax.report.schema import SCHEMA
 
 pytestmark = pytest.mark.fast
 
@@ -168,27 +170,6 @@ def test_an_expert_whose_tokens_cancel_ranks_last() -> None:
         assert [(use.expert, use.tokens) for use in uses] == [(1, 1), (2, 1), (0, 2)]
 
 
-def test_colours_diverge_and_stay_readable() -> None:
-    assert aggregate.colour(0.0, 2.0) == (255, 255, 255)
-    blue, red = aggregate.colour(-2.0, 2.0), aggregate.colour(2.0, 2.0)
-    assert blue[2] > blue[0]
-    assert red[0] > red[2]
-    assert aggregate.colour(9.0, 2.0) == red
-    assert aggregate.colour(math.nan, 2.0) == (255, 255, 255)
-    for value in np.linspace(-1, 1, 101):
-        background = aggregate.colour(float(value), 1.0)
-        assert _contrast(background, aggregate.ink(background)) >= 4.5
-
-
-def _contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    def luminance(rgb: tuple[int, ...]) -> float:
-        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in rgb)]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
 # ------------------------------------------------------------------------------------------------ the ledger line
 
 
@@ -243,7 +224,7 @@ def test_terminal_colours_the_strongest_token_fully() -> None:
     report = make_report(targets=1)
     report["targets"][0]["tokens"][3] = 50.0
     text = printed(report, colour=True)
-    red = ";".join(map(str, aggregate.DIVERGING[-1]))
+    red = ";".join(map(str, DIVERGING[-1]))
     assert re.search(rf"48;2;{red}m word3", text)
 
 
@@ -439,3 +420,12 @@ def test_a_report_that_does_not_fit_together_is_refused(view: Any, change: Any, 
     change(report)
     with pytest.raises(ValueError, match=message):
         view(report)
+
+
+@pytest.mark.parametrize("view", [to_html, printed, figure])
+def test_a_report_of_another_version_is_refused(view: Any) -> None:
+    report = make_report() | {"schema": 2}
+    with pytest.raises(ValueError, match="the report has schema 2, but this version of moejax reads 1"):
+        view(report)
+    report["schema"] = SCHEMA
+    view(report)

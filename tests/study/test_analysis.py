@@ -18,13 +18,13 @@ from moejax.report.routing import routing_tables
 from moejax.report.routing_plots import routing_figures
 from moejax.routing import Routing
 from moejax.routing import statistics as s
-from moejax.study import Analysis, Batch, Documents, Windows, analyse, compare, similarities
-from moejax.study.accumulators import Mixture, routing_sums
+from moejax.study import Analysis, Documents, WindowBatch, Windows, analyse, compare, similarities
+from moejax.study.accumulators import MixtureSizes, routing_sums
 from moejax.study.result import random_iou, routing_statistics
 from moejax.study.similarity import Similarity, _products
 
 V, L, E, K = 53, 2, 9, 5
-# cut into 32 these are windows of three sizes, for each of which the reference is compiled
+# windows of 32 tokens cut from these have three sizes; the reference is compiled once for each
 SIZES = (58, 26, 26, 1, 26)
 UNKNOWN = Similarity(None, None)
 
@@ -187,21 +187,21 @@ def test_nan_is_reported_with_its_layer(toy_lm: LM, windows: Windows) -> None:
     json.dumps(shown, allow_nan=False)
     table = io.StringIO()
     Console(file=table, width=80).print(*routing_tables(shown))
-    assert f"NaN in layer 1       │ the router's, at {sum(SIZES)} of {sum(SIZES)} tokens" in table.getvalue()
+    assert f"NaN in layer 1       │ in the router's output, {sum(SIZES)} of {sum(SIZES)} tokens" in table.getvalue()
     assert "utilisation" in routing_figures(shown)
 
 
 # ---- sums of routing that no published model has -------------------------------------------------------------------
 
 
-def a_batch(tokens: int, valid: np.ndarray | None = None) -> Batch:
+def a_batch(tokens: int, valid: np.ndarray | None = None) -> WindowBatch:
     ids = jnp.asarray(np.arange(tokens)[None] % V, jnp.int32)
     where = jnp.ones((1, tokens), bool) if valid is None else jnp.asarray(valid[None])
-    return Batch(ids, ids, where, where, jnp.zeros(1, jnp.int32))
+    return WindowBatch(ids, ids, where, where, jnp.zeros(1, jnp.int32))
 
 
-def statistics_of(routing: Routing, batch: Batch, experts: int) -> Any:
-    mixture = Mixture(4, experts, routing.weights.shape[-1], routing.logits.shape[-1])
+def statistics_of(routing: Routing, batch: WindowBatch, experts: int) -> Any:
+    mixture = MixtureSizes(4, experts, routing.weights.shape[-1], routing.logits.shape[-1])
     sums = jax.tree.map(np.asarray, routing_sums([routing], batch, experts, 1))
     return routing_statistics([mixture], sums, False, [UNKNOWN])
 
@@ -289,7 +289,7 @@ def test_compare_with_another(make_olmoe: Callable, toy_lm: LM, windows: Windows
 def test_compare_refuses_another_model(make_olmoe: Callable, toy_lm: LM, windows: Windows, change: dict) -> None:
     import moejax
 
-    with pytest.raises(MoejaxError, match="no two checkpoints of a model"):
+    with pytest.raises(MoejaxError, match="not checkpoints of one model"):
         compare(toy_lm, moejax.load(make_olmoe(**change)), windows)
 
 

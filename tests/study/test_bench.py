@@ -13,8 +13,8 @@ from moejax.cli import main
 from moejax.lm import LM
 from moejax.models import Decoder, FlatDecoder, family
 from moejax.report.bench import heading_lines, row_line
-from moejax.study.bench import CASES, SHAPES, Case, Row, bench, published, random_decoder
-from moejax.study.bench.floor import Ceilings, floor_ms
+from moejax.study.bench import CASES, SHAPES, BenchRow, Case, bench, published, random_decoder
+from moejax.study.bench.floor import DeviceLimits, floor_ms
 
 V, D, F, E, K, L = 503, 64, 32, 64, 8, 2
 QUICK = {"tokens": 19, "long_tokens": 23, "repeats": 1}
@@ -34,7 +34,7 @@ def test_shapes(name):
 class TestFloor:
     def floor(self, case: Case, bandwidth: float = 1e9, rate: float = 1e30) -> float:
         decoder = random_decoder(published("olmoe-1b-7b", toy=True))
-        return floor_ms(decoder, case, 19, Ceilings(bandwidth, rate))
+        return floor_ms(decoder, case, 19, DeviceLimits(bandwidth, rate))
 
     def test_bytes_and_products(self):
         nothing = lambda *_: None
@@ -74,8 +74,10 @@ class TestFloor:
             products += 2 * used * leaf.size * 19 if path not in ("embedding", "head") else 0
         attention = 2 * 2 * (19 * 20 / 2) * 64 * 2
         decode, forward = (Case("", lambda *_: None, passes) for passes in (0, 1))
-        assert floor_ms(decoder, decode, 19, Ceilings(1e9, 1e30)) == pytest.approx(read / 1e9 * 1e3)
-        assert floor_ms(decoder, forward, 19, Ceilings(1e30, 1e9)) == pytest.approx((products + attention) / 1e9 * 1e3)
+        assert floor_ms(decoder, decode, 19, DeviceLimits(1e9, 1e30)) == pytest.approx(read / 1e9 * 1e3)
+        assert floor_ms(decoder, forward, 19, DeviceLimits(1e30, 1e9)) == pytest.approx(
+            (products + attention) / 1e9 * 1e3
+        )
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_rows(decoder):
     assert heading["model"] == "a model"
     assert heading["weights_gb"] == pytest.approx(sum(p.nbytes for p in jax.tree.leaves(decoder)) / 1e9)
     assert heading["tb_per_s"] > 0
-    assert isinstance(row, Row)
+    assert isinstance(row, BenchRow)
     assert (row.case, row.tokens) == ("forward", 19)
     assert row.ratio == pytest.approx(row.ms / row.floor_ms)
     assert row.peak_gb > heading["weights_gb"]
@@ -114,7 +116,7 @@ def test_rows(decoder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_case_of_every_family(name):
-    rows = [r for r in bench(name, random_decoder(published(name, toy=True)), **QUICK) if isinstance(r, Row)]
+    rows = [r for r in bench(name, random_decoder(published(name, toy=True)), **QUICK) if isinstance(r, BenchRow)]
     assert [r.case for r in rows] == [case.name for case in CASES]
     assert [r.tokens for r in rows] == [23 if case.long else 19 for case in CASES]
     for case, row in zip(CASES, rows, strict=True):
@@ -146,7 +148,7 @@ def test_what_a_user_calls(decoder):
     ],
 )
 def test_which_cases(decoder, monkeypatch, words, names):
-    monkeypatch.setattr("moejax.study.bench.run._row", lambda case, *_: Row(case.name, 1))
+    monkeypatch.setattr("moejax.study.bench.run._row", lambda case, *_: BenchRow(case.name, 1))
     assert [row.case for row in list(bench("a model", decoder, cases=words, **QUICK))[1:]] == names
 
 

@@ -52,7 +52,7 @@ def cosines(outputs: np.ndarray) -> float:
 
 
 def seen_by_experts(lm: LM, layer: int, windows: Windows) -> tuple[np.ndarray, Any]:
-    """What the layer's mixture reads ``[B T D]``, and its routing."""
+    """The input ``[B T D]`` of the layer's mixture, and its routing."""
     kind: Any = type(lm.decoder.layers[layer].feed_forward)
 
     class Spy(kind):
@@ -115,7 +115,7 @@ def test_similarity_of_registered_weights() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(registered()))
 def test_every_layer_is_analysed(name: str, windows: Windows) -> None:
-    """Tables, plots and JSON of all that there is, in two layers of which another lies between."""
+    """Tables, plots and JSON of all statistics, for two mixture layers that a dense layer separates."""
     lm = model(name)
     found = analyse(lm, windows, against=lm, outputs=True, drop=1).to_dict()
     json.dumps(found, allow_nan=False)

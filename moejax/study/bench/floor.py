@@ -1,4 +1,4 @@
-"""What a machine could do at best: its measured limits, and the least that a case must read and multiply."""
+"""The least time that a case could take: measured limits of the device, and the bytes and operations of the case."""
 
 import statistics
 import time
@@ -12,16 +12,16 @@ from moejax.checkpoints.plan import leaf_paths
 from moejax.models import Config, Decoder
 from moejax.study.bench.cases import Case
 
-_PATIENCE = 10.0
-"""Seconds after which a case is not repeated any more, if it ran three times."""
+_TIME_LIMIT = 10.0
+"""Seconds after which a case that ran three times is not repeated."""
 
 
-class Ceilings(NamedTuple):
+class DeviceLimits(NamedTuple):
     """Measured limits of a device.
 
     Attributes:
-        bandwidth: bytes a second that a large copy reads and writes.
-        rate: operations a second of a large bfloat16 product.
+        bandwidth: bytes a second that a large copy reads and writes, counted together.
+        rate: operations a second of a large bfloat16 matrix product.
     """
 
     bandwidth: float
@@ -29,7 +29,7 @@ class Ceilings(NamedTuple):
 
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of a call in ms, its results awaited; two calls to warm up before."""
+    """Median wall time in ms of a call that waits for its results, after two calls to warm up."""
     times: list[float] = []
     begun = time.perf_counter()
     for i in range(repeats + 2):
@@ -37,14 +37,19 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
         jax.block_until_ready(run())
         if i >= 2:
             times.append((time.perf_counter() - start) * 1e3)
-        if len(times) >= 3 and time.perf_counter() - begun > _PATIENCE:
+        if len(times) >= 3 and time.perf_counter() - begun > _TIME_LIMIT:
             break
     return statistics.median(times)
 
 
 def queued_ms(run: Callable[[], object], repeats: int, awaited_ms: float) -> float:
-    """Mean time of a call in ms, of calls that do not wait for each other's results; awaited ones take so long."""
-    count = max(2, min(repeats, int(_PATIENCE * 1e3 / awaited_ms)))
+    """Mean time in ms of a call when calls are queued and only the last result is awaited.
+
+    Args:
+        repeats: number of calls; fewer if a call is slow, but at least two.
+        awaited_ms: time of a call that waits for its results, as :func:`median_ms` measures it.
+    """
+    count = max(2, min(repeats, int(_TIME_LIMIT * 1e3 / awaited_ms)))
     start = time.perf_counter()
     for _ in range(count - 1):
         run()
@@ -52,8 +57,8 @@ def queued_ms(run: Callable[[], object], repeats: int, awaited_ms: float) -> flo
     return (time.perf_counter() - start) * 1e3 / count
 
 
-def ceilings() -> Ceilings:
-    """Measured on the default device; with small arrays on a CPU."""
+def device_limits() -> DeviceLimits:
+    """Measure the limits of the default device; on a CPU with small arrays."""
     small = jax.default_backend() == "cpu"
     buffer = jnp.zeros(1 << (22 if small else 30), jnp.bfloat16)
     copy = jax.jit(lambda x: x + 1)
@@ -61,15 +66,15 @@ def ceilings() -> Ceilings:
     side = 512 if small else 8192
     a = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
     product = jax.jit(jnp.matmul)
-    return Ceilings(bandwidth, 2 * side**3 / median_ms(lambda: product(a, a), 10) * 1e3)
+    return DeviceLimits(bandwidth, 2 * side**3 / median_ms(lambda: product(a, a), 10) * 1e3)
 
 
-def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> float:
-    """The sum over passes of the larger of two times: reading the weights, and multiplying the active ones.
+def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: DeviceLimits) -> float:
+    """The least time in ms: for each pass the time to read all weights or to multiply, whichever is longer.
 
-    A forward pass multiplies every token once, a backward pass once for each target. Attention multiplies each query
-    with the keys that it sees and their pattern with the values, on the way back twice as much. A decoded token reads
-    the experts that it uses and no others.
+    A forward pass multiplies the active weights with every token once, a backward pass once for each target. Attention
+    multiplies each query with the keys that it sees, and the pattern with the values; a backward pass takes twice as
+    many operations. A decoded token reads only the experts that it uses.
     """
     config = decoder.config
     share = {"feed_forward": config.num_selected / max(1, config.num_experts)}
@@ -83,7 +88,7 @@ def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> flo
         used = share.get(part, 1.0) if config.role(path) == "expert" else 1.0
         total, active = total + leaf.nbytes, active + used * leaf.nbytes
         values = leaf.size * 2 if path.endswith("blocks") else 0 if path.endswith("scales") else leaf.size
-        # the head multiplies one position only
+        # the head multiplies only one position
         per_token += used * values if path not in ("head", "embedding") else 0
     if case.passes == 0:
         return active / limits.bandwidth * 1e3
@@ -91,12 +96,12 @@ def floor_ms(decoder: Decoder, case: Case, tokens: int, limits: Ceilings) -> flo
     linear, attention = 2 * per_token * tokens / limits.rate, _attention(config, tokens) / limits.rate
     forward = max(reading, linear + attention)
     backward = max(reading, case.targets * (linear + 2 * attention)) if case.passes > 1 else 0.0
-    # the second begins when the first has ended: neither could use time that the other leaves
+    # the backward pass begins when the forward pass has ended, so the two cannot overlap
     return (forward + backward) * 1e3
 
 
 def _attention(config: Config, tokens: int) -> float:
-    """Operations of the two products of all layers' attention, forward."""
+    """Operations of a forward pass in the two matrix products of attention, summed over layers."""
     total = 0.0
     for block in config.blocks:
         a = block.half("attention").sizes

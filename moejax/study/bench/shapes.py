@@ -74,17 +74,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-oss-20b-packed": GPT_OSS_20B,
     "jetmoe-8b": JETMOE_8B,
 }
-"""Hugging Face configs of published models; "packed" keeps the experts in MXFP4."""
+"""Fields of the Hugging Face configs of published models; names that end with "packed" keep the experts in MXFP4."""
 
 TOY = {"vocab_size": 503, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
-"""What makes any of them small."""
+"""Fields that make any of them small."""
 
 
 def published(name: str, *, toy: bool = False) -> Config:
-    """The architecture of a published model; ``toy`` keeps its kind and makes it small.
+    """The architecture of a published model; with ``toy``, a small one of the same family.
 
     Raises:
-        MoejaxError: unknown name.
+        MoejaxError: the name is unknown.
     """
     if name not in SHAPES:
         raise MoejaxError(f"no published shape is called {name!r}; there are {', '.join(SHAPES)}.")
@@ -94,10 +94,10 @@ def published(name: str, *, toy: bool = False) -> Config:
 
 
 def random_decoder(config: Config) -> Decoder:
-    """Random weights, leaf by leaf, so that initialising takes no more memory than running.
+    """A decoder with random weights in bfloat16, drawn leaf by leaf to save memory.
 
-    Unit variance for the embedding and small output projections keep the tokens of a random model apart, so that its
-    routers spread them as a trained model's do; otherwise a few experts get nearly every token.
+    An embedding of unit variance and small output projections keep the residual streams of different tokens apart, so
+    that routers spread them as a trained model's routers do; otherwise a few experts would get nearly every token.
     """
     abstract = Decoder.abstract(config, jnp.bfloat16)
     make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
@@ -105,11 +105,13 @@ def random_decoder(config: Config) -> Decoder:
     for i, (path, leaf) in enumerate(leaf_paths(abstract)):
         is_output = path.endswith(("attention.output.weight", ".down"))
         bias = path.endswith("bias")
-        if bias or leaf.ndim == 1:  # norms of one, biases of none: what all tokens share would make them alike
+        if (
+            bias or leaf.ndim == 1
+        ):  # norms are ones; biases are zeros, since they would add the same vector to all tokens
             filled.append(jnp.full(leaf.shape, 0 if bias else 1, leaf.dtype))
             continue
         scale = 1.0 if path == "embedding" else 0.02 / (2 * config.num_layers) ** 0.5 if is_output else 0.02
-        if leaf.dtype == jnp.uint8:  # packed experts: any codes, a scale of 2^-7
+        if leaf.dtype == jnp.uint8:  # MXFP4 experts: random codes, scales of 2^-7
             code = jax.random.bits(jax.random.key(i), leaf.shape, jnp.uint8)
             filled.append(code if path.endswith("blocks") else jnp.full(leaf.shape, 120, jnp.uint8))
             continue

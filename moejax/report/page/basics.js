@@ -1,0 +1,89 @@
+// Data, numbers, text, elements, colours and the tooltip. html.py joins the scripts into one function.
+
+const data = JSON.parse(document.getElementById('report-data').textContent);
+const L = data.expert_ids.length, T = data.tokens.length, E = data.num_experts;
+const dark = matchMedia('(prefers-color-scheme: dark)');
+const state = {target: 0, token: 0, root: false};
+const maps = {};
+const byId = id => document.getElementById(id);
+
+// ---------------------------------------------------------------- numbers, text, elements
+
+function fmt(x, sign = true) {
+  if (x === null || x === undefined) return 'n/a';
+  const plus = sign && x > 0 ? '+' : '';
+  if (x === 0) return '0';
+  const size = Math.abs(x);
+  if (size >= 1e6 || size < 1e-4) return plus + x.toExponential(2);
+  return plus + (size >= 1000 ? x.toFixed(0) : x.toPrecision(3));
+}
+
+const percent = x => `${(100 * x).toFixed(1)}%`;
+const largest = rows => rows.reduce((m, row) => row.reduce((n, x) => Math.max(n, Math.abs(x || 0)), m), 0) || 1;
+
+// The same as aggregate.visible in Python: line breaks, tabs, control characters and direction overrides become visible.
+const NAMED = {'\n': '↵', '\t': '⇥', '\r': '␍'};
+function visible(token) {
+  const escape = c => {
+    const code = c.charCodeAt(0);
+    return NAMED[c] || (code < 0x100 ? '\\x' + code.toString(16).padStart(2, '0') : '\\u' + code.toString(16).padStart(4, '0'));
+  };
+  const wild = /[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+  return token.replace(wild, escape) || '∅';
+}
+const quoted = token => `'${visible(token)}'`;
+function brief(token, room) {
+  const shown = [...visible(token)];
+  return shown.length > room ? shown.slice(0, Math.max(1, room - 1)).join('') + '…' : shown.join('');
+}
+
+// Text enters the page only through textContent and attributes, so a token cannot become markup.
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key === 'style') Object.assign(node.style, value);
+    else if (key.startsWith('on')) node.addEventListener(key.slice(2), value);
+    else if (value !== null && value !== undefined) node.setAttribute(key, value);
+  }
+  node.append(...children);
+  return node;
+}
+const fill = (node, ...children) => node.replaceChildren(...children);
+
+// ---------------------------------------------------------------- colours
+
+function colour(value, scale) {
+  const stops = dark.matches ? data.colours.dark : data.colours.light;
+  let unit = Math.max(-1, Math.min(1, (value || 0) / scale));
+  if (state.root) unit = Math.sign(unit) * Math.sqrt(Math.abs(unit));
+  const place = (unit + 1) / 2 * (stops.length - 1);
+  const left = Math.min(Math.floor(place), stops.length - 2);
+  return stops[left].map((a, i) => Math.round(a + (stops[left + 1][i] - a) * (place - left)));
+}
+const css = rgb => `rgb(${rgb.join(',')})`;
+function ink(rgb) {
+  const [r, g, b] = rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? '#000' : '#fff';
+}
+function paint(value, scale) {
+  const background = colour(value, scale);
+  return {backgroundColor: css(background), color: ink(background)};
+}
+function legend(id, scale) {
+  const steps = Array.from({length: 33}, (_, i) => css(colour((i - 16) / 16, 1)));
+  const bar = el('i', {style: {background: `linear-gradient(to right, ${steps.join(',')})`}});
+  fill(byId(id), fmt(-scale), bar, fmt(scale));
+  byId(id).setAttribute('title', 'blue: evidence against the target; red: evidence for it; the middle colour is zero');
+}
+
+// ---------------------------------------------------------------- tooltip
+
+const tip = byId('tip');
+function showTip(text, x, y) {
+  tip.textContent = text;
+  tip.hidden = false;
+  const {width, height} = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(6, Math.min(x + 14, innerWidth - width - 8))}px`;
+  tip.style.top = `${y + 18 + height > innerHeight ? Math.max(6, y - height - 12) : y + 18}px`;
+}
+const hideTip = () => { tip.hidden = true; };

@@ -1,0 +1,147 @@
+"""Plots of an explanation: tokens, experts, heads, layers, and an overview.
+
+Each takes the dictionary of ``Relevance.to_dict()`` and the index of a target. All raise ValueError if the arrays of
+the dictionary do not fit together. The figures do not use pyplot: they show themselves in a notebook, and ``savefig``
+writes them to a file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moejax.errors import MoejaxError
+from moejax.report import aggregate
+from moejax.report.colours import GREY
+from moejax.report.plots._drawing import Fonts, diverging_map, draw_map, label_layers, label_tokens, new_figure
+from moejax.report.plots._registry import register_plot
+from moejax.report.schema import RelevanceReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH = 10.0
+"""Width of every figure in inches."""
+
+_LABELS = 48
+"""Number of token labels that fit side by side in that width."""
+
+
+@register_plot("overview")
+def figure(report: RelevanceReport, target: int = 0) -> Figure:
+    """Relevance by token, by layer and expert (by layer and head if there are no experts), and by layer and token."""
+    aggregate.check(report)
+    has_experts = bool(aggregate.expert_map(report, target).size)
+    parts = aggregate.expert_map(report, target) if has_experts else aggregate.head_map(report, target)
+    heights = [2.0, _map_height(len(parts)), _map_height(len(report["targets"][target]["layers"]))]
+    drawing, fonts = new_figure(_WIDTH, sum(heights) + 2.4), Fonts()
+    top, middle, bottom = drawing.subplots(3, 1, height_ratios=heights)
+    _draw_title(drawing, report, target, fonts)
+    _draw_tokens(top, report, target, fonts)
+    (_draw_experts if has_experts else _draw_heads)(middle, report, target)
+    _draw_layers(bottom, report, target, fonts)
+    return drawing
+
+
+@register_plot("tokens")
+def tokens(report: RelevanceReport, target: int = 0) -> Figure:
+    """Relevance of each input token, as bars."""
+    drawing, fonts = _titled(report, target, 2.0)
+    _draw_tokens(drawing.subplots(), report, target, fonts)
+    return drawing
+
+
+@register_plot("experts")
+def experts(report: RelevanceReport, target: int = 0) -> Figure:
+    """Relevance by layer and expert, summed over the tokens routed to it.
+
+    Raises:
+        MoejaxError: the model has no experts.
+    """
+    drawing, _ = _titled(report, target, _map_height(len(report["expert_ids"])))
+    if not report["num_experts"]:
+        raise MoejaxError(f"{report['model']} has no experts to plot; plot 'heads' or 'layers'.")
+    _draw_experts(drawing.subplots(), report, target)
+    return drawing
+
+
+@register_plot("heads")
+def heads(report: RelevanceReport, target: int = 0) -> Figure:
+    """Relevance by layer and attention head, summed over tokens.
+
+    Raises:
+        MoejaxError: the model has no attention heads.
+    """
+    drawing, _ = _titled(report, target, _map_height(len(report["expert_ids"])))
+    if not aggregate.head_map(report, target).size:
+        raise MoejaxError(f"{report['model']} has no attention heads to plot; plot 'layers'.")
+    _draw_heads(drawing.subplots(), report, target)
+    return drawing
+
+
+@register_plot("layers")
+def layers(report: RelevanceReport, target: int = 0) -> Figure:
+    """Relevance by layer and token of the residual stream that enters each layer."""
+    drawing, fonts = _titled(report, target, _map_height(len(report["expert_ids"]) + 1))
+    _draw_layers(drawing.subplots(), report, target, fonts)
+    return drawing
+
+
+def _titled(report: RelevanceReport, target: int, height: float) -> tuple[Figure, Fonts]:
+    """A figure with title and ledger for one panel of that height in inches."""
+    aggregate.check(report)
+    drawing, fonts = new_figure(_WIDTH, height + 1.4), Fonts()
+    _draw_title(drawing, report, target, fonts)
+    return drawing, fonts
+
+
+def _draw_title(drawing: Figure, report: RelevanceReport, target: int, fonts: Fonts) -> None:
+    """The target's label, value and model above; the rule and the ledger below."""
+    chosen = report["targets"][target]
+    label = " - ".join(fonts.drawable(part) for part in chosen["label"].split(" - "))
+    drawing.suptitle(f"{label}   {chosen['value']:.3f}   ({report['model']})", fontsize=12, **fonts.style())
+    line = f"{report['rule']}\n{aggregate.summary_line(report, target)}"
+    drawing.supxlabel(line, fontsize=8.5, color=GREY, **fonts.style())
+
+
+def _draw_tokens(axes: Axes, report: RelevanceReport, target: int, fonts: Fonts) -> None:
+    chosen, cmap = report["targets"][target], diverging_map()
+    values = aggregate.floats(chosen["tokens"])
+    scale = aggregate.scale_of(values)
+    # colours begin a third of the way from white, so that small bars are visible
+    tint = [cmap(0.5 + np.sign(v) * (1 / 6 + abs(v) / scale / 3)) for v in np.nan_to_num(values)]
+    axes.bar(np.arange(len(values)), values, color=tint, width=0.82 if len(values) <= 2 * _LABELS else 1.0)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axvline(chosen["position"], color=GREY, linewidth=0.8, linestyle=":")
+    axes.set_title("Tokens (dotted: where the target is predicted)", loc="left", fontsize=10)
+    axes.set_ylabel("relevance", fontsize=9)
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(axis="y", labelsize=8)
+    label_tokens(axes, report["tokens"], np.abs(np.nan_to_num(values)), fonts, _LABELS)
+
+
+def _draw_experts(axes: Axes, report: RelevanceReport, target: int) -> None:
+    values = aggregate.expert_map(report, target)
+    draw_map(axes, values, "Layer by expert, summed over tokens", "expert")
+    label_layers(axes, len(values), final=False)
+
+
+def _draw_heads(axes: Axes, report: RelevanceReport, target: int) -> None:
+    values = aggregate.head_map(report, target)
+    draw_map(axes, values, "Layer by head, summed over tokens", "head")
+    label_layers(axes, len(values), final=False)
+
+
+def _draw_layers(axes: Axes, report: RelevanceReport, target: int, fonts: Fonts) -> None:
+    values = aggregate.floats(report["targets"][target]["layers"])
+    draw_map(axes, values, "Layer by token, residual stream entering each layer", "")
+    label_layers(axes, len(values), final=True)
+    label_tokens(axes, report["tokens"], np.abs(np.nan_to_num(values)).max(axis=0), fonts, _LABELS)
+
+
+def _map_height(rows: int) -> float:
+    """Height in inches of a map with so many rows."""
+    return min(4.5, max(1.5, 0.17 * rows))
