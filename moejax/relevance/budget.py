@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 from moejax.errors import MoejaxError
 from moejax.models import Config
-from moejax.ops.attention.choice import block_size
-from moejax.ops.experts import hopper
-from moejax.ops.experts.matmul import capacities
-from moejax.ops.experts.places import rows_for
+from moejax.ops.attention import block_size
+from moejax.ops.experts import capacities, padded_rows, supports_shapes
 
 
 class Arrangement(NamedTuple):
@@ -100,7 +98,7 @@ def _experts(config: Config, rows: int, itemsize: int) -> int:
     """Numbers in the buffers around an expert's first product, as large as they may become at run time."""
     if not config.num_experts:
         return 8 * rows * config.model_dim
-    even = hopper.suits(itemsize, config.model_dim, config.expert_dim)
+    even = supports_shapes(itemsize, config.model_dim, config.expert_dim)
     buffers = _buffer_rows(rows, config.num_selected, config.num_experts, even)
     return (buffers + rows * config.num_selected) * (config.model_dim + 2 * config.expert_dim)
 
@@ -110,7 +108,7 @@ def _attention_experts(config: Config, rows: int, itemsize: int) -> int:
         return 0
     slots = config.num_attention_selected
     width = config.num_heads // slots * config.head_dim
-    even = hopper.suits(itemsize, config.model_dim, width)
+    even = supports_shapes(itemsize, config.model_dim, width)
     buffers = _buffer_rows(rows, slots, config.num_attention_experts, even)
     return (buffers + rows * slots) * (config.model_dim + width)
 
@@ -118,7 +116,7 @@ def _attention_experts(config: Config, rows: int, itemsize: int) -> int:
 def _buffer_rows(rows: int, slots: int, experts: int, kernel: bool) -> int:
     """Rows beside those of the slots: buffers of equal size, or what aligns each expert's rows for the kernel."""
     if kernel:
-        return rows_for(rows * slots, experts) - rows * slots
+        return padded_rows(rows * slots, experts) - rows * slots
     return experts * capacities(rows, slots, experts)[-1]
 
 

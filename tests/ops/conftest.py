@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from moejax.ops import device as targets
-from moejax.ops.experts import hopper, hopper_packed
+from moejax.ops.experts.matmul import hopper, mxfp4_hopper
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture
 def hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """As if there were one, for the kernels of experts."""
+    """A pretended Hopper GPU, for which the kernels of experts are traced."""
     device = SimpleNamespace(compute_capability="9.0", core_count=132, platform="gpu")
-    for module in (hopper, hopper_packed, targets):
+    for module in (hopper, mxfp4_hopper, targets):
         monkeypatch.setattr(module, "target", lambda *_: device)
     return device

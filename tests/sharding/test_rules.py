@@ -11,7 +11,7 @@ from moejax import EXPERT, EXPERT_TENSOR, TENSOR, ConfigError, load
 from moejax.checkpoints.plan import leaf_paths
 from moejax.models import Decoder, Rules, family, shard, shardings
 from moejax.models.sharding import AXES, logical_axes
-from moejax.ops.experts import hopper
+from moejax.ops.experts.matmul import hopper
 from sharding.tiny import (
     DENSE,
     EXPERTS,
@@ -157,4 +157,4 @@ def test_a_kernel_is_not_given_what_xla_splits(monkeypatch, axes: dict[str, int]
     placed = shard(decoder("olmoe"), mesh, rules)
     router = placed.layers[1].feed_forward.router.config
     assert router.mesh is not None
-    assert hopper.suits(2, 64, 128, mesh=router.mesh) == kernel
+    assert hopper.supports_shapes(2, 64, 128, mesh=router.mesh) == kernel

@@ -308,10 +308,10 @@ class MoeLayer(nnx.Module):
         dispatched = jnp.where(weights == 0, self.num_ids, ids).reshape(-1, slots)
         assignment = assign(dispatched, self.num_routed, allow_unassigned=True, mesh=self.mesh)
         if (factor := self.args.capacity_factor) is not None:
-            whole = assignment.load.sum()
+            whole = assignment.group_sizes.sum()
             assignment = assignment.limited(math.ceil(factor * tokens * self.num_selected / self.num_routed))
-            self.note("dropped", (whole - assignment.load.sum()) / jnp.maximum(whole, 1))
-        goes = (assignment.rank >= 0).reshape(ids.shape)
+            self.note("dropped", (whole - assignment.group_sizes.sum()) / jnp.maximum(whole, 1))
+        goes = (assignment.rank_in_expert >= 0).reshape(ids.shape)
         if expert_outputs is None:
             outputs = self.experts(x[:, :, None], assignment, self.reading)
         else:
