@@ -1,4 +1,4 @@
-"""Which slot goes to which row of which expert: computed once, and used by all products of a layer.
+"""The assignment of slots to rows and experts: computed once, and used by all products of a layer.
 
 Three words:
 

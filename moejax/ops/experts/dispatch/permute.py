@@ -26,6 +26,7 @@ def permute(x: Float[Array, "T KorOne *D"], assignment: Assignment, *, copied: b
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.named_scope("dispatch")
 def _permute(copied: bool, x: Array, assignment: Assignment) -> Array:
     tokens, slots = assignment.ids.shape
     if not assignment.by_expert:
@@ -54,6 +55,7 @@ _permute.defvjp(_permute_forward, _permute_backward)
 
 
 @jax.custom_vjp
+@jax.named_scope("combine")
 def unpermute(rows: Float[Array, "P *D"], assignment: Assignment) -> Float[Array, "T K *D"]:
     """The row of each slot; zero for unassigned slots."""
     tokens, slots = assignment.ids.shape

@@ -59,7 +59,7 @@ class Refs(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the parts of the kernel know when it is traced.
+    """Sizes and switches that are known when the kernel is traced.
 
     Attributes:
         tiling: sizes of tiles and stages.

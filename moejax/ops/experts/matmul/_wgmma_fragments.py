@@ -1,4 +1,4 @@
-"""What single threads do in :mod:`moejax.ops.experts.matmul._mxfp4_hopper_kernel`.
+"""The work of single threads in :mod:`moejax.ops.experts.matmul._mxfp4_hopper_kernel`.
 
 They load packed weights and scales, unpack weights to the registers of the matrix unit, and store its results.
 

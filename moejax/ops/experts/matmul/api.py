@@ -86,6 +86,7 @@ def _default_implementation(x: Array, weight: Array | MXFP4, assignment: Assignm
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@jax.named_scope("grouped_matmul")
 def _grouped_matmul(name: str, transpose: bool, x: ArrayLike, weight: Array | MXFP4, assignment: Assignment) -> Array:
     return MATMULS[name].product(jnp.asarray(x), weight, assignment, transpose)
 

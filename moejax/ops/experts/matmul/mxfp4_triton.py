@@ -174,9 +174,9 @@ def _add_matrix(sums: tuple[Array, Array], x: Array, halves: tuple[Array, Array]
 def _in_fragment_order(weight: Float[Array, "X D"]) -> Float[Array, "X D"]:
     """Reorder columns within blocks of 32, so that each thread unpacks exactly the weights that it multiplies.
 
-    Of 16 columns that the matrix unit contracts, a thread of quad position q holds the pairs 2q and 2q + 8 (a
-    *fragment*; PTX ISA, "Matrix Fragments"). The thread reads the bytes 4q to 4q + 3 of a block of packed weights. Their low halves
-    become these pairs for the first 16 columns of the block, their high halves for the other 16.
+    Of 16 columns that the matrix unit contracts, a thread at position q of its quad holds the pairs 2q and 2q + 8 (a
+    *fragment*; PTX ISA, "Matrix Fragments"). The thread reads the bytes 4q to 4q + 3 of a block of packed weights. The
+    low halves become these pairs for the first 16 columns of the block, the high halves for the other 16.
     """
     # quad position, pair, entry of the pair, half of the byte -> half, pair, quad position, entry of the pair
     return weight.reshape(len(weight), -1, 4, 2, 2, 2).transpose(0, 1, 5, 3, 2, 4).reshape(weight.shape)
@@ -206,7 +206,7 @@ def _unpack(
 
 
 def _decode_plain(pairs: UInt8[Array, "X Y"], high: bool) -> BFloat16[Array, "X Y"]:
-    """What :func:`_decode_ptx` computes, for Pallas's interpreter, which cannot run PTX."""
+    """The same as :func:`_decode_ptx`, for Pallas's interpreter, which cannot run PTX."""
     code = (pairs >> 4 if high else pairs & 15).astype(jnp.int32)
     size = code & 7
     twice = jnp.where(size < 2, size, (2 | size & 1) << jnp.maximum((size >> 1) - 1, 0))
