@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,8 +25,8 @@ import numpy as np
 from bench_devices import difference
 
 from moejax.models import Config, FlatDecoder
-from moejax.ops.attention import choice
-from moejax.ops.experts import hopper, packed
+from moejax.ops.attention.registry import ATTENTIONS
+from moejax.ops.experts.matmul.registry import MATMULS
 from moejax.relevance.engine import Readout, Slots
 from moejax.rules import AttnLRP, Gates, Proportional, Rule
 from moejax.study.bench import published, random_decoder
@@ -35,8 +34,8 @@ from moejax.study.bench.cases import relevance_function
 
 TOLERANCE = 0.02
 
-Kernels = dict[str, tuple[tuple[ModuleType, ...], str]]
-"""Who decides for each, and how a program names it (a pattern: functions on the way there are named in it too)."""
+Kernels = dict[str, tuple[tuple[Any, ...], str]]
+"""For each kernel the registered implementations that may take it, and a pattern of its name in a compiled program."""
 
 
 class Found(NamedTuple):
@@ -49,9 +48,10 @@ class Found(NamedTuple):
 
 
 def kernels(model: str) -> Kernels:
-    full, attention = ((hopper,), r"grouped_matmul_\d"), ((choice,), "fmha")
-    # without the kernel for packed matrices ours for full ones must not stand in for it
-    in_mxfp4 = (packed, hopper), r"packed_matmul_hopper_\d"
+    full = (MATMULS["hopper"],), r"grouped_matmul_\d"
+    attention = (ATTENTIONS["fused"],), "fmha"
+    # without the kernel for MXFP4, the kernel for bfloat16 must not replace it
+    in_mxfp4 = (MATMULS["packed"], MATMULS["hopper"]), r"packed_matmul_hopper_\d"
     return {"experts": in_mxfp4 if model.endswith("-packed") else full, "attention": attention}
 
 
@@ -94,8 +94,8 @@ def compiled(
 ) -> Callable[..., Any]:
     jax.clear_caches()
     with ExitStack() as stack:
-        for module in kernels[without][0] if without is not None else ():
-            stack.enter_context(mock.patch.object(module, "fits", return_value=False))
+        for implementation in kernels[without][0] if without is not None else ():
+            stack.enter_context(mock.patch.object(implementation, "supports", return_value=False))
         program = jax.jit(lambda w, t, g: function(w, t, g)).lower(*arguments).compile()
     for name, (_, called) in kernels.items():
         assert (re.search(called, program.as_text() or "") is not None) == (name != without), (

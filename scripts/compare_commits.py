@@ -23,7 +23,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="checkout to compare with")
     parser.add_argument("second", type=Path, help="checkout to judge")
-    parser.add_argument("--models", nargs="+", default=["olmoe-1b-7b"], help="published shapes, as moejax bench has them")
+    parser.add_argument(
+        "--models", nargs="+", default=["olmoe-1b-7b"], help="published shapes, as moejax bench has them"
+    )
     parser.add_argument("--cases", default="forward,AttnLRP 1 target,AttnLRP 16 targets,decode a token", help="cases")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each checkout")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of a run")

@@ -12,7 +12,7 @@ from beartype import BeartypeConf, FrozenDict, beartype
 # and calls their constructors to do so.
 PYTREE_CONSTRUCTORS = {
     "moejax.models.flat.FlatDecoder.__init__",
-    "moejax.ops.experts.assignment.Assignment.__init__",
+    "moejax.ops.experts.dispatch.assignment.Assignment.__init__",
     "moejax.models.flat.FlatDecoder.tree_flatten",
     "moejax.ops.mxfp4.MXFP4.__init__",
     "moejax.relevance.ablate.AblationInputs.__init__",

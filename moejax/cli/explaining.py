@@ -30,7 +30,7 @@ def explain(
     ask: Annotated[
         str | None,
         typer.Option(
-            help="Explain any target by its name and fields, as 'router_choice layer=3 expert=1 versus=2': {TARGETS}."
+            help="Explain a target by its name and fields, as 'router_choice layer=3 expert=1 versus=2': {TARGETS}."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -42,6 +42,8 @@ def explain(
     """Show which tokens and experts caused the next token."""
     import moejax
     from moejax import report
+    from moejax.relevance import BASELINES
+    from moejax.report.scores import render_scores
 
     chosen = _target(target, contrast, answer, generate, ask)
     if (plot is None) != (out is None):
@@ -51,8 +53,8 @@ def explain(
             check_file(path)
     lm = moejax.load(model)
     if baseline is not None:
-        scores = moejax.relevance.BASELINES.find(baseline)(lm, prompt, target=chosen).to_dict()
-        print(json.dumps(scores)) if as_json else report.render_scores(scores)
+        scores = BASELINES.find(baseline)(lm, prompt, target=chosen).to_dict()
+        print(json.dumps(scores)) if as_json else render_scores(scores)
         return
     relevance = moejax.explain(lm, prompt, target=chosen, rule=rule)
     if html is not None:

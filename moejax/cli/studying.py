@@ -87,8 +87,11 @@ def bench(
     words = [word.strip() for word in cases.split(",")]
     # a row is printed as soon as it is measured, with --json as a line of its own
     for part in measure(name, decoder, tokens=tokens, long_tokens=long_tokens, cases=words, repeats=repeats):
-        row = part if isinstance(part, dict) else part.to_dict()
-        lines = [json.dumps(row)] if as_json else heading_lines(part) if isinstance(part, dict) else [row_line(row)]
+        if isinstance(part, dict):
+            lines = [json.dumps(part)] if as_json else heading_lines(part)
+        else:
+            row = part.to_dict()
+            lines = [json.dumps(row) if as_json else row_line(row)]
         print(*lines, sep="\n", flush=True)
 
 

@@ -14,7 +14,7 @@ from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.feed_forward.shared import SharedConfig, SharedExpert
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
-from moejax.layers.parts import Activations, Aux, Axes, Call, Part, PartConfig, Role, Sizes
+from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, Part, PartConfig, Role, Sizes
 from moejax.layers.rotary import Rotary, Rotation
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "LAYERS",
     "MLP",
     "Activation",
-    "Activations",
+    "ActivationSizes",
     "Attention",
     "AttentionConfig",
     "Aux",

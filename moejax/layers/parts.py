@@ -73,7 +73,7 @@ NOTHING = Sizes()
 """The sizes of a part that is missing."""
 
 
-class Activations(NamedTuple):
+class ActivationSizes(NamedTuple):
     """Estimated numbers (not bytes) that a part holds in a pass that is differentiated.
 
     Attributes:
@@ -181,13 +181,13 @@ class PartConfig(ABC):
         """An empty cache for ``positions`` tokens of ``batch`` sequences; by default the part keeps nothing."""
         return None
 
-    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+    def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         """Estimated numbers held in a differentiated pass over ``batch`` sequences of ``tokens``.
 
         Args:
             itemsize: bytes of an activation, which may decide between implementations.
         """
-        return Activations()
+        return ActivationSizes()
 
     def on_mesh(self, mesh: Mesh | None) -> Self:
         """The same architecture with weights laid over ``mesh``, whose axis ``expert`` may split the experts."""
@@ -206,9 +206,9 @@ class NoPart(NamedTuple):
     axes: Mapping[str, Axes] = {}
     roles: Mapping[str, Role] = {}
 
-    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+    def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         """Nothing."""
-        return Activations()
+        return ActivationSizes()
 
 
 def leaf_at(part: nnx.Module, path: str) -> Any:

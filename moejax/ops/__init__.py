@@ -1,1 +1,1 @@
-"""Operations on arrays: each a plain reference and its implementations."""
+"""Operations on arrays: a plain reference of each one, and faster implementations."""

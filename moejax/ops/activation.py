@@ -1,6 +1,6 @@
-"""Activations of the form ``a(g) = g * slope(g)``, named as Hugging Face configs name them.
+"""Activations ``a(g) = g * slope(g)``, under the names that Hugging Face configs use.
 
-Written by their slope because the identity rule of relevance propagation is the slope held constant.
+This module defines slopes, because the identity rule of relevance propagation holds the slope constant.
 """
 
 import math
@@ -30,11 +30,12 @@ SLOPES: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": _gelu_tanh,
     "relu": _relu,
 }
+"""``slope(g) = a(g) / g`` of each activation."""
 
 
 @jax.custom_vjp
 def split_branches(x: Float[Array, "*s 2 F"]) -> tuple[Float[Array, "*s F"], Float[Array, "*s F"]]:
-    """Gate and linear branch of a unit."""
+    """The two branches of a gated unit: gate and linear branch."""
     return x[..., 0, :], x[..., 1, :]
 
 
@@ -44,7 +45,7 @@ def _forward(x):
 
 def _backward(_, cotangents):
     gate, up = cotangents
-    # a selection, since XLA's kernel for a concatenation takes twice as long
+    # a selection, because XLA's kernel for a concatenation takes twice as long
     return (jnp.where((jnp.arange(2) == 0)[:, None], gate[..., None, :], up[..., None, :]),)
 
 

@@ -1,4 +1,4 @@
-"""What a program that is being traced will run on, as far as that is known."""
+"""Which device a program that is being traced will run on, as far as that is known, and which kernels it can have."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ AXIS = "expert"
 
 
 def target(mesh: Mesh | None = None) -> jax.Device:
-    """A device of the mesh, if there is one; else the one that ``jax.default_device`` names, or JAX's first."""
+    """A device of the mesh; without a mesh, the device that ``jax.default_device`` names, or JAX's first device."""
     if isinstance(mesh, Mesh):
         return mesh.devices.flat[0]
     named = getattr(jax.config, "jax_default_device", None)
@@ -19,14 +19,18 @@ def target(mesh: Mesh | None = None) -> jax.Device:
     return jax.devices()[0] if named is None else named
 
 
-def generation(device: object) -> int:
-    """Of an NVIDIA GPU the first number of its compute capability: 8 for Ampere, 9 for Hopper. 0 for what is none."""
-    first, dot, _ = str(getattr(device, "compute_capability", "")).partition(".")
-    return int(first) if dot and first.isdecimal() else 0
+def compute_capability(device: object) -> int:
+    """Major compute capability of an NVIDIA GPU (8 Ampere, 9 Hopper); 0 for other devices."""
+    major, dot, _ = str(getattr(device, "compute_capability", "")).partition(".")
+    return int(major) if dot and major.isdecimal() else 0
 
 
-def whole(mesh: Mesh | None) -> bool:
-    """Whether experts alone are left to split: what XLA splits by other axes it cannot split inside of a kernel."""
+def only_experts_split(mesh: Mesh | None) -> bool:
+    """Return whether XLA splits arrays over no axis of the mesh but the experts'.
+
+    If it does split them over another axis, a kernel would need the arrays of all devices, because XLA cannot split
+    them inside of a kernel. Axes that are manual here (``shard_map``) are split already.
+    """
     if mesh is None:
         return True
     split = {AXIS, *jax.sharding.get_abstract_mesh().manual_axes}
@@ -34,14 +38,15 @@ def whole(mesh: Mesh | None) -> bool:
 
 
 def takes_triton(mesh: Mesh | None = None) -> bool:
-    """Whether the program may have kernels that JAX lowers by Triton: for NVIDIA GPUs of compute capability 8 or later.
+    """Return whether the program may have kernels that JAX lowers by Triton.
 
-    JAX has announced that it will drop that lowering, and says so whenever it is used.
+    These are for NVIDIA GPUs of compute capability 8.0 or later. JAX has announced that it will drop this lowering, and
+    warns whenever it is used.
     """
-    there = find_spec("jax.experimental.pallas.triton") is not None
-    return there and whole(mesh) and generation(target(mesh)) >= 8
+    available = find_spec("jax.experimental.pallas.triton") is not None
+    return available and only_experts_split(mesh) and compute_capability(target(mesh)) >= 8
 
 
 def in_shard_map() -> bool:
-    """Whether an axis of a mesh is manual here; a kernel does not say whether its results vary along it."""
+    """Return whether an axis of a mesh is manual here. A kernel does not declare whether its results vary along it."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)

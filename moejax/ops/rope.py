@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout as in transformers, and YaRN."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in the half-split layout of transformers, and YaRN."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from jaxtyping import Array, Float, Int
 
 @dataclass(frozen=True)
 class Yarn:
-    """Context extension by interpolating slow frequencies (Peng et al., arXiv 2309.00071).
+    """Extension of the context by interpolating slow frequencies (Peng et al., arXiv 2309.00071).
 
     Attributes:
-        factor: how many times longer the context became.
-        original: context length before.
-        beta_fast, beta_slow: rotations over the original context above which a frequency is kept, and below which it
-            is divided by ``factor``.
-        truncate: round the bounds of the ramp between the two to whole dimensions.
+        factor: the extended context length divided by the original one.
+        original: original context length, in tokens.
+        beta_fast: a frequency with more rotations than this over the original context is kept.
+        beta_slow: a frequency with fewer rotations than this is divided by ``factor``. Between the two is a linear
+            ramp.
+        truncate: round the bounds of the ramp to integer dimensions.
         attention_factor: multiplies cosine and sine.
     """
 
@@ -37,7 +38,7 @@ class Rope:
     yarn: Yarn | None = None
 
     def frequencies(self, head_dim: int) -> Float[np.ndarray, " P"]:
-        """Angle per position of each of the ``P = C / 2`` pairs of dimensions."""
+        """Angle per position, in radians, of each of the ``P = C / 2`` pairs of dimensions."""
         plain = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
         if self.yarn is None:
             return plain
@@ -49,14 +50,14 @@ class Rope:
         return plain * (1 - ramp) + plain / self.yarn.factor * ramp
 
     def _dimension(self, rotations: float, head_dim: int) -> float:
-        """The (fractional) pair that turns ``rotations`` times over the original context."""
+        """The (fractional) index of the pair that makes ``rotations`` rotations over the original context."""
         assert self.yarn is not None
         return head_dim * math.log(self.yarn.original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
     def angles(
         self, positions: Int[Array, "B T"], head_dim: int
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
-        """Cosine and sine in float32 of every position, repeated for both halves of a head."""
+        """Cosine and sine of the angles at every position, in float32, repeated for both halves of a head."""
         frequency = jnp.asarray(self.frequencies(head_dim), jnp.float32)
         angle = positions[..., None].astype(jnp.float32) * frequency
         angle = jnp.concatenate([angle, angle], axis=-1)
@@ -67,7 +68,7 @@ class Rope:
 def rotate(
     x: Float[Array, "B T H C"], cosine: Float[Array, "B T C"], sine: Float[Array, "B T C"]
 ) -> Float[Array, "B T H C"]:
-    """Rotate each pair ``(x[i], x[i + C/2])`` by its angle; linear in ``x``, computed in its dtype."""
+    """Rotate each pair ``(x[i], x[i + C/2])`` by its angle. Linear in ``x``, and computed in the dtype of ``x``."""
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return x * cosine[:, :, None].astype(x.dtype) + turned * sine[:, :, None].astype(x.dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import html
 
-from moejax.report import aggregate
-from moejax.report.aggregate import Report
+from moejax.report import aggregate, colours
+from moejax.report.schema import RelevanceReport
 
 _TARGETS = 8
 """Number of targets that are shown; the page has all of them."""
 
 
-def notebook_table(report: Report, top: int = 3) -> str:
+def notebook_table(report: RelevanceReport, top: int = 3) -> str:
     """Format each target's tokens, coloured by relevance, and the ``top`` experts of each layer."""
     shown = range(min(len(report["targets"]), _TARGETS))
     heading = f"<p><b>{_text(report['model'])}</b>, {_text(report['rule'])}</p>"
@@ -20,7 +20,7 @@ def notebook_table(report: Report, top: int = 3) -> str:
     return heading + "".join(_target(report, index, top) for index in shown) + ending
 
 
-def _target(report: Report, index: int, top: int) -> str:
+def _target(report: RelevanceReport, index: int, top: int) -> str:
     """Format one target."""
     target = report["targets"][index]
     values = aggregate.floats(target["tokens"])
@@ -40,8 +40,8 @@ def _target(report: Report, index: int, top: int) -> str:
 
 def _token(token: str, value: float, scale: float) -> str:
     """Format a token on the colour of its relevance, which is its tooltip."""
-    background = aggregate.colour(value, scale)
-    style = f"background:rgb{background};color:rgb{aggregate.ink(background)};padding:0 2px;white-space:pre"
+    background = colours.diverging(value, scale)
+    style = f"background:rgb{background};color:rgb{colours.ink(background)};padding:0 2px;white-space:pre"
     return f'<span style="{style}" title="{value:.4g}">{_text(aggregate.visible(token))}</span>'
 
 

@@ -288,3 +288,25 @@ class TrainingRow(TypedDict):
     largest_load: NotRequired[Vector]
     unused_experts: NotRequired[Vector]
     dropped: NotRequired[Vector]
+
+
+class ScoresTarget(TypedDict):
+    """What a baseline says of one target; parts that the method does not score are ``None``."""
+
+    label: str
+    position: int
+    tokens: list[float] | None
+    experts: list[list[float]] | None
+    heads: list[list[list[float]]] | None
+    gap: float | None
+
+
+class ScoresReport(TypedDict):
+    """What ``Scores.to_dict`` makes: ``experts`` [L E] over all tokens, ``heads`` [L T H]."""
+
+    schema: int
+    method: str
+    unit: str
+    tokens: list[str]
+    token_ids: list[int]
+    targets: list[ScoresTarget]

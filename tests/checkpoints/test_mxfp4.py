@@ -63,7 +63,9 @@ def test_multiplying_is_another_way_to_the_same_bits() -> None:
     """GPUs unpack by multiplication. A CPU flushes subnormal numbers, so scales below 2^-126 may be lost there."""
     blocks = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8).reshape(16, 16), (256, 16, 16))
     scales = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None], (256, 16))
-    bits, product = (np.asarray(of(blocks, scales)) for of in (mxfp4._of_bits, jax.jit(mxfp4._multiplied)))
+    bits, product = (
+        np.asarray(of(blocks, scales)) for of in (mxfp4._unpack_by_bits, jax.jit(mxfp4._unpack_by_multiplying))
+    )
     assert bits[2:255].tobytes() == product[2:255].tobytes()
     assert np.allclose(bits[:2].astype(np.float64), product[:2].astype(np.float64), rtol=0, atol=2.0**-124)
     assert not np.isfinite(product[255].astype(np.float32)).any()

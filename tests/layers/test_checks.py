@@ -159,7 +159,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Any:
     original = Experts.__call__
 
     def spying(self: Experts, x: Any, assignment: Any, reading: Any) -> Any:
-        seen.append(assignment.load)
+        seen.append(assignment.group_sizes)
         return original(self, x, assignment, reading)
 
     monkeypatch.setattr(Experts, "__call__", spying)

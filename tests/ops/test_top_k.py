@@ -15,10 +15,10 @@ from moejax.layers import RouterConfig
 from moejax.layers.feed_forward.router import Router
 from moejax.ops import device as targets
 from moejax.ops import top_k
-from moejax.ops.device import generation, target
+from moejax.ops.device import compute_capability, target
 from moejax.rules import Reading
 
-INTERPRET = generation(target()) < 8
+INTERPRET = compute_capability(target()) < 8
 
 
 @settings(max_examples=15, deadline=None)
@@ -31,7 +31,9 @@ def test_the_same_as_sorting(rows, width, data):
     scores = np.round(scores) if data.draw(st.booleans()) else scores
     for value in (-np.inf, np.inf, np.nan):
         scores[rng.random(scores.shape) < data.draw(st.sampled_from([0, 0.1, 0.9]))] = value
-    for found, want in zip(top_k.best(scores, count, interpret=INTERPRET), jax.lax.top_k(scores, count), strict=True):
+    for found, want in zip(
+        top_k.top_k_kernel(scores, count, interpret=INTERPRET), jax.lax.top_k(scores, count), strict=True
+    ):
         np.testing.assert_array_equal(found, want)
 
 
@@ -39,9 +41,11 @@ def test_the_same_as_sorting(rows, width, data):
 def taken(monkeypatch) -> list[tuple[int, ...]]:
     """As if there were a GPU; the shapes for which the kernel was traced."""
     shapes: list[tuple[int, ...]] = []
-    own = top_k.best
+    own = top_k.top_k_kernel
     monkeypatch.setattr(targets, "target", lambda *_: SimpleNamespace(compute_capability="9.0"))
-    monkeypatch.setattr(top_k, "best", lambda x, count: shapes.append(x.shape) or own(x, count, interpret=INTERPRET))
+    monkeypatch.setattr(
+        top_k, "top_k_kernel", lambda x, count: shapes.append(x.shape) or own(x, count, interpret=INTERPRET)
+    )
     return shapes
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import LM, Contrast
-from moejax.layers import AttentionConfig, BlockConfig, MixtureAttentionConfig, MLPConfig, MixtureConfig, RouterConfig
+from moejax.layers import AttentionConfig, BlockConfig, MixtureAttentionConfig, MixtureConfig, MLPConfig, RouterConfig
 from moejax.models import Config, Decoder
 from moejax.ops.rope import Rope
 from tiny.tokenizers import word_tokenizer

@@ -14,10 +14,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from moejax.errors import ConfigError
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
-from moejax.layers.parts import Activations, Aux, Axes, Call, PartConfig, Sizes
+from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes
 from moejax.layers.rotary import Rotary, turn
-from moejax.ops.attention import attention
-from moejax.ops.attention.choice import block_size
+from moejax.ops.attention import attention, block_size
 from moejax.ops.rope import Rope
 
 
@@ -95,7 +94,7 @@ class AttentionConfig(PartConfig):
     def init_cache(self, batch: int, positions: int, dtype: DTypeLike) -> "KeyValue":
         return KeyValue.empty((batch, positions, self.num_kv_heads, self.head_dim), dtype)
 
-    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+    def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         return attention_activations(self.sizes, batch, tokens)
 
 
@@ -111,14 +110,14 @@ class KeyValue(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def attention_activations(sizes: Sizes, batch: int, tokens: int) -> Activations:
+def attention_activations(sizes: Sizes, batch: int, tokens: int) -> ActivationSizes:
     """The estimate for attention of these sizes: queries, keys and values are kept.
 
     The largest temporaries are cotangents of the pattern and, in two layouts, of the scores of a block of queries.
     """
     scores = batch * sizes.num_heads * tokens
     kept = 6 * batch * tokens * sizes.num_heads * sizes.head_dim
-    return Activations(kept, 3 * scores * min(tokens, block_size(tokens, scores)))
+    return ActivationSizes(kept, 3 * scores * min(tokens, block_size(tokens, scores)))
 
 
 def attend(

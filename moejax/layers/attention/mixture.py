@@ -19,7 +19,7 @@ from moejax.layers.attention.grouped_query import KeyValue, attend, attention_ac
 from moejax.layers.feed_forward.experts import buffer_rows, combine, expert_linear
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.linear import Linear, normal
-from moejax.layers.parts import Activations, Aux, Axes, Call, PartConfig, Role, Sizes
+from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Role, Sizes
 from moejax.layers.rotary import Rotary
 from moejax.ops.rope import Rope
 
@@ -85,7 +85,7 @@ class MixtureAttentionConfig(PartConfig):
     def init_cache(self, batch: int, positions: int, dtype: DTypeLike) -> KeyValue:
         return KeyValue.empty((batch, positions, self.num_kv_heads, self.head_dim), dtype)
 
-    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+    def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         of_attention = attention_activations(self.sizes, batch, tokens)
         rows, slots, width = batch * tokens, self.router.num_selected, self.num_kv_heads * self.head_dim
         buffers = buffer_rows(rows, slots, self.router.num_experts, itemsize, self.model_dim, width)

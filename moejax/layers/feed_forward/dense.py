@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.feed_forward.activation import GLU, HiddenActivation
 from moejax.layers.linear import matmul, normal
-from moejax.layers.parts import Activations, Aux, Axes, Call, PartConfig, Sizes
+from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes
 from moejax.rules import Reading
 
 UP_AXES: Axes = (None, "hidden", "model")
@@ -46,9 +46,9 @@ class MLPConfig(PartConfig):
     def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> "MLP":
         return MLP.init(key, self, dtype)
 
-    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+    def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         rows = batch * tokens
-        return Activations(
+        return ActivationSizes(
             kept=4 * rows * self.hidden_dim,
             largest=8 * rows * self.model_dim,
             unrouted=rows * (self.model_dim + 2 * self.hidden_dim),

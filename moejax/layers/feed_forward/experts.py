@@ -22,9 +22,17 @@ from moejax.layers.feed_forward.activation import HiddenActivation
 from moejax.layers.feed_forward.dense import DOWN_AXES, MLP, UP_AXES
 from moejax.layers.linear import normal
 from moejax.layers.parts import Axes
-from moejax.ops.experts import Assignment, SumOverDevices, expert_parallel, grouped_matmul, hopper, permute, unpermute
-from moejax.ops.experts.matmul import capacities
-from moejax.ops.experts.places import rows_for
+from moejax.ops.experts import (
+    Assignment,
+    Psum,
+    capacities,
+    expert_parallel,
+    grouped_matmul,
+    padded_rows,
+    permute,
+    supports_shapes,
+    unpermute,
+)
 from moejax.ops.mxfp4 import MXFP4
 from moejax.rules import Reading
 from moejax.rules.rule import Slope
@@ -86,7 +94,7 @@ class Experts(nnx.Module):
         self, x: Float[Array, "B T One D"], assignment: Assignment, reading: Reading
     ) -> Float[Array, "B T K O"]:
         """The output of the expert of every routed slot; zero for unassigned slots."""
-        run = lambda experts, own, total, x, reading: total(experts._slots(x, own, reading))
+        run = lambda experts, own, psum, x, reading: psum(experts._slots(x, own, reading))
         return expert_parallel(run, self, assignment, x, reading)
 
     def mixed(
@@ -102,13 +110,13 @@ class Experts(nnx.Module):
         def run(
             experts: Experts,
             own: Assignment,
-            total: SumOverDevices,
+            psum: Psum,
             x: Array,
             weights: Array,
             ids: Array,
             reading: Reading,
         ) -> Array:
-            return combine(experts._slots(x, own, reading), weights, ids, reading, total=total)
+            return combine(experts._slots(x, own, reading), weights, ids, reading, psum=psum)
 
         return expert_parallel(run, self, assignment, x, weights, ids, reading)
 
@@ -129,9 +137,9 @@ def expert_linear(
 ) -> Float[Array, "B T K M"]:
     """``weight[e] x`` for the expert ``e`` of every routed slot; zero for unassigned slots."""
 
-    def run(weight: Array, own: Assignment, total: SumOverDevices, x: Array, reading: Reading) -> Array:
+    def run(weight: Array, own: Assignment, psum: Psum, x: Array, reading: Reading) -> Array:
         rows, in_rows = _rows(x, own, reading)
-        return total(_by_token(unpermute(_linear(rows, weight, None, own, in_rows), own), x))
+        return psum(_by_token(unpermute(_linear(rows, weight, None, own, in_rows), own), x))
 
     return expert_parallel(run, weight, assignment, x, reading)
 
@@ -142,13 +150,13 @@ def combine(
     ids: Int[Array, "B T K"],
     reading: Reading,
     prefix: str = "",
-    total: SumOverDevices = lambda x: x,
+    psum: Psum = lambda x: x,
 ) -> Float[Array, "B T D"]:
     """Gated weighted sum of the routed slots' outputs.
 
     Args:
         prefix: names the gates.
-        total: sum over devices, on each of which the slots of other devices' experts are zero.
+        psum: sum over devices, on each of which the slots of other devices' experts are zero.
     """
     weights, outputs = weights.astype(outputs.dtype), reading.ledger_in("router", outputs)
     mixed = reading.ledger_out("router", reading.rule.mix(weights, outputs))
@@ -156,7 +164,7 @@ def combine(
     def over_all(terms: Float[Array, "B T K D"]) -> Float[Array, "B T D"]:
         # rounded once, however many devices there are
         wide = jnp.promote_types(terms.dtype, jnp.float32)
-        return total(terms.sum(-2, dtype=wide)).astype(terms.dtype)
+        return psum(terms.sum(-2, dtype=wide)).astype(terms.dtype)
 
     return reading.rule.combine(reading.gate_experts(mixed, ids, prefix), over_all)
 
@@ -173,14 +181,14 @@ def _linear(
     product = lambda x, weight: grouped_matmul(x, weight, assignment)
     if bias is not None:
         # what has no slot has no expert, whose bias it would move
-        bias = bias.at[assignment.expert].get(mode="fill", fill_value=0).astype(rows.dtype)
+        bias = bias.at[assignment.row_expert].get(mode="fill", fill_value=0).astype(rows.dtype)
     return reading.linear(product, rows, weight, bias, slope)
 
 
 def _rows(
     x: Float[Array, "B T KorOne D"], assignment: Assignment, reading: Reading, *, copied: bool = True
 ) -> tuple[Array, Reading]:
-    """The experts' rows (``copied`` as for :func:`spread`), and the reading whose batch they are."""
+    """The experts' rows (``copied`` as for :func:`permute`), and the reading whose batch they are."""
     by_row = lambda slots: permute(slots.reshape(-1, *slots.shape[2:]), assignment)
     batch, tokens = x.shape[:2]
     rows = permute(x.reshape(-1, *x.shape[2:]), assignment, copied=copied)
@@ -196,8 +204,8 @@ def buffer_rows(rows: int, slots: int, experts: int, itemsize: int, *widths: int
 
     These are buffers of equal size for every expert, or what aligns each expert's rows where the Hopper kernel runs.
     """
-    if hopper.suits(itemsize, *widths):
-        return rows_for(rows * slots, experts) - rows * slots
+    if supports_shapes(itemsize, *widths):
+        return padded_rows(rows * slots, experts) - rows * slots
     return experts * capacities(rows, slots, experts)[-1]
 
 

@@ -20,7 +20,7 @@ from moejax.layers.feed_forward.activation import GLU, HiddenActivation
 from moejax.layers.feed_forward.experts import EXPERT_AXES, Experts, buffer_rows
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.feed_forward.shared import SHARED_AXES, SharedConfig, SharedExpert
-from moejax.layers.parts import Activations, Aux, Axes, Call, PartConfig, Sizes
+from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes
 from moejax.ops.mxfp4 import BLOCK
 
 MIXTURE_AXES: Mapping[str, Axes] = {
@@ -89,7 +89,7 @@ class MixtureConfig(PartConfig):
     def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> "Mixture":
         return Mixture.init(key, self, dtype)
 
-    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+    def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         return mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
 
     def on_mesh(self, mesh: Mesh | None) -> Self:
@@ -99,7 +99,7 @@ class MixtureConfig(PartConfig):
         return replace(self, packed=True)
 
 
-def mixture_activations(sizes: Sizes, model_dim: int, rows: int, itemsize: int) -> Activations:
+def mixture_activations(sizes: Sizes, model_dim: int, rows: int, itemsize: int) -> ActivationSizes:
     """The estimate for a mixture of these sizes over ``rows`` tokens.
 
     A slot's output and the four factors of its gated units are kept. The largest temporaries are the buffers around an
@@ -107,7 +107,7 @@ def mixture_activations(sizes: Sizes, model_dim: int, rows: int, itemsize: int) 
     """
     s = sizes
     buffers = buffer_rows(rows, s.num_selected, s.num_experts, itemsize, model_dim, s.expert_dim)
-    return Activations(
+    return ActivationSizes(
         kept=rows * (s.num_selected * (model_dim + 4 * s.expert_dim) + 4 * s.shared_dim),
         largest=(buffers + rows * s.num_selected) * (model_dim + 2 * s.expert_dim),
         unrouted=rows * (model_dim + 2 * s.shared_dim) if s.shared_dim else 0,

@@ -238,11 +238,11 @@ class MoeLayer(ViewedMixture):
         dispatched = jnp.where(weights == 0, counts.ids, ids).reshape(-1, slots)
         assignment = assign(dispatched, counts.experts, allow_unassigned=True, mesh=self.mesh)
         if (factor := self.args.capacity_factor) is not None:
-            slots_before = assignment.load.sum()
+            slots_before = assignment.group_sizes.sum()
             assignment = assignment.limited(math.ceil(factor * tokens * self.num_selected / counts.experts))
-            dropped = slots_before - assignment.load.sum()
+            dropped = slots_before - assignment.group_sizes.sum()
             self.record("dropped", dropped / jnp.maximum(slots_before, 1))
-        carries = (assignment.rank >= 0).reshape(ids.shape)
+        carries = (assignment.rank_in_expert >= 0).reshape(ids.shape)
         if expert_outputs is None:
             outputs = self.experts(x[:, :, None], assignment, self.reading)
         else:

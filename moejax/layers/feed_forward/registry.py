@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from moejax.errors import ConfigError
 from moejax.layers.feed_forward.mixture import MIXTURE_AXES, mixture_activations
-from moejax.layers.parts import Activations, Axes, PartConfig, Sizes, cast
+from moejax.layers.parts import ActivationSizes, Axes, PartConfig, Sizes, cast
 from moejax.registry import Registry
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RegisteredConfig(PartConfig):
         experts = {path: axes for path, axes in MIXTURE_AXES.items() if path.startswith("experts.")}
         return experts | {"router.weight": (None, None), "router.selection_bias": (None,)}
 
-    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+    def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         return mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
 
     def on_mesh(self, mesh: Mesh | None) -> Self:

@@ -1,8 +1,11 @@
-"""Attention by blocks of queries, whose backward pass computes the pattern again.
+"""Attention by blocks of queries, whose backward pass computes the pattern (the softmax of the scores) again.
 
-Only the row statistics of the softmax are kept from the forward pass (Dao et al., arXiv 2205.14135, whose kernel this
-is not: scores of one block do reach memory). The pattern does not depend on the cotangent, so ``vmap`` over cotangents
-computes it once for all of them.
+The forward pass keeps only the row statistics of the softmax (Dao et al., arXiv 2205.14135). Unlike the kernel of that
+paper, the scores of one block are written to memory. The pattern does not depend on the cotangent, so ``vmap`` over
+cotangents computes it once for all of them.
+
+Shapes here have one letter beyond the glossary: Q query heads share a key/value head, so H = G Q. In ``einsum`` it is
+``r``.
 """
 
 from functools import partial
@@ -13,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from moejax.ops.attention.registry import Options, register_attention
+
 _SPANS = 4
-"""So many ranges of queries, and an incomplete one, are compiled at most, each with the keys that it sees; longer ones
-loop over blocks. More would skip more of what no query sees (4: 3/8 of all edges, 8: 7/16) and compile longer."""
+"""Ranges of queries that are compiled at most, beside an incomplete last block. Each is compiled with the keys that it
+sees, and loops over its blocks. More spans would skip more edges that no query sees (4 spans skip 3/8 of all edges, 8
+spans 7/16), but take longer to compile."""
 
 
 class Span(NamedTuple):
-    """Queries ``start`` to ``stop`` in ``blocks`` equal blocks, and the keys ``low`` to ``high`` that they may see."""
+    """Queries ``start`` to ``stop``, in ``blocks`` equal blocks, and the keys ``low`` to ``high`` that they may see."""
 
     start: int
     stop: int
@@ -36,43 +42,41 @@ class _Settings(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A block's softmax: largest score and sum of exponentials of each row."""
+    """Statistics of the softmax of a block: the largest score of each row, and the sum of its exponentials."""
 
-    top: Float[Array, "B G R T 1"]
-    total: Float[Array, "B G R T 1"]
+    top: Float[Array, "B G Q T 1"]
+    total: Float[Array, "B G Q T 1"]
 
 
+@register_attention("blocks", priority=20)
 def in_blocks(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S G C"],
     v: Float[Array, "B S G C"],
     mask: Bool[Array, "B T S"],
     sinks: Float[Array, " H"] | None,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    block: int,
+    options: Options,
 ) -> Float[Array, "B T H C"]:
-    """Attention, arguments as in :func:`attention`; never more than the scores of ``block`` queries at a time."""
+    """Attention that holds the scores of ``options.block`` queries at a time; arguments as in :func:`attention`."""
     batch, queries, heads, width = q.shape
     groups = k.shape[2]
     if sinks is not None:
         sinks = sinks.astype(jnp.promote_types(q.dtype, jnp.float32)).reshape(groups, -1)
     grouped = q.reshape(batch, queries, groups, -1, width)
-    out: Array = _attend(_Settings(scale, causal, window, block), grouped, k, v, mask, sinks)
+    settings = _Settings(options.scale, options.causal, options.window, options.block)
+    out: Array = _attend(settings, grouped, k, v, mask, sinks)
     return out.reshape(batch, queries, heads, width)
 
 
 def spans(queries: int, keys: int, block: int, causal: bool, window: int | None) -> list[Span]:
-    """The ranges of queries that are compiled one by one."""
-    # an incomplete last block is a range of its own
-    whole = queries // block
-    each = max(1, -(-whole // _SPANS))
-    edges = [*range(0, whole, each), whole]
+    """The ranges of queries that are compiled one by one, with the keys that each may see."""
+    # an incomplete last block is a range for itself
+    complete = queries // block
+    blocks_per_span = max(1, -(-complete // _SPANS))
+    edges = [*range(0, complete, blocks_per_span), complete]
     ranges = [(a * block, b * block, b - a) for a, b in pairwise(edges) if a < b]
-    if whole * block < queries:
-        ranges.append((whole * block, queries, 1))
+    if complete * block < queries:
+        ranges.append((complete * block, queries, 1))
     if not causal:
         return [Span(a, b, 0, keys, n) for a, b, n in ranges]
     return [Span(a, b, 0 if window is None else max(0, a - window + 1), b, n) for a, b, n in ranges]
@@ -81,12 +85,12 @@ def spans(queries: int, keys: int, block: int, causal: bool, window: int | None)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     settings: _Settings,
-    q: Float[Array, "B T G R C"],
+    q: Float[Array, "B T G Q C"],
     k: Float[Array, "B S G C"],
     v: Float[Array, "B S G C"],
     mask: Bool[Array, "B T S"],
-    sinks: Float[Array, "G R"] | None,
-) -> Float[Array, "B T G R C"]:
+    sinks: Float[Array, "G Q"] | None,
+) -> Float[Array, "B T G Q C"]:
     return _forward(settings, q, k, v, mask, sinks)[0]
 
 
@@ -110,18 +114,18 @@ def _forward(settings, q, k, v, mask, sinks):
 
 def _backward(settings, saved, cotangent):
     q, k, v, mask, sinks, rows = saved
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    accumulator = jnp.promote_types(q.dtype, jnp.float32)
     several = len(rows) > 1 or q.shape[1] > settings.block
-    # partial sums stay wide; a single block's product is rounded once, as it leaves the accumulator
-    kept = wide if several else q.dtype
-    dk, dv = (jnp.zeros(x.shape, kept) for x in (k, v))
-    dsinks, dqs = None if sinks is None else jnp.zeros(sinks.shape, wide), []
+    # partial sums stay in float32; the product of a single block is rounded once, when it leaves the accumulator
+    partial_sums = accumulator if several else q.dtype
+    dk, dv = (jnp.zeros(x.shape, partial_sums) for x in (k, v))
+    dsinks, dqs = None if sinks is None else jnp.zeros(sinks.shape, accumulator), []
     for span, row in zip(_spans_of(settings, q, k), rows, strict=True):
         keys, values = k[:, span.low : span.high], v[:, span.low : span.high]
 
         def one(block: tuple, keys: Array = keys, values: Array = values) -> tuple[Array, tuple]:
             q, mask, c, rows = block
-            return _one_backward(settings, (q, keys, values, mask, sinks, rows), c, kept)
+            return _one_backward(settings, (q, keys, values, mask, sinks, rows), c, partial_sums)
 
         dq, (dk_part, dv_part, dsinks_part) = _sum_each(one, span, (*_part(span, q, mask, cotangent), row))
         dqs.append(dq)
@@ -135,11 +139,12 @@ _attend.defvjp(_forward, _backward)
 
 
 def _one_backward(settings: _Settings, saved: tuple, c: Array, partial_sums: jnp.dtype) -> tuple[Array, tuple]:
-    """``dq`` of one block, and its parts of ``dk``, ``dv`` and ``dsinks``."""
+    """``dq`` of one block, and its parts of ``dk``, ``dv`` and ``dsinks``; ``c`` is the output's cotangent."""
     q, k, v, mask, sinks, rows = saved
     pattern = jnp.exp(_scores(settings, q, k, mask) - rows.top) / rows.total
     narrow = pattern.astype(v.dtype)
-    # per target these two are the largest arrays, hence narrow; both products accumulate in float32 all the same
+    # for each target these two are the largest arrays, hence in 16 bits; the products accumulate in float32 all the
+    # same
     through = jnp.einsum("btgrc,bsgc->bgrts", c, v)
     mean = (pattern * through).sum(-1, keepdims=True)
     scores = (pattern * (through - mean) * settings.scale).astype(q.dtype)
@@ -148,14 +153,14 @@ def _one_backward(settings: _Settings, saved: tuple, c: Array, partial_sums: jnp
     dv = jnp.einsum("bgrts,btgrc->bsgc", narrow, c, preferred_element_type=partial_sums)
     if sinks is None:
         return dq, (dk, dv, None)
-    of_sink = jnp.exp(sinks[:, :, None, None] - rows.top) / rows.total
-    return dq, (dk, dv, -(of_sink * mean).sum((0, 3, 4)))
+    sink_pattern = jnp.exp(sinks[:, :, None, None] - rows.top) / rows.total
+    return dq, (dk, dv, -(sink_pattern * mean).sum((0, 3, 4)))
 
 
-def _scores(settings: _Settings, q: Array, k: Array, mask: Array) -> Float[Array, "B G R T S"]:
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("btgrc,bsgc->bgrts", q, k, preferred_element_type=wide) * settings.scale
-    return jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
+def _scores(settings: _Settings, q: Array, k: Array, mask: Array) -> Float[Array, "B G Q T S"]:
+    accumulator = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("btgrc,bsgc->bgrts", q, k, preferred_element_type=accumulator) * settings.scale
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(accumulator).min)
 
 
 def _statistics(scores: Array, mask: Array, sinks: Array | None) -> _Rows:
@@ -165,7 +170,7 @@ def _statistics(scores: Array, mask: Array, sinks: Array | None) -> _Rows:
     total = jnp.exp(scores - top).sum(-1, keepdims=True)
     if sinks is not None:
         total += jnp.exp(sinks[:, :, None, None] - top)
-    # the pattern of a query that sees nothing is zero
+    # an infinite sum makes the pattern of a query that sees nothing zero
     return _Rows(top, jnp.where(mask.any(-1)[:, None, None, :, None], total, jnp.inf))
 
 
@@ -174,25 +179,25 @@ def _spans_of(settings: _Settings, q: Array, k: Array) -> list[Span]:
 
 
 def _part(span: Span, q: Array, mask: Array, *rest: Array) -> tuple[Array, ...]:
-    """The span's queries, their part of the mask, and their rows of the rest."""
+    """The queries of the span, their part of the mask, and their rows of all further arrays."""
     rows = slice(span.start, span.stop)
     return (q[:, rows], mask[:, rows, span.low : span.high], *(x[:, rows] for x in rest))
 
 
 def _each(one, span: Span, operands: tuple) -> tuple[Array, _Rows]:
-    """``one`` of every block; the rows' statistics stay by block."""
+    """Apply ``one`` to every block, and join the outputs; the statistics keep an axis of blocks."""
     if span.blocks == 1:
         return one(operands)
-    out, rows = jax.lax.map(one, tuple(_by_block(x, span.blocks) for x in operands))
-    return _joined(out), rows
+    out, rows = jax.lax.map(one, tuple(_split_blocks(x, span.blocks) for x in operands))
+    return _join_blocks(out), rows
 
 
 def _sum_each(one, span: Span, operands: tuple) -> tuple[Array, tuple]:
-    """The first result of every block, and the sum of the others."""
+    """Apply ``one`` to every block; join the first results, and sum the others over blocks."""
     if span.blocks == 1:
         return one(operands)
     *arrays, rows = operands
-    blocks = (*(_by_block(x, span.blocks) for x in arrays), rows)
+    blocks = (*(_split_blocks(x, span.blocks) for x in arrays), rows)
 
     def step(total: tuple, block: tuple) -> tuple[tuple, Array]:
         first, rest = one(block)
@@ -201,12 +206,12 @@ def _sum_each(one, span: Span, operands: tuple) -> tuple[Array, tuple]:
     shapes = jax.eval_shape(lambda b: one(jax.tree.map(lambda x: x[0], b))[1], blocks)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, first = jax.lax.scan(step, zeros, blocks)
-    return _joined(first), total
+    return _join_blocks(first), total
 
 
-def _by_block(x: Array, blocks: int) -> Array:
+def _split_blocks(x: Array, blocks: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
 
 
-def _joined(x: Array) -> Array:
+def _join_blocks(x: Array) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])

@@ -1,7 +1,8 @@
-"""cuDNN's attention for NVIDIA GPUs: the two passes of the kernel, apart.
+"""cuDNN's attention for NVIDIA GPUs: the forward pass and the backward pass of the kernel as two functions.
 
-``jax.nn.dot_product_attention`` calls the same kernel, but hands out the statistics of its softmax in bfloat16 and
-takes none on the way back, so that learned sinks could not have a share in them. Hence JAX's own functions beneath it.
+``jax.nn.dot_product_attention`` calls the same kernel. But it returns the statistics of the softmax in bfloat16, and
+its backward pass takes no other statistics, so learned sinks could not be added to them. So we call the functions of
+JAX beneath it.
 """
 
 from contextlib import suppress
@@ -9,16 +10,17 @@ from importlib import import_module
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from moejax.ops.attention.fused import Kernel
+from moejax.ops.attention.fused import Kernel, fused, supports
+from moejax.ops.attention.registry import Options, register_attention
 
 kernels: Any = None
 with suppress(ImportError):
     kernels = import_module("jax._src.cudnn.fused_attention_stablehlo")
 
-AVAILABLE = all(hasattr(kernels, f"_dot_product_attention_{way}_rule") for way in ("fwd", "bwd"))
-"""Whether this version of JAX has them; both that moejax is tested with do."""
+AVAILABLE = all(hasattr(kernels, f"_dot_product_attention_{name}_rule") for name in ("fwd", "bwd"))
+"""True if this version of JAX has these functions; both versions that moejax is tested with do."""
 
 _SEED, _DROPOUT = 0, 0.0
 
@@ -53,9 +55,29 @@ def _settings(scale: float, window: int | None, version: int) -> tuple[Any, ...]
 
 
 def _unused(q: Array) -> list[Array]:
-    """Bias, lengths, offsets and pages."""
+    """Bias, lengths, offsets and pages, which are not used."""
     return [jnp.zeros(0, q.dtype)] * 7
 
 
 CUDNN = Kernel(_forward, _backward)
-"""For bfloat16 or float16 on a GPU of compute capability 8 or above."""
+"""The kernel, for bfloat16 or float16 on a GPU of compute capability 8.0 or later."""
+
+
+def _supports(q: Array, k: Array, v: Array, causal: bool) -> bool:
+    return AVAILABLE and supports(q, k, causal)
+
+
+@register_attention("fused", priority=30, supports=_supports, optional_mask=True)
+def cudnn_attention(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T G C"],
+    v: Float[Array, "B T G C"],
+    mask: Bool[Array, "B T T"] | None,
+    sinks: Float[Array, " H"] | None,
+    options: Options,
+) -> Float[Array, "B T H C"]:
+    """Attention by cuDNN's kernel, or by blocks if there is padding; arguments as in :func:`attention`."""
+    if not options.causal or not AVAILABLE:
+        why = "is not in this version of JAX" if options.causal else "is for causal attention"
+        raise ValueError(f"implementation='fused' {why}; leave it out.")
+    return fused(q, k, v, mask, sinks, options, kernel=CUDNN)

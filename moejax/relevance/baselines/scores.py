@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from moejax.registry import Registry
 from moejax.relevance.question import ResolvedTarget
 from moejax.relevance.result import Attribution, ExpertRelevance
 from moejax.relevance.targets import Target
+from moejax.report.schema import SCHEMA, ScoresReport
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +41,18 @@ class Scores(Attribution):
     heads: Float[np.ndarray, "N L T H"] | None = None
     shared: Float[np.ndarray, "N L T 1"] | None = None
     gap: Float[np.ndarray, " N"] | None = None
+
+    def to_dict(self) -> ScoresReport:
+        """Return the scores as plain data, for JSON and for the reports; experts summed over all tokens."""
+        by_expert = None if self.feed_forward is None else self.feed_forward.by_expert()
+        arrays = {"tokens": self.tokens, "experts": by_expert, "heads": self.heads, "gap": self.gap}
+        targets = [
+            {"label": label, "position": int(self.positions[n])}
+            | {name: None if array is None else array[n].tolist() for name, array in arrays.items()}
+            for n, label in enumerate(self.labels)
+        ]
+        report = {"method": self.method, "unit": self.unit, "tokens": self.pieces, "token_ids": self.token_ids.tolist()}
+        return cast(ScoresReport, {"schema": SCHEMA} | report | {"targets": targets})
 
     @classmethod
     def of(cls, resolved: ResolvedTarget, ids: Int[np.ndarray, "N J"], **scores: Any) -> Self:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers import (
     GLU,
-    Activations,
+    ActivationSizes,
     Aux,
     Axes,
     BlockConfig,
@@ -93,9 +93,9 @@ class LatentAttentionConfig(PartConfig):
         widths = self.latent_dim, self.rotary_dim
         return Latents(*(jnp.zeros((batch, positions, width), dtype) for width in widths))
 
-    def activations(self, batch: int, tokens: int, itemsize: int) -> Activations:
+    def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         width = self.plain_dim + self.rotary_dim + self.value_dim
-        return Activations(4 * batch * tokens * self.num_heads * width, 3 * batch * self.num_heads * tokens**2)
+        return ActivationSizes(4 * batch * tokens * self.num_heads * width, 3 * batch * self.num_heads * tokens**2)
 
 
 class Latents(NamedTuple):
@@ -253,5 +253,3 @@ def tiny(**changes: Any) -> dict[str, Any]:
         "eos_token_id": None,
         "bos_token_id": None,
     } | changes
-
-

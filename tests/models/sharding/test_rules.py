@@ -157,4 +157,4 @@ def test_a_kernel_is_not_given_what_xla_splits(monkeypatch, axes: dict[str, int]
     placed = shard(decoder("olmoe"), mesh, rules)
     router = placed.layers[1].feed_forward.router.config
     assert router.mesh is not None
-    assert hopper.suits(2, 64, 128, mesh=router.mesh) == kernel
+    assert hopper.supports_shapes(2, 64, 128, mesh=router.mesh) == kernel

@@ -18,10 +18,9 @@ from moejax.generation import generate_tokens
 from moejax.lm import _logits
 from moejax.models import FlatDecoder, shard
 from moejax.models.data_parallel import max_over_devices, shard_map_data, split
-from moejax.ops.device import whole
+from moejax.ops.device import only_experts_split
 from moejax.relevance.ablate import _values
 from moejax.relevance.engine import per_device, relevance
-from moejax.relevance.explain import _footprint
 from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import AttnLRP, Proportional
 from moejax.training.upcycle import MixtureSpec, upcycle
@@ -225,12 +224,12 @@ def test_kernels_are_whole_where_devices_share(layout: str) -> None:
     within = []
 
     def run(x: jax.Array) -> jax.Array:
-        within.append(whole(over))
+        within.append(only_experts_split(over))
         return x
 
     jax.eval_shape(lambda x: shard_map_data(run, over, (x,), (split(0),), split(0)), jnp.zeros(4))
     assert within == [layout != "data and tensor"]
-    assert not whole(over)
+    assert not only_experts_split(over)
 
 
 @pytest.mark.parametrize(("layout", "want"), [("data", [3, 1, 4, 2]), ("data and tensor", [4, 2, 4, 2])])

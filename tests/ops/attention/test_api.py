@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import TypeCheckError
 
-from moejax.ops.attention import attention, choice
+from moejax.ops.attention import attention, block_size, cudnn
 from moejax.ops.attention import fused as fused_attention
 from moejax.ops.attention.blocks import spans
-from moejax.ops.attention.choice import block_size
-from moejax.ops.attention.fused import Kernel, fits, fused
-from ops.explicit import explicit_backward, explicit_forward
+from moejax.ops.attention.fused import Kernel, fused, supports
+from moejax.ops.attention.registry import ATTENTIONS, Options, register_attention
+from ops.attention.explicit import explicit_backward, explicit_forward
 
 B, T, S, H, G, C = 3, 7, 9, 4, 2, 10
 LONG = 23
@@ -199,6 +198,7 @@ class TestBlocks:
 
 
 EXPLICIT = Kernel(explicit_forward, explicit_backward)
+CAUSAL = Options(scale=0.3, causal=True, window=None, block=8)
 
 
 class TestFused:
@@ -219,33 +219,35 @@ class TestFused:
         sinks = [jnp.linspace(-1, 2, H)] if sunk else []
 
         def both(run):
-            read = lambda q, k, v, *sinks: run(q, k, v, mask, sinks=sinks[0] if sinks else None)
+            read = lambda q, k, v, *sinks: run(q, k, v, mask, sinks[0] if sinks else None)
             out, pull = jax.vjp(read, q, k, v, *sinks)
             return out, pull(received[0]), jax.vmap(pull)(received)
 
-        options = {"scale": 0.3, "window": window, "block": 8}
-        got = jax.jit(lambda: both(partial(fused, kernel=EXPLICIT, **options)))()
-        want = jax.jit(lambda: both(partial(attention, causal=True, implementation="blocks", **options)))()
+        blocks = lambda q, k, v, mask, sinks: attention(
+            q, k, v, mask, sinks=sinks, scale=0.3, causal=True, window=window, block=8, implementation="blocks"
+        )
+        got = jax.jit(lambda: both(partial(fused, options=CAUSAL._replace(window=window), kernel=EXPLICIT)))()
+        want = jax.jit(lambda: both(blocks))()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
     def test_queries_alone_in_a_batch(self):
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
         mask = jnp.asarray(causal_mask(8, None, 0))
-        run = lambda q: fused(q, k, v, mask, None, scale=0.3, window=None, block=8, kernel=EXPLICIT)
+        run = lambda q: fused(q, k, v, mask, None, CAUSAL, kernel=EXPLICIT)
         np.testing.assert_allclose(jax.vmap(run)(jnp.stack([q, 2 * q]))[1], run(2 * q), rtol=1e-5, atol=1e-5)
 
     def test_padding_is_not_left_to_the_kernel(self):
         """It would let queries see padding."""
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
         mask = jnp.asarray(causal_mask(8, None))
-        out = fused(q, k, v, mask, None, scale=0.3, window=None, block=8, kernel=EXPLICIT)
+        out = fused(q, k, v, mask, None, CAUSAL, kernel=EXPLICIT)
         assert not np.asarray(out)[1, :2].any()
         assert np.asarray(out)[0, :2].any()
 
     def test_statistics_are_kept(self):
-        """The way back does not run the forward pass, which alone takes a logarithm, again."""
+        """The backward pass does not run the forward pass, which alone takes a logarithm, again."""
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
-        run = lambda q: fused(q, k, v, None, None, scale=0.3, window=None, block=8, kernel=EXPLICIT).sum()
+        run = lambda q: fused(q, k, v, None, None, CAUSAL, kernel=EXPLICIT).sum()
         assert str(jax.make_jaxpr(jax.value_and_grad(run))(q)).count(" log ") == 1
 
     @pytest.mark.parametrize(
@@ -255,11 +257,11 @@ class TestFused:
         q = jnp.zeros((1, 8, H, 16), jnp.bfloat16)
         device = SimpleNamespace() if capability is None else SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(fused_attention, "target", lambda: device)
-        assert fits(q, q, True) is taken
+        assert supports(q, q, True) is taken
 
     def test_never_without_a_gpu(self):
         q = jnp.zeros((1, 8, H, 16), jnp.bfloat16)
-        assert not fits(q, q, True)
+        assert not supports(q, q, True)
 
 
 class TestChoice:
@@ -275,7 +277,7 @@ class TestChoice:
     def test_no_branch_without_a_mask(self):
         """Whether all is causal is known when the program is compiled, and not asked again in every layer."""
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
-        run = lambda mask: fused(q, k, v, mask, None, scale=0.3, window=None, block=8, kernel=EXPLICIT)
+        run = lambda mask: fused(q, k, v, mask, None, CAUSAL, kernel=EXPLICIT)
         assert "cond[" in str(jax.make_jaxpr(run)(jnp.asarray(causal_mask(8, None))))
         assert "cond[" not in str(jax.make_jaxpr(lambda: run(None))())
 
@@ -297,8 +299,8 @@ class TestChoice:
         assert not np.asarray(cut)[0, 2, 1].any()
 
     def test_without_the_kernel(self, monkeypatch):
-        monkeypatch.setattr(choice, "AVAILABLE", False)
-        monkeypatch.setattr(choice, "fits", lambda *_: True)
+        monkeypatch.setattr(cudnn, "AVAILABLE", False)
+        monkeypatch.setattr(cudnn, "supports", lambda *_: True)
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
         blocks = attention(q, k, v, None, scale=1.0, causal=True, implementation="blocks")
         np.testing.assert_array_equal(attention(q, k, v, None, scale=1.0, causal=True), blocks)
@@ -308,8 +310,61 @@ class TestChoice:
     def test_unknown_and_unfit(self):
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands())
         mask = jnp.asarray(some_mask("full"))
-        # with the annotations checked, they are first to object
-        with pytest.raises((ValueError, TypeCheckError)):
+        with pytest.raises(ValueError, match="'flash' is unknown; choose from"):
             attention(q, k, v, mask, scale=1.0, implementation="flash")
         with pytest.raises(ValueError, match="does not read edges"):
             attention(q, k, v, mask, scale=1.0, edges=jnp.ones((B, H, T, S)), implementation="blocks")
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The table of implementations, from which all that a test registers is removed in the end."""
+    list(ATTENTIONS)
+    for table in ("_entries", "_origins"):
+        monkeypatch.setattr(ATTENTIONS, table, dict(getattr(ATTENTIONS, table)))
+    return ATTENTIONS
+
+
+class TestRegistration:
+    def operands(self):
+        return [jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8)]
+
+    @pytest.mark.usefixtures("registered")
+    def test_from_outside_of_the_package(self):
+        """By name if its priority is low, by default if it is high and the operands are supported."""
+        masks = []
+
+        @register_attention("mean", priority=0)
+        def mean(q, k, v, mask, sinks, options):
+            masks.append(mask)
+            return jnp.broadcast_to(jnp.repeat(v.mean(1, keepdims=True), H // G, axis=2), q.shape)
+
+        q, k, v = self.operands()
+        got = attention(q, k, v, None, scale=0.3, causal=True, window=3, implementation="mean")
+        np.testing.assert_allclose(got[0, 0, H - 1], v[0, :, G - 1].mean(0), rtol=1e-6)
+        np.testing.assert_array_equal(masks[0], causal_mask(8, 3, padding=0))
+        assert attention(q, k, v, None, scale=0.3, causal=True).std() != got.std()
+        with pytest.raises(ValueError, match="does not read edges"):
+            attention(q, k, v, None, scale=0.3, causal=True, edges=jnp.ones((B, H, 8, 8)), implementation="mean")
+        register_attention("zero", priority=99, supports=lambda q, k, v, causal: causal, optional_mask=True)(
+            lambda q, k, v, mask, sinks, options: q if mask is None else 2 * q
+        )
+        np.testing.assert_array_equal(attention(q, k, v, None, scale=0.3, causal=True), q)
+        full = jnp.ones((B, 8, 8), bool)
+        assert not np.array_equal(attention(q, k, v, full, scale=0.3), 2 * q)
+
+    def test_removed_afterwards(self):
+        assert set(ATTENTIONS) == {"plain", "blocks", "fused"}
+
+    @pytest.mark.parametrize("edges", [True, False])
+    @pytest.mark.parametrize("kernel", [True, False])
+    def test_default_choice(self, monkeypatch, edges, kernel):
+        """Plain with edges, else cuDNN's kernel if it takes the operands, else blocks."""
+        q, k, v = self.operands()
+        taken = []
+        monkeypatch.setattr(cudnn, "AVAILABLE", True)
+        monkeypatch.setattr(cudnn, "supports", lambda *_: kernel)
+        for name, entry in ATTENTIONS.items():
+            monkeypatch.setattr(entry, "compute", lambda q, *_, name=name: taken.append(name) or q)
+        attention(q, k, v, None, scale=0.3, causal=True, edges=jnp.ones((B, H, 8, 8)) if edges else None)
+        assert taken == ["plain" if edges else "fused" if kernel else "blocks"]

@@ -14,7 +14,8 @@ from matrices import BOTH_WAYS, close, normal, weights, wide
 from slots import LOADS, rows_of
 
 from moejax.ops import mxfp4
-from moejax.ops.experts import assign, hopper, hopper_packed, lanes, packed
+from moejax.ops.experts import assign
+from moejax.ops.experts.matmul import _wgmma_fragments, hopper, mxfp4_hopper, packed
 from moejax.ops.mxfp4 import MXFP4
 
 E, D, M = 4, 352, 320
@@ -28,7 +29,7 @@ HOPPER_ONLY = pytest.mark.skipif(
 def test_rows_stand_as_threads_contract_them():
     """What a thread holds of a row of packed weights, by the order of its nibbles, meets the same entries of ``x``."""
     x, packed_row = normal(3, D), weights(1, D)
-    placed = wide(hopper_packed.by_place(x))
+    placed = wide(mxfp4_hopper.rows_in_fragment_order(x))
     assert placed.shape == (3, 384)
     entries = np.pad(wide(packed_row)[0], (0, 32)).reshape(-1, 4, 4, 8)  # block of 128, place, word, nibble
     held = np.zeros((3, 8, 16))
@@ -47,7 +48,7 @@ def test_pairs_of_codes():
     codes = words[:, None] >> 4 * np.arange(8, dtype=np.uint32) & 15
     registers = {"$4": words}
     values = []
-    for step in filter(None, lanes._FOUR_PAIRS.split(";")):
+    for step in filter(None, _wgmma_fragments._FOUR_PAIRS.split(";")):
         name, to, first, second = step.replace(",", "").split()
         operands = [registers.get(o, o) for o in (first, second)]
         if name == "mul.rn.bf16x2":
@@ -99,17 +100,17 @@ def test_lowered_with_64_bits(transpose):
 
 
 class TestChoice:
-    def suits(self, rows=128, m=M, d=D):
-        return hopper_packed.suits(rows, m, d)
+    def supported(self, rows=128, m=M, d=D):
+        return mxfp4_hopper.supports_shapes(rows, m, d)
 
     @pytest.mark.usefixtures("hopper_gpu")
-    def test_suited(self):
-        assert self.suits()
-        assert not self.suits(rows=88)
-        assert not self.suits(rows=100)
-        assert not self.suits(m=192)
-        assert not self.suits(m=336)
-        assert not self.suits(d=224)
+    def test_supported(self):
+        assert self.supported()
+        assert not self.supported(rows=88)
+        assert not self.supported(rows=100)
+        assert not self.supported(m=192)
+        assert not self.supported(m=336)
+        assert not self.supported(d=224)
 
     @pytest.mark.usefixtures("hopper_gpu")
     def test_taken_without_the_other_kernel(self, monkeypatch):
@@ -118,21 +119,21 @@ class TestChoice:
         weight = MXFP4.random(jax.random.key(0), (E, 2, M // 2, D))
         for by_expert in (True, False):
             slots = assign(jnp.zeros((96, 1), jnp.int32), E, by_expert=by_expert)
-            assert packed.fits(normal(len(slots.slot), D), weight, slots) == by_expert
+            assert packed.supports(normal(len(slots.row_to_slot), D), weight, slots) == by_expert
 
     def test_other_gpus(self, hopper_gpu):
         hopper_gpu.compute_capability = "8.0"
-        assert not self.suits()
+        assert not self.supported()
 
     @pytest.mark.parametrize("many", [16, 64], ids=["many-rows", "fewer"])
     def test_by_the_mesh(self, monkeypatch, hopper_gpu, many):
         """The devices that a program is for are not the default one; very many rows are unpacked once."""
         calls = []
-        for module in (hopper, hopper_packed):
+        for module in (hopper, mxfp4_hopper):
             monkeypatch.setattr(module, "target", lambda mesh=None: jax.devices()[0] if mesh is None else hopper_gpu)
-        monkeypatch.setattr(packed, "_MANY", many)
+        monkeypatch.setattr(packed, "_MANY_ROWS", many)
         monkeypatch.setattr(hopper, "matmul", lambda x, *_, mesh: calls.append(("hopper", mesh)) or x)
-        monkeypatch.setattr(hopper_packed, "matmul", lambda x, *rest: calls.append(("packed", rest[-1])) or x)
+        monkeypatch.setattr(mxfp4_hopper, "matmul", lambda x, *rest: calls.append(("packed", rest[-1])) or x)
         mesh, load = Mesh(np.array(jax.devices()[:1]), ("expert",)), jnp.full(E, 32)
         packed.matmul(normal(E * 32, 384), weights(E, M, 384), None, load, load, False, mesh=mesh)
         assert calls == [("hopper" if many == 16 else "packed", mesh)]
@@ -141,7 +142,7 @@ class TestChoice:
 @pytest.fixture
 def two_processors(monkeypatch):
     """So that each takes many tiles, and every stage is used anew."""
-    monkeypatch.setattr(hopper_packed, "target", lambda *_: SimpleNamespace(core_count=2))
+    monkeypatch.setattr(mxfp4_hopper, "target", lambda *_: SimpleNamespace(core_count=2))
 
 
 @HOPPER_ONLY
@@ -154,7 +155,7 @@ def two_processors(monkeypatch):
 def test_against_numpy(load, m, d, transpose):
     first, rows = rows_of(load)
     x, weight = normal(max(rows, 96), m if transpose else d), weights(E, m, d)
-    y = wide(hopper_packed.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), transpose))
+    y = wide(mxfp4_hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), transpose))
     for matrix, start, count in zip(wide(weight), first, load, strict=True):
         part = slice(start, start + count)
         close(y[part], wide(x)[part] @ (matrix if transpose else matrix.T))
@@ -166,10 +167,10 @@ def test_against_numpy(load, m, d, transpose):
 def test_table_too_long_to_copy(monkeypatch, transpose):
     load, m, d = np.full(8, 104), 512, 320
     first, weight, x = np.arange(8) * 104, weights(8, m, d), normal(832, m if transpose else d)
-    run = lambda: np.asarray(hopper_packed.matmul(x, weight, jnp.asarray(first), jnp.asarray(load), transpose))
+    run = lambda: np.asarray(mxfp4_hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load), transpose))
     copied = run()
     jax.clear_caches()
-    monkeypatch.setattr(hopper_packed, "_NEAR", 0)
+    monkeypatch.setattr(mxfp4_hopper, "_MAX_COPIED_TILES", 0)
     np.testing.assert_array_equal(run(), copied)
 
 
@@ -182,8 +183,8 @@ def test_every_code_and_scale(transpose):
     codes = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16), (len(scales), 16, 16))
     weight = MXFP4(jnp.asarray(codes)[None], jnp.asarray(np.broadcast_to(scales, (len(scales), 16)), jnp.uint8)[None])
     eye = jnp.eye(len(scales) if transpose else 512, dtype=jnp.bfloat16)
-    y = hopper_packed.matmul(eye, weight, jnp.zeros(1, jnp.int32), jnp.full(1, len(eye)), transpose)
-    want = np.asarray(mxfp4._of_bits(weight.blocks, weight.scales), np.float32).reshape(len(scales), 512)
+    y = mxfp4_hopper.matmul(eye, weight, jnp.zeros(1, jnp.int32), jnp.full(1, len(eye)), transpose)
+    want = np.asarray(mxfp4._unpack_by_bits(weight.blocks, weight.scales), np.float32).reshape(len(scales), 512)
     np.testing.assert_array_equal(np.asarray(y, np.float32), want if transpose else want.T)
 
 
@@ -194,7 +195,7 @@ def test_again_and_again(transpose):
     load = jnp.asarray(np.random.default_rng(2).multinomial(640, np.full(8, 1 / 8)), jnp.int32)
     aligned = -(-load // 8) * 8
     weight, x = weights(8, 5760, 2880), normal(704, 5760 if transpose else 2880)
-    product = jax.jit(hopper_packed.matmul, static_argnums=4)
+    product = jax.jit(mxfp4_hopper.matmul, static_argnums=4)
     every = [np.asarray(product(x, weight, jnp.cumsum(aligned) - aligned, load, transpose)) for _ in range(100)]
     first = np.asarray(jnp.cumsum(aligned) - aligned)
     used = np.concatenate([np.arange(s, s + n) for s, n in zip(first, load, strict=True)])

@@ -1,4 +1,4 @@
-"""Slots that go nowhere: zero products, no place in a buffer, no gradient; limited loads."""
+"""Unassigned slots: zero products, no row in a buffer, no gradient; limited group sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ def slots(draw: st.DrawFn) -> np.ndarray:
     """Ids of some tokens: distinct where they are experts, anything from ``E`` on elsewhere."""
     tokens = draw(st.sampled_from([1, 7]))
     rows = [draw(st.permutations(range(E)))[:K] for _ in range(tokens)]
-    nowhere = [[draw(st.sampled_from([None, None, E, E + 4])) for _ in range(K)] for _ in range(tokens)]
-    return np.array([[n or i for i, n in zip(*both, strict=True)] for both in zip(rows, nowhere, strict=True)])
+    unassigned = [[draw(st.sampled_from([None, None, E, E + 4])) for _ in range(K)] for _ in range(tokens)]
+    return np.array([[n or i for i, n in zip(*both, strict=True)] for both in zip(rows, unassigned, strict=True)])
 
 
 def by_loop(x, weight, ids, cotangent, limit: int | None):
@@ -42,16 +42,16 @@ def run(x, weight, ids, cotangent, *, implementation, limit):
     if limit is not None:
         assignment = assignment.limited(limit)
     y, pull = jax.vjp(lambda x, w: expert_matmul(x, w, assignment, implementation=implementation), x, weight)
-    return y, *pull(cotangent), assignment.load
+    return y, *pull(cotangent), assignment.group_sizes
 
 
 def check(ids: np.ndarray, implementation: str, limit: int | None, shared: bool, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(len(ids), 1 if shared else K, D))
     weight, cotangent = rng.normal(size=(E, M, D)), rng.normal(size=(*ids.shape, M))
-    found = run(*map(jnp.asarray, (x, weight, ids, cotangent)), implementation=implementation, limit=limit)
+    results = run(*map(jnp.asarray, (x, weight, ids, cotangent)), implementation=implementation, limit=limit)
     for name, got, want in zip(
-        ("y", "dx", "dw", "load"), found, by_loop(x, weight, ids, cotangent, limit), strict=True
+        ("y", "dx", "dw", "group_sizes"), results, by_loop(x, weight, ids, cotangent, limit), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12, err_msg=name)
 
@@ -66,7 +66,7 @@ def test_against_a_loop(implementation, ids, limit, shared, seed):
 
 
 @pytest.mark.usefixtures("x64")
-def test_nobody_goes_anywhere():
+def test_all_slots_are_unassigned():
     check(np.full((7, K), E), "padded", None, shared=True)
 
 

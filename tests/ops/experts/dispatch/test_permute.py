@@ -1,4 +1,4 @@
-"""Rows by expert: where each slot's stands, and that what stands in rows without a slot never counts."""
+"""Rows by expert: the row of each slot, and that the contents of rows without a slot never count."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moejax.layers.feed_forward.activation import GLU
 from moejax.layers.feed_forward.experts import Experts, combine
-from moejax.ops.experts import assign, matmul, permute, unpermute
+from moejax.ops.experts import assign, permute, unpermute
+from moejax.ops.experts.matmul.registry import MATMULS
 from moejax.rules import AttnLRP, Gates, Proportional, Reading
 from moejax.rules.rule import Rule
 
@@ -29,19 +30,21 @@ def test_every_slot_has_a_row_of_its_expert(seed, skew, limit, by_expert):
     ids = some_ids(seed, skew)
     assignment = assign(jnp.asarray(ids), E, by_expert=by_expert)
     assignment = assignment if limit is None else assignment.limited(limit)
-    goes = np.asarray(assignment.rank) >= 0
-    assert goes.sum() == np.asarray(assignment.load).sum()
-    place, slot, expert = (np.asarray(a) for a in (assignment.place, assignment.slot, assignment.expert))
-    assert len(set(place[goes])) == goes.sum(), "no two share a row"
-    np.testing.assert_array_equal(slot[place[goes]], np.flatnonzero(goes.ravel()))
-    np.testing.assert_array_equal(expert[place[goes]], ids[goes])
-    others = np.setdiff1d(np.arange(len(slot)), place[goes])
+    assigned = np.asarray(assignment.rank_in_expert) >= 0
+    assert assigned.sum() == np.asarray(assignment.group_sizes).sum()
+    slot_to_row, row_to_slot, expert = (
+        np.asarray(a) for a in (assignment.slot_to_row, assignment.row_to_slot, assignment.row_expert)
+    )
+    assert len(set(slot_to_row[assigned])) == assigned.sum(), "no two share a row"
+    np.testing.assert_array_equal(row_to_slot[slot_to_row[assigned]], np.flatnonzero(assigned.ravel()))
+    np.testing.assert_array_equal(expert[slot_to_row[assigned]], ids[assigned])
+    others = np.setdiff1d(np.arange(len(row_to_slot)), slot_to_row[assigned])
     assert (expert[others] == E).all(), "rows without a slot have no expert"
     if by_expert:
-        assert (np.asarray(assignment.first) % 8 == 0).all()
+        assert (np.asarray(assignment.group_offsets) % 8 == 0).all()
         for e in range(E):
-            rows = np.sort(place[goes & (ids == e)])
-            np.testing.assert_array_equal(rows, assignment.first[e] + np.arange(len(rows)))
+            rows = np.sort(slot_to_row[assigned & (ids == e)])
+            np.testing.assert_array_equal(rows, assignment.group_offsets[e] + np.arange(len(rows)))
 
 
 @pytest.mark.parametrize("limit", [None, 2])
@@ -52,11 +55,11 @@ def test_the_copies_are_each_other_transposed(width, limit):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(B * T, width, D)), jnp.float32)
     slots = unpermute(permute(x, assignment), assignment)
-    goes = np.asarray(assignment.rank >= 0)[..., None]
-    np.testing.assert_array_equal(slots, np.where(goes, np.broadcast_to(x, slots.shape), 0))
+    assigned = np.asarray(assignment.rank_in_expert >= 0)[..., None]
+    np.testing.assert_array_equal(slots, np.where(assigned, np.broadcast_to(x, slots.shape), 0))
     received = jnp.asarray(rng.normal(size=slots.shape), jnp.float32)
     (dx,) = jax.vjp(lambda x: unpermute(permute(x, assignment), assignment), x)[1](received)
-    want = np.where(goes, received, 0)
+    want = np.where(assigned, received, 0)
     np.testing.assert_allclose(dx, want.sum(1, keepdims=True) if width == 1 else want, rtol=1e-6)
 
 
@@ -88,16 +91,16 @@ def test_rows_without_a_slot_may_hold_anything(monkeypatch, rule, limit):
     experts = Experts(some(E, 2, F, D), some(E, WIDTH, F), some(E, 2, F), some(E, WIDTH), GLU(limit=1.0, offset=1.0))
     x, weights, ids = some(B, T, D), some(B, T, K), jnp.asarray(some_ids(3, 2.0)).reshape(B, T, K)
     want = everything(experts, x, weights, ids, rule, limit)
-    padded = matmul._padded
+    padded = MATMULS["padded"].product
 
     def leaving(x, weight, assignment, transpose):
         y = padded(x, weight, assignment, transpose)
-        held = (assignment.expert < E).reshape(-1, *[1] * (y.ndim - 1))
+        held = (assignment.row_expert < E).reshape(-1, *[1] * (y.ndim - 1))
         return jnp.where(held, y, jnp.nan)
 
-    monkeypatch.setitem(matmul._IMPLEMENTATIONS, "padded", leaving)
+    monkeypatch.setattr(MATMULS["padded"], "product", leaving)
     got = everything(experts, x, weights, ids, rule, limit)
-    assert (assign(ids.reshape(-1, K), E).expert == E).any(), "there are such rows"
+    assert (assign(ids.reshape(-1, K), E).row_expert == E).any(), "there are such rows"
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -108,4 +111,4 @@ def test_combine_takes_the_sum_it_is_given():
     ids = jnp.asarray(some_ids(0, 0.0)).reshape(B, T, K)
     for rule in (AttnLRP(), AttnLRP("proportional"), Proportional()):
         alone = combine(outputs, weights, ids, Reading(rule))
-        np.testing.assert_allclose(combine(outputs, weights, ids, Reading(rule), total=lambda y: 2 * y), 2 * alone)
+        np.testing.assert_allclose(combine(outputs, weights, ids, Reading(rule), psum=lambda y: 2 * y), 2 * alone)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu
 from slots import LOADS, rows_of
 
-from moejax.ops.experts import assign, hopper
-from moejax.ops.experts.tiles import cut
+from moejax.ops.experts import assign
+from moejax.ops.experts.matmul import hopper
+from moejax.ops.experts.matmul.tile_table import tile_table
 from moejax.ops.mxfp4 import MXFP4
 
 E, D, M, N = 4, 256, 192, 3
@@ -98,7 +99,7 @@ def test_tiles_cover_every_row_once(loads):
     load = np.array(loads, np.int32)
     aligned = -(-load // 8) * 8
     first = (np.cumsum(aligned) - aligned).astype(np.int32)
-    *tiles, counts = np.asarray(cut(jnp.asarray(first), jnp.asarray(aligned), 5 * 704, 128))
+    *tiles, counts = np.asarray(tile_table(jnp.asarray(first), jnp.asarray(aligned), 5 * 704, 128))
     assert (counts == counts[0]).all()
     assert counts[0] <= len(counts)
     assert (tiles[2][counts[0] :] == 0).all()
@@ -149,13 +150,15 @@ def program(layers, rows):
 
 @pytest.mark.usefixtures("hopper_gpu")
 class TestChoice:
-    def fits(self, x_dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16, shape=(E, 2, 64, 128), by_expert=True, **options):
+    def supported(
+        self, x_dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16, shape=(E, 2, 64, 128), by_expert=True, **options
+    ):
         assignment = assign(jnp.arange(6).reshape(3, 2) % E, E, by_expert=by_expert, **options)
-        x = jnp.zeros((len(assignment.slot), shape[-1]), x_dtype)
-        return hopper.fits(x, jnp.zeros(shape, weight_dtype), assignment)
+        x = jnp.zeros((len(assignment.row_to_slot), shape[-1]), x_dtype)
+        return hopper.supports(x, jnp.zeros(shape, weight_dtype), assignment)
 
     def test_taken(self):
-        assert self.fits()
+        assert self.supported()
 
     @pytest.mark.parametrize(
         "options",
@@ -169,16 +172,16 @@ class TestChoice:
         ids=["float32", "mixed", "inputs", "outputs", "by-slot"],
     )
     def test_not_taken(self, options):
-        assert not self.fits(**options)
+        assert not self.supported(**options)
 
     def test_packed(self):
         assignment = assign(jnp.arange(6).reshape(3, 2) % E, E)
         packed = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (E, 2, 64, 128)))
-        assert hopper.fits(jnp.zeros((len(assignment.slot), 128), jnp.bfloat16), packed, assignment)
+        assert hopper.supports(jnp.zeros((len(assignment.row_to_slot), 128), jnp.bfloat16), packed, assignment)
 
     def test_other_gpus(self, monkeypatch):
         monkeypatch.setattr(hopper, "target", lambda *_: SimpleNamespace(compute_capability="8.0", core_count=108))
-        assert not self.fits()
+        assert not self.supported()
 
     @pytest.mark.parametrize("columns", [64, 192, 1536, 2048, 2880, 5760, 11264])
     @pytest.mark.parametrize("rows", [64, 4096, 65536])

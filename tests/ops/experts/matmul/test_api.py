@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
-from slots import expert_matmul
+from slots import expert_matmul, ids_with_load
 
-from moejax.ops.experts import assign, grouped_matmul, matmul, permute
-from moejax.ops.experts.matmul import capacities
+from moejax.ops.experts import assign, capacities, grouped_matmul, permute, register_matmul
+from moejax.ops.experts.matmul import api, hopper, packed
+from moejax.ops.experts.matmul.registry import MATMULS
+from moejax.ops.mxfp4 import MXFP4
 
 D, M, N = 9, 5, 3
 
@@ -32,19 +33,6 @@ LOADS = [
     pytest.param(101, 2, 40, 20, id="two-slots-second-capacity"),
     pytest.param(101, 2, 40, 101, id="two-slots-three-passes"),
 ]
-
-
-def ids_with_load(tokens: int, slots: int, experts: int, load: int) -> np.ndarray:
-    """Distinct experts for each token; expert 3 gets exactly ``load`` slots, the last one none if that is possible."""
-    rng = np.random.default_rng(tokens * load)
-    others = [e for e in range(experts) if e not in (3, experts - 1)]
-    ids = np.empty((tokens, slots), np.int32)
-    for t in range(tokens):
-        ids[t] = np.roll(others, -t * slots)[:slots] if slots <= len(others) else np.arange(slots)
-        if 3 not in ids[t] and t < load:
-            ids[t, rng.integers(slots)] = 3
-        rng.shuffle(ids[t])
-    return rng.permutation(ids)
 
 
 def operands(ids: np.ndarray, experts: int, shared: bool, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -146,8 +134,8 @@ def test_default_implementation(tokens):
 def test_no_weight_gradient_where_none_is_asked_for(monkeypatch, by_expert):
     """It would be removed as dead code, but only after it was traced for every product."""
     asked = []
-    gradient = matmul._weight_gradient
-    monkeypatch.setattr(matmul, "_weight_gradient", lambda *args: asked.append(1) or gradient(*args))
+    gradient = api._weight_gradient
+    monkeypatch.setattr(api, "_weight_gradient", lambda *args: asked.append(1) or gradient(*args))
     ids = jnp.array([[0, 2], [2, 1], [3, 0]])
     x, weight, _ = map(jnp.asarray, operands(np.asarray(ids), 4, shared=False))
     assignment = assign(ids, 4, by_expert=by_expert)
@@ -232,7 +220,7 @@ def test_rows_in_another_order_are_refused(implementation, by_expert):
     assignment = assign(jnp.zeros((3, 1), int), 2, by_expert=by_expert)
     with pytest.raises(ValueError, match=f"{implementation!r} is not for rows with by_expert={by_expert}"):
         grouped_matmul(
-            jnp.ones((len(assignment.slot), D)), jnp.ones((2, M, D)), assignment, implementation=implementation
+            jnp.ones((len(assignment.row_to_slot), D)), jnp.ones((2, M, D)), assignment, implementation=implementation
         )
 
 
@@ -245,29 +233,63 @@ def test_narrow_rows_and_wide_weights():
 
 
 def test_unknown_implementation():
-    with pytest.raises((ValueError, TypeCheckError), match="dense"):
+    with pytest.raises(ValueError, match="'dense' is unknown; choose from"):
         expert_matmul(
             jnp.ones((1, 1, D)), jnp.ones((2, M, D)), assign(jnp.zeros((1, 1), int), 2), implementation="dense"
         )
 
 
-class TestAssign:
-    @settings(max_examples=40, deadline=None)
-    @given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1, 1), (7, 2, 6), (5, 6, 6), (13, 1, 4)]))
-    def test_against_counting(self, seed, shape):
-        tokens, slots, experts = shape
-        rng = np.random.default_rng(seed)
-        ids = np.stack([rng.permutation(experts)[:slots] for _ in range(tokens)]).astype(np.int32)
-        assignment = assign(jnp.asarray(ids), experts)
-        seen = [0] * experts
-        for t in range(tokens):
-            for k in range(slots):
-                assert assignment.rank[t, k] == seen[ids[t, k]]
-                seen[ids[t, k]] += 1
-        assert assignment.load.tolist() == seen
-        np.testing.assert_array_equal(assignment.ids, ids)
+@pytest.fixture
+def registered(monkeypatch):
+    """The table of implementations, from which all that a test registers is removed in the end."""
+    list(MATMULS)
+    for table in ("_entries", "_origins"):
+        monkeypatch.setattr(MATMULS, table, dict(getattr(MATMULS, table)))
+    return MATMULS
 
-    def test_places_are_unique(self):
-        assignment = assign(jnp.asarray(ids_with_load(101, 2, 40, 50)), 40)
-        places = list(zip(assignment.ids.ravel().tolist(), assignment.rank.ravel().tolist(), strict=True))
-        assert len(set(places)) == 202
+
+class TestRegistration:
+    def operands(self, by_expert=True):
+        assignment = assign(jnp.array([[0, 2], [2, 1], [3, 0]]), 4, by_expert=by_expert)
+        x, weight, _ = operands(np.asarray(assignment.ids), 4, shared=False)
+        return permute(jnp.asarray(x), assignment), jnp.asarray(weight), assignment
+
+    @pytest.mark.usefixtures("registered")
+    def test_from_outside_of_the_package(self):
+        """By name if its priority is low, by default if it is high; its gradients come with it."""
+
+        @register_matmul("double", priority=0, by_expert=True)
+        def double(x, weight, assignment, transpose):
+            return 2 * MATMULS["padded"].product(x, weight, assignment, transpose)
+
+        x, weight, assignment = self.operands()
+        plain = jax.vjp(lambda x: grouped_matmul(x, weight, assignment), x)
+        twice = jax.vjp(lambda x: grouped_matmul(x, weight, assignment, implementation="double"), x)
+        np.testing.assert_array_equal(twice[0], 2 * plain[0])
+        np.testing.assert_array_equal(twice[1](plain[0])[0], 2 * plain[1](plain[0])[0])
+        with pytest.raises(ValueError, match="'double' is not for rows with by_expert=False"):
+            grouped_matmul(*self.operands(by_expert=False), implementation="double")
+        register_matmul("large", priority=99, supports=lambda x, weight, assignment: len(weight) > 4)(double)
+        np.testing.assert_array_equal(grouped_matmul(x, weight, assignment), plain[0])
+        register_matmul("small", priority=99, supports=lambda x, weight, assignment: len(weight) == 4)(double)
+        np.testing.assert_array_equal(grouped_matmul(x, weight, assignment), twice[0])
+
+    def test_removed_afterwards(self):
+        assert set(MATMULS) == {"gather", "padded", "hopper", "packed"}
+
+    @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no kernels"])
+    @pytest.mark.parametrize("by_expert", [True, False], ids=["by-expert", "by-slot"])
+    @pytest.mark.parametrize("mxfp4", [True, False], ids=["mxfp4", "float"])
+    def test_default_choice(self, monkeypatch, kernels, by_expert, mxfp4):
+        """Kernels first, the one for MXFP4 before the other; without them by the order of rows."""
+        monkeypatch.setattr(MATMULS["packed"], "supports", lambda *_: kernels)
+        monkeypatch.setattr(MATMULS["hopper"], "supports", lambda *_: kernels)
+        x, weight, assignment = self.operands(by_expert)
+        weight = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (4, M, 32))) if mxfp4 else weight
+        by_rows = ("hopper" if kernels else "padded") if by_expert else "gather"
+        expected = "packed" if kernels and mxfp4 else by_rows
+        assert api._default_implementation(x, weight, assignment) == expected
+
+    def test_kernels_say_themselves_what_they_support(self):
+        assert MATMULS["packed"].supports is packed.supports
+        assert MATMULS["hopper"].supports is hopper.supports

@@ -12,7 +12,8 @@ from matrices import BOTH_WAYS, close, normal, weights, wide
 from slots import LOADS, rows_of
 
 from moejax.ops import mxfp4
-from moejax.ops.experts import assign, grouped_matmul, hopper, packed, permute, unpermute
+from moejax.ops.experts import assign, grouped_matmul, permute, unpermute
+from moejax.ops.experts.matmul import hopper, mxfp4_triton, packed
 from moejax.ops.mxfp4 import MXFP4
 
 E, D, M, N = 4, 96, 80, 3
@@ -22,7 +23,7 @@ E, D, M, N = 4, 96, 80, 3
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 rows and 64 columns, so that few rows fill several tiles."""
-    monkeypatch.setattr(packed, "tiling", lambda *_: packed.Tiling(16, 64, 64, 4, 2))
+    monkeypatch.setattr(mxfp4_triton, "tiling", lambda *_: mxfp4_triton.Tiling(16, 64, 64, 4, 2))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -50,7 +51,7 @@ def test_true_tiles(rows, transpose):
 @BOTH_WAYS
 def test_rows_with_experts_of_their_own(monkeypatch, transpose):
     """As when decoding: any expert, also twice; and rows that go nowhere. Parts of a row are summed apart."""
-    monkeypatch.setattr(packed, "tiling", lambda *_: packed.Tiling(16, 64, 32, 4, 2, parts=2))
+    monkeypatch.setattr(mxfp4_triton, "tiling", lambda *_: mxfp4_triton.Tiling(16, 64, 32, 4, 2, parts=2))
     expert, load = jnp.array([2, 0, 2, 3, 1]), jnp.array([1, 1, 1, 0, 1])
     x, weight = normal(5, M if transpose else D), weights(E, M, D)
     y = packed.matmul(x, weight, expert, jnp.arange(5), load, transpose, True)
@@ -118,52 +119,52 @@ def test_in_the_grouped_product(by_expert):
 
     other = "hopper" if by_expert else "gather"
     assert "pallas_call" in str(jax.make_jaxpr(product)(x))
-    found, back = jax.vjp(product, x)
-    want, want_back = jax.vjp(lambda x: product(x, "padded" if by_expert else other), x)
-    assert found.shape == (3, 2, 2, M // 2)
-    assert not np.asarray(found[1, 1]).any()
-    close(wide(found), wide(want))
-    cotangent = normal(*found.shape)
-    np.testing.assert_allclose(wide(back(cotangent)[0]), wide(want_back(cotangent)[0]), rtol=0.02, atol=0.3)
+    result, pull = jax.vjp(product, x)
+    want, want_pull = jax.vjp(lambda x: product(x, "padded" if by_expert else other), x)
+    assert result.shape == (3, 2, 2, M // 2)
+    assert not np.asarray(result[1, 1]).any()
+    close(wide(result), wide(want))
+    cotangent = normal(*result.shape)
+    np.testing.assert_allclose(wide(pull(cotangent)[0]), wide(want_pull(cotangent)[0]), rtol=0.02, atol=0.3)
 
 
 @pytest.mark.usefixtures("gpu")
 class TestChoice:
-    def fits(self, dtype=jnp.bfloat16, weight=None, mesh=None):
+    def supported(self, dtype=jnp.bfloat16, weight=None, mesh=None):
         slots = assign(jnp.arange(6).reshape(3, 2) % E, E, mesh=mesh)
         weight = weights(E, 2, 40, D) if weight is None else weight
-        return packed.fits(jnp.zeros((len(slots.slot), D), dtype), weight, slots)
+        return packed.supports(jnp.zeros((len(slots.row_to_slot), D), dtype), weight, slots)
 
     def test_taken(self):
-        assert self.fits()
+        assert self.supported()
 
     def test_not_taken(self):
-        assert not self.fits(dtype=jnp.float32)
-        assert not self.fits(weight=jnp.zeros((E, 80, D), jnp.bfloat16))
+        assert not self.supported(dtype=jnp.float32)
+        assert not self.supported(weight=jnp.zeros((E, 80, D), jnp.bfloat16))
         huge = jax.eval_shape(lambda: MXFP4.random(jax.random.key(0), (1024, 2880, 2880)))
-        assert not self.fits(weight=huge)
+        assert not self.supported(weight=huge)
 
     @pytest.mark.parametrize(("axes", "kernel"), [(("expert",), True), (("expert", "data"), False)])
     def test_devices(self, axes, kernel):
         """What XLA splits by another axis it cannot split inside of a kernel."""
         mesh = Mesh(np.array([jax.devices()[0]] * 2 ** len(axes)).reshape((2,) * len(axes)), axes)
-        assert self.fits(mesh=mesh) == kernel
+        assert self.supported(mesh=mesh) == kernel
 
     def test_parts_where_rows_are_few(self):
-        assert packed.tiling(4, 4, 5760, False).parts == 3
-        assert packed.tiling(2304, 32, 2880, False).parts == 1
-        assert packed.tiling(65536, 4, 5760, False).parts == 1, "a float32 result for each part"
+        assert mxfp4_triton.tiling(4, 4, 5760, False).parts == 3
+        assert mxfp4_triton.tiling(2304, 32, 2880, False).parts == 1
+        assert mxfp4_triton.tiling(65536, 4, 5760, False).parts == 1, "a float32 result for each part"
 
     @pytest.mark.parametrize(
         ("capability", "kernel"), [("8.0", True), ("10.0", True), ("7.5", False), ("gfx942", False)]
     )
     def test_other_gpus(self, gpu, capability, kernel):
         gpu.compute_capability = capability
-        assert self.fits() == kernel
+        assert self.supported() == kernel
 
     def test_many_rows_are_multiplied_by_unpacked_matrices(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(packed, "_MANY", 16)
+        monkeypatch.setattr(packed, "_MANY_ROWS", 16)
         monkeypatch.setattr(hopper, "matmul", lambda x, weight, *_, **__: calls.append(weight) or x)
         load = jnp.full(E, 16)
         packed.matmul(normal(E * 16, 128), weights(E, 64, 128), None, load, load, False)
@@ -171,7 +172,7 @@ class TestChoice:
 
     def test_matrices_that_are_not_packed(self):
         slots = assign(jnp.zeros((1, 1), jnp.int32), E)
-        x = jnp.zeros((len(slots.slot), D))
+        x = jnp.zeros((len(slots.row_to_slot), D))
         with pytest.raises(ValueError, match="'packed' is for matrices kept in MXFP4, not in float32"):
             grouped_matmul(x, jnp.zeros((E, M, D)), slots, implementation="packed")
 
@@ -186,5 +187,5 @@ def test_every_code_and_scale_on_a_gpu(transpose):
     weight = MXFP4(jnp.asarray(codes)[None], jnp.asarray(scales)[None])
     eye = jnp.eye(251 if transpose else 512, dtype=jnp.bfloat16)
     y = packed.matmul(eye, weight, None, jnp.zeros(1, jnp.int32), jnp.full(1, len(eye)), transpose)
-    want = np.asarray(mxfp4._of_bits(weight.blocks, weight.scales), np.float32).reshape(251, 512)
+    want = np.asarray(mxfp4._unpack_by_bits(weight.blocks, weight.scales), np.float32).reshape(251, 512)
     np.testing.assert_array_equal(np.asarray(y, np.float32), want if transpose else want.T)

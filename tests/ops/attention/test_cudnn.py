@@ -13,7 +13,8 @@ from jax.interpreters import mlir
 from moejax.ops.attention import attention
 from moejax.ops.attention.cudnn import CUDNN
 from moejax.ops.attention.fused import fused
-from ops.explicit import explicit_backward, explicit_forward
+from moejax.ops.attention.registry import Options
+from ops.attention.explicit import explicit_backward, explicit_forward
 
 B, T, H, G, C = 2, 8, 4, 2, 16
 
@@ -54,13 +55,16 @@ def test_equals_blocks(sunk, window):
     received = normal(3, B, T, H, C)
 
     def both(run):
-        read = lambda q, k, v, *sinks: run(q, k, v, None, sinks=sinks[0] if sinks else None)
+        read = lambda q, k, v, *sinks: run(q, k, v, None, sinks[0] if sinks else None)
         out, pull = jax.vjp(read, *operands)
         return out, pull(received[0]), jax.vmap(pull)(received)
 
-    options = {"scale": 0.3, "window": window, "block": T}
-    got = jax.jit(lambda: both(partial(fused, kernel=CUDNN, **options)))()
-    want = jax.jit(lambda: both(partial(attention, causal=True, implementation="blocks", **options)))()
+    options = Options(scale=0.3, causal=True, window=window, block=T)
+    blocks = lambda q, k, v, mask, sinks: attention(
+        q, k, v, mask, sinks=sinks, scale=0.3, causal=True, window=window, block=T, implementation="blocks"
+    )
+    got = jax.jit(lambda: both(partial(fused, options=options, kernel=CUDNN)))()
+    want = jax.jit(lambda: both(blocks))()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype == jnp.bfloat16
         np.testing.assert_allclose(

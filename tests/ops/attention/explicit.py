@@ -1,15 +1,15 @@
-"""Causal attention as a kernel computes it, both ways, in formulas."""
+"""Causal attention in formulas, with the two passes of a kernel."""
 
 import jax
 import jax.numpy as jnp
 
-from moejax.ops.attention.fused import in_sight
+from moejax.ops.attention.fused import causal_mask
 
 
 def explicit_scores(q, k, scale, window):
     repeated = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     scores = jnp.einsum("bthc,bshc->bhts", q, repeated) * scale
-    return jnp.where(in_sight(q.shape[1], window), scores, -jnp.inf)
+    return jnp.where(causal_mask(q.shape[1], window), scores, -jnp.inf)
 
 
 def explicit_forward(q, k, v, scale, window):

@@ -1,0 +1,1 @@
+"""The grouped matmul of the experts: ``api`` chooses among the implementations, one file each."""
