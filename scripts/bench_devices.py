@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import EXPERT, EXPERT_TENSOR, TENSOR
-from moejax.models import Decoder, FlatDecoder, Rules, shard
+from moejax.models import Decoder, FlatDecoder, ShardingRules, shard
 from moejax.rules import AttnLRP, Rule
 from moejax.study.bench import published, random_decoder
 from moejax.study.bench.cases import decode_function, forward, relevance_function
@@ -33,12 +33,12 @@ DECODED = 32
 TARGETS, SEQUENCES = 16, 8
 
 
-def layouts(devices: int) -> dict[str, tuple[dict[str, int], Rules]]:
+def layouts(devices: int) -> dict[str, tuple[dict[str, int], ShardingRules]]:
     """Return meshes over all devices with their sharding rules, by name.
 
     Each mesh is a mapping from mesh axis to size.
     """
-    meshes: dict[str, tuple[dict[str, int], Rules]] = {
+    meshes: dict[str, tuple[dict[str, int], ShardingRules]] = {
         "data": ({"data": devices}, {}),
         "expert": ({"expert": devices}, EXPERT),
         "tensor": ({"tensor": devices}, TENSOR),

@@ -97,7 +97,7 @@ def _score(decoder: Decoder, inputs: jax.Array, targets: jax.Array, experts: int
     hidden = decoder.hidden(inputs)
     logits = decoder.logits(hidden.stream)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    load = jnp.stack([(r.feed_forward.ids[..., None] == jnp.arange(experts)).sum((1, 2)) for r in hidden.routing], 1)
+    load = jnp.stack([(r.ids[..., None] == jnp.arange(experts)).sum((1, 2)) for r in hidden.routing()], 1)
     return jax.nn.logsumexp(logits, axis=-1) - picked, load
 
 

@@ -98,7 +98,7 @@ def _score(decoder: Decoder, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = decoder.logits(hidden.stream)
     picked = jnp.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
     experts = jnp.arange(decoder.config.num_experts)
-    routes = [r.feed_forward for r in hidden.routing if r.feed_forward is not None]
+    routes = [r for r in hidden.routing() if r is not None]
     counts = [((r.ids[..., None] == experts) & (r.weights != 0)[..., None]).sum((0, 1, 2)) for r in routes]
     return jax.nn.logsumexp(logits, axis=-1) - picked, jnp.stack(counts) if counts else jnp.zeros((0, 0), jnp.int32)
 

@@ -36,7 +36,7 @@ class Sizes:
     """Counts and widths of a part. What a part does not have is zero.
 
     Attributes:
-        num_experts: expert ids ``E`` that a slot may name: experts with weights, then experts without, then null routes.
+        num_experts: expert ids ``E`` that a slot may name: first experts with weights, then without, then null routes.
         num_weighted: how many of these ids have weights. They come first.
         num_null: how many of these ids, the last, select no expert at all.
         num_selected: routed slots of a token ``K``.

@@ -48,7 +48,7 @@ class Hidden(NamedTuple):
     aux: list[BlockAux]
 
     def routing(self, half: str = "feed_forward") -> list[Routing | None]:
-        """Where each layer's ``"feed_forward"`` or ``"attention"`` part sent tokens; ``None`` for one without experts."""
+        """Where each layer's ``"feed_forward"`` or ``"attention"`` part sent tokens; ``None`` without experts."""
         return [getattr(aux, half).routing for aux in self.aux]
 
 
@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
     def _call(
         self, shape: tuple[int, ...], valid: Array | None, cache: Cache | None
     ) -> tuple[Call, Cache | None, dict[Rotary | None, Rotation]]:
-        """What all layers of this pass are given, the cache with its bookkeeping advanced, and each distinct rotation."""
+        """What all layers are given, the cache with its bookkeeping advanced, and each distinct rotation."""
         unmasked, tokens = valid is None and cache is None, shape[1]
         valid = jnp.ones(shape, bool) if valid is None else valid
         if cache is None:

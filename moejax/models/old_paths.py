@@ -1,7 +1,7 @@
 """Paths that leaves had in files which older versions wrote.
 
-A leaf of the decoder that is renamed keeps its old path in every folder that was converted or trained before. ``RENAMES`` lists
-these leaves, one a line, so that such a folder is restored without being converted again:
+A leaf of the decoder that is renamed keeps its old path in every folder that was converted or trained before.
+``RENAMES`` lists these leaves, one a line, so that such a folder is restored without being converted again:
 
     Rename("layers.{layer}.feed_forward.gate_up", "layers.{layer}.feed_forward.experts.gate_up")
 

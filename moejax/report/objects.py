@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 def properties_html(title: str, rows: Mapping[str, str]) -> str:
     """A titled table with one row for each property."""
+    left = 'style="text-align:left"'
     cells = "".join(
-        f'<tr><th style="text-align:left">{html.escape(name)}</th><td style="text-align:left">{html.escape(value)}</td></tr>'
+        f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(value)}</td></tr>"
         for name, value in rows.items()
     )
     return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"

@@ -69,8 +69,8 @@ def expert(p: Parameters, e: int, x: Array, act: Callable[[Array], Array] = gelu
 
 def shared(p: Parameters, x: Array) -> Array:
     """The shared expert of every token."""
-    hidden = gelu(x @ p["shared.input"][0].T + p["shared.input_bias"][0])
-    return hidden @ p["shared.output"].T + p["shared.output_bias"]
+    hidden = gelu(x @ p["shared.mlp.gate_up"][0].T + p["shared.mlp.gate_up_bias"][0])
+    return hidden @ p["shared.mlp.down"].T + p["shared.mlp.down_bias"]
 
 
 def mixture(
@@ -115,7 +115,7 @@ def _found(y, z, ids, weights, scores, bal, mask, alpha=ALPHA, extra=0.0) -> Fou
 
 
 def smoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = softmax(z)
     ids = top(s, k)
     w = over_sum(pick(s, ids))
@@ -123,7 +123,7 @@ def smoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 
 def smoe_sigmoidgating(p: Parameters, x: Array, k: int, mask: Array) -> Found:
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = sigmoid(z)
     ids = top(s, k)
     w = over_sum(pick(s, ids))
@@ -132,7 +132,7 @@ def smoe_sigmoidgating(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 def sigma_moe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
     """arXiv 2310.10837: sigmoids as weights, entropy of the mean softmax, ReLU experts without biases."""
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = sigmoid(z)
     ids = top(s, k)
     w = pick(s, ids)
@@ -142,7 +142,7 @@ def sigma_moe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 
 def cosines(p: Parameters, x: Array) -> Array:
-    u, m = x @ p["reduction"].T, p["gate_weight"]
+    u, m = x @ p["reduction"].T, p["router.weight"]
     u = u / np.maximum(np.linalg.norm(u, axis=-1, keepdims=True), 1e-4)
     return u @ (m / np.linalg.norm(m, axis=-1, keepdims=True)).T
 
@@ -158,7 +158,7 @@ def xmoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 def smoe_share(p: Parameters, x: Array, k: int, mask: Array) -> Found:
     """DeepSeekMoE, arXiv 2401.06066, equations 3 to 5 without the residual: both parts added, softmax as it is."""
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = softmax(z)
     ids = top(s, k)
     w = pick(s, ids)
@@ -170,9 +170,9 @@ GROUPS, KEPT_GROUPS, SCALE = 3, 2, 2.5
 
 def smoe_sharev3(p: Parameters, x: Array, k: int, mask: Array) -> Found:
     """DeepSeek-V3, arXiv 2412.19437, equations 12 to 20; groups ranked by the sum of their two best."""
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = sigmoid(z)
-    seen = s + p["router_bias"]
+    seen = s + p["router.selection_bias"]
     size, ids = seen.shape[-1] // GROUPS, np.zeros((*x.shape[:2], k), int)
     for at in np.ndindex(x.shape[:2]):
         groups = seen[at].reshape(GROUPS, size)
@@ -193,7 +193,7 @@ REWARD = 0.07
 def _ternary(p: Parameters, x: Array, k: int) -> tuple[int, Array, Array, Array, Array]:
     """Experts, logits, probabilities of the routes, selected routes, their weights before the sign."""
     experts = len(p["experts.gate_up"])
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     offsets = np.array([0.0] * experts + [-1.0] * experts + [-10.0] * k)
     s = softmax(z + offsets)
     ids = top(s, k)
@@ -229,7 +229,7 @@ ZERO, COPY, CONSTANT, TAU = 1, 1, 2, 0.75
 def smoe_plus_plus(p: Parameters, x: Array, k: int, mask: Array, previous: Array | None = None) -> Found:
     """MoE++, arXiv 2410.07348: zero, copy and constant experts, gating residual, weighted balance."""
     experts = len(p["experts.gate_up"])
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     if previous is not None:
         z = z + previous @ p["gate_residual"].T
     s = softmax(z)
@@ -252,7 +252,7 @@ def constant(p: Parameters, i: int, token: Array) -> Array:
 
 def remoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
     """arXiv 2412.14711: ReLU scores; L1 with the loads, its coefficient a state of the layer."""
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = relu(z)
     experts = s.shape[-1]
     ids = top(s, experts)
@@ -264,7 +264,7 @@ def remoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 def expert_choice(p: Parameters, x: Array, k: int, mask: Array) -> Found:
     """arXiv 2202.09368: each expert takes its best ``n k / e`` tokens of those that count."""
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = softmax(z)
     flat, experts = s.reshape(-1, s.shape[-1]), s.shape[-1]
     taken = np.zeros_like(flat)
@@ -296,7 +296,7 @@ def _lib(y, z, ids, w, p, mask, factors=1.0) -> Found:
 
 
 def lib_smoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = softmax(z)
     ids = top(s, k)
     w = over_sum(pick(s, ids))
@@ -304,7 +304,7 @@ def lib_smoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 
 def lib_smoe_sigmoidgating(p: Parameters, x: Array, k: int, mask: Array) -> Found:
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     ids = top(sigmoid(z), k)
     w = over_sum(pick(sigmoid(z), ids))
     return _lib(mixture(p, x, ids, w), z, ids, w, softmax(z), mask)
@@ -319,7 +319,7 @@ def lib_xmoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 
 def lib_smoe_share(p: Parameters, x: Array, k: int, mask: Array) -> Found:
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = softmax(z)
     ids = top(s, k - 1)
     w = over_sum(pick(s, ids))
@@ -327,7 +327,7 @@ def lib_smoe_share(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 
 def lib_smoe_sharev3(p: Parameters, x: Array, k: int, mask: Array) -> Found:
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     ids = top(sigmoid(z), k - 1)
     w = over_sum(pick(sigmoid(z), ids))
     return _lib(0.5 * shared(p, x) + 0.5 * mixture(p, x, ids, w), z, ids, w, softmax(z), mask)
@@ -351,7 +351,7 @@ def lib_smoe_tcmoe(p: Parameters, x: Array, k: int, mask: Array) -> Found:
 
 
 def lib_smoe_plus_plus(p: Parameters, x: Array, k: int, mask: Array) -> Found:
-    z = x @ p["gate_weight"].T
+    z = x @ p["router.weight"].T
     s = softmax(z)
     ids = top(s, k)
     w = over_sum(pick(s, ids))

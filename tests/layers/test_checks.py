@@ -41,8 +41,10 @@ EXACT = [
 def test_copies_compute_what_was_copied(name, compat, bias):
     mlp, x = dense(bias=bias), jnp.asarray(tokens())
     y = jax.jit(lambda mlp, x: get_moe(name)(D, O, E, K, expert=mlp, args=settings(name, compat))(x)[0])(mlp, x)
-    hidden = np.asarray(x) @ np.asarray(mlp.input[0]).T + (0 if mlp.input_bias is None else np.asarray(mlp.input_bias))
-    want = gelu(hidden) @ np.asarray(mlp.output).T + (0 if mlp.output_bias is None else np.asarray(mlp.output_bias))
+    hidden = np.asarray(x) @ np.asarray(mlp.gate_up[0]).T + (
+        0 if mlp.gate_up_bias is None else np.asarray(mlp.gate_up_bias)
+    )
+    want = gelu(hidden) @ np.asarray(mlp.down).T + (0 if mlp.down_bias is None else np.asarray(mlp.down_bias))
     np.testing.assert_allclose(y, want, rtol=1e-11, atol=1e-12)
 
 
@@ -58,10 +60,10 @@ def test_shared_copies_stand_side_by_side():
 def test_experts_given_one_by_one_are_those():
     several = [jax.tree.map(lambda leaf, i=i: leaf + i, dense()) for i in range(E + 1)]
     layer = get_moe("smoe")(D, O, E, K, expert=several[:E])
-    np.testing.assert_array_equal(layer.experts.down, np.stack([e.output for e in several[:E]]))
+    np.testing.assert_array_equal(layer.experts.down, np.stack([e.down for e in several[:E]]))
     layer = get_moe("smoe_share")(D, O, E, K, expert=several)
-    np.testing.assert_array_equal(layer.experts.down, np.stack([e.output for e in several[:E]]))
-    np.testing.assert_array_equal(layer.shared.output, several[E].output)
+    np.testing.assert_array_equal(layer.experts.down, np.stack([e.down for e in several[:E]]))
+    np.testing.assert_array_equal(layer.shared.mlp.down, several[E].down)
 
 
 # ---- weights and losses --------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def test_bfloat16_is_near_float32(name):
 def test_balance_is_one_where_scores_are_even(name, compat, batch):
     """At any batch size, as long as the special experts of MoE++ weigh as much as the others; LibMoE's TC: B / E."""
     layer = make(name, compat, **({"tau": 1.0} if name == "smoe_plus_plus" else {}))
-    routes = layer.num_routes
+    routes = layer.counts.router_outputs
     # without expert 4, which LibMoE's MoE++ weighs differently, and without null routes
     ids = jnp.asarray(np.random.default_rng(batch).integers(0, 4, (batch, T, K)))
     found = layer.balanceloss(ids, jnp.full((batch, T, routes), 1 / routes))
@@ -200,7 +202,7 @@ def test_routes_without_a_product_take_no_place(loads, name, compat):
 def test_capacity_drops_the_later_slots_and_counts_them(loads, factor):
     layer, x = make("smoe", capacity_factor=factor), tokens()
     p = parameters(layer)
-    scores = softmax(x @ p["gate_weight"].T)
+    scores = softmax(x @ p["router.weight"].T)
     ids = top(scores, K)
     weights, room, dropped = over_sum(pick(scores, ids)), [math.ceil(factor * B * T * K / E)] * E, 0
     for b, t, k in np.ndindex(ids.shape):

@@ -19,25 +19,27 @@ DROPPED = 2
 
 @jax.jit
 def run(layer, x, gates):
-    return layer.run(x, reading=Reading(gates=gates))
+    return layer.run(x, Call(reading=Reading(gates=gates)))
 
 
 def ones(layer, **changed) -> Gates:
     """All gates of one layer, that one program serves."""
-    fields = {name: jnp.ones((B, T, layer.num_ids)) for name in ("experts", "selectable", "routing_weights")}
-    return Gates(**fields | {"shared": jnp.ones((B, T, layer.num_shared)) if layer.num_shared else None} | changed)
+    fields = {name: jnp.ones((B, T, layer.counts.ids)) for name in ("experts", "selectable", "routing_weights")}
+    return Gates(
+        **fields | {"shared": jnp.ones((B, T, layer.sizes.num_shared)) if layer.sizes.num_shared else None} | changed
+    )
 
 
 def closed(layer) -> jax.Array:
-    return jnp.ones((B, T, layer.num_ids)).at[..., DROPPED].set(0)
+    return jnp.ones((B, T, layer.counts.ids)).at[..., DROPPED].set(0)
 
 
 @every_case
 def test_gates(name, compat):
     layer, x = make(name, compat), jnp.asarray(tokens())
     p, half = parameters(layer), 0.5 if compat and "share" in name else 1.0
-    y, ran = run(layer, x, ones(layer))
-    ids, weights = np.asarray(ran.routing.ids), np.asarray(ran.routing.weights)
+    y, _, aux = run(layer, x, ones(layer))
+    ids, weights = np.asarray(aux.routing.ids), np.asarray(aux.routing.weights)
     plain = (LIBMOE if compat else PUBLISHED)[name](p, np.asarray(x), K, np.ones((B, T), bool))
     np.testing.assert_allclose(y, plain.output, rtol=1e-10, atol=1e-10, err_msg="gates of one change nothing")
 
@@ -46,16 +48,16 @@ def test_gates(name, compat):
         act = relu if name == "sigma_moe" else gelu
         term[b, t] += half * weights[b, t, k] * expert(p, DROPPED, np.asarray(x[b, t]), act)
     assert term.any()
-    without, same = run(layer, x, ones(layer, experts=closed(layer)))
+    without, _, same = run(layer, x, ones(layer, experts=closed(layer)))
     np.testing.assert_allclose(without, y - term, rtol=1e-10, atol=1e-10)
     np.testing.assert_array_equal(same.routing.ids, ids)
 
-    other = run(layer, x, ones(layer, selectable=closed(layer)))[1].routing
+    other = run(layer, x, ones(layer, selectable=closed(layer)))[2].routing
     assert not ((np.asarray(other.ids) == DROPPED) & (np.asarray(other.weights) != 0)).any()
     assert np.asarray(other.weights).any()
     assert np.isfinite(other.weights).all()
 
-    less = run(layer, x, ones(layer, routing_weights=closed(layer)))[1].routing
+    less = run(layer, x, ones(layer, routing_weights=closed(layer)))[2].routing
     np.testing.assert_array_equal(less.ids, ids)
     assert not np.asarray(less.weights)[ids == DROPPED].any()
     # what is left makes up for it; TC-MoE's signed weights and null routes have no such sum
@@ -63,6 +65,6 @@ def test_gates(name, compat):
     if name != "smoe_tcmoe":
         np.testing.assert_allclose(less.weights.sum(-1)[left], weights.sum(-1)[left], rtol=1e-10)
 
-    if layer.num_shared:
+    if layer.sizes.num_shared:
         routed = run(layer, x, ones(layer, shared=jnp.zeros((B, T, 1))))[0]
         np.testing.assert_allclose(y - routed, half * shared(p, np.asarray(x)), rtol=1e-10, atol=1e-10)

@@ -37,8 +37,8 @@ def make_lm(name: str, compat: str | None = None, bias: bool = False) -> LM:
     decoder = noisy(family("moejax").config(fields), 3, jnp.float32)
     for layer in decoder.layers:
         if name == "smoe_tcmoe":  # beyond their offset, so that null routes are selected too
-            gate = layer.feed_forward.gate_weight
-            layer.feed_forward.gate_weight = gate.at[12:].multiply(6)
+            router = layer.feed_forward.router
+            router.weight = router.weight.at[12:].multiply(6)
     return LM(decoder, word_tokenizer(), name, fields)
 
 
@@ -80,7 +80,7 @@ def check_closed(lm: LM, rule: Rule) -> None:
 
 @jax.jit
 def _routing(decoder: Decoder) -> list[Any]:
-    return [r.feed_forward for r in decoder.hidden(ROW).routing]
+    return decoder.hidden(ROW).routing()
 
 
 # ---- interventions -------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_published_config() -> None:
     assert config.blocks[0].attention.qk_norm == "full"
     assert config.blocks[0].attention.clip is None
     assert config.blocks[0].feed_forward.router.weigh == "raw"
-    assert config.rope.theta == 10000.0
+    assert config.blocks[0].rotary.rope.theta == 10000.0
     assert config.eos_ids == (50279,)
 
 
@@ -68,7 +68,7 @@ def test_rope_theta_of_transformers_4_and_5_is_the_same() -> None:
     new = without(PUBLISHED, "rope_theta", "rope_scaling")
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
     assert read(old) == read(new)
-    assert read(old).rope.theta == 500000.0
+    assert read(old).blocks[0].rotary.rope.theta == 500000.0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny.compare import relative_rms
+from tiny.configs import with_rope
 
 import moejax
 from moejax.layers import BlockConfig, RMSNorm
@@ -156,7 +157,7 @@ MISTAKES: dict[str, tuple[dict, Callable[[Decoder], Decoder]]] = {
     "weights renormalised": ({}, lambda d: with_config(d, router(d.config, weigh="renormalised"))),
     "weights not renormalised": ({"norm_topk_prob": True}, lambda d: with_config(d, router(d.config, weigh="raw"))),
     "softmax of scores": ({}, lambda d: with_config(d, router(d.config, weigh="softmax"))),
-    "wrong theta": ({}, lambda d: with_config(d, dataclasses.replace(d.config, rope=Rope(500.0)))),
+    "wrong theta": ({}, lambda d: with_config(d, with_rope(d.config, lambda rope: Rope(500.0)))),
     "clip forgotten": ({"clip_qkv": 0.5}, lambda d: with_config(d, attention(d.config, clip=None))),
     "clip invented": ({}, lambda d: with_config(d, attention(d.config, clip=0.5))),
     "one expert fewer": ({}, lambda d: with_config(d, router(d.config, num_selected=1))),

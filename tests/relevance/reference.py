@@ -134,9 +134,9 @@ class Layer:
         return terms, softmax(terms.sum(-1)), self.v[: t + 1, g]
 
     def _mix(self, x: Array) -> None:
-        moe, c = self.block.feed_forward, self.block.feed_forward.config
+        moe, c = self.block.feed_forward, self.block.config.feed_forward
         self.moe_in = x
-        self.logits = Affine.of(moe.router.linear).forward(x)
+        self.logits = Affine.of(moe.router).forward(x)
         self.probability = softmax(self.logits)
         self.ids = np.array([self._best(t, row)[: c.router.num_selected] for t, row in enumerate(self.logits)])
         self.weights = np.take_along_axis(self.probability, self.ids, axis=-1)
@@ -151,7 +151,7 @@ class Layer:
         for t, row in enumerate(self.ids):
             for slot, e in enumerate(row):
                 if (self.index, t, e) not in self.edits.experts:
-                    self.terms[t, slot] = self.weights[t, slot] * (wide(moe.down[e]) @ self._hidden(t, e)[2])
+                    self.terms[t, slot] = self.weights[t, slot] * (wide(moe.experts.down[e]) @ self._hidden(t, e)[2])
         self.mixed = self.terms.sum(1)
 
     def _best(self, t: int, logits: Array) -> list[int]:
@@ -182,20 +182,20 @@ class Layer:
         for t, row in enumerate(self.ids):
             for slot, e in enumerate(row):
                 gate, up, hidden = self._hidden(t, e)
-                down = wide(moe.down[e])
+                down = wide(moe.experts.down[e])
                 of_hidden = hidden * (share(1.0, down @ hidden, of_outputs[t, slot]) @ down)
-                for matrix, output in zip(wide(moe.gate_up[e]), (gate, up), strict=True):
+                for matrix, output in zip(wide(moe.experts.gate_up[e]), (gate, up), strict=True):
                     out[t] += x[t] * (share(0.5, output, of_hidden) @ matrix)
         if router == "uniform":
             of_logits = self._back_through_weights(self.experts / 2)
             self.lost["router"] += self.experts.sum() / 2 - of_logits.sum()
-            of_x, bias = Affine.of(moe.router.linear).backward(x, of_logits)
+            of_x, bias = Affine.of(moe.router).backward(x, of_logits)
             self.lost["bias"] += bias
             out += of_x
         return out
 
     def _back_through_weights(self, relevance: Array) -> Array:
-        if self.block.feed_forward.config.router.weigh == "renormalised":
+        if self.block.feed_forward.router.config.weigh == "renormalised":
             relevance = relevance - self.weights * relevance.sum(-1, keepdims=True)
         of_probability = np.zeros_like(self.logits)
         np.put_along_axis(of_probability, self.ids, relevance, axis=-1)

@@ -255,7 +255,7 @@ class TestOtherMixtures:
         gone = np.asarray(lm(ROW) - lm(ROW, gates=ones))[0, 5]
         np.testing.assert_allclose(got, gone[11] - gone[60], **EXACT)
         hidden = jax.jit(lambda decoder: decoder.hidden(ROW, reading=Reading(gates=ones)))(lm.decoder)
-        routing = hidden.routing[0].attention
+        routing = hidden.routing("attention")[0]
         alone = np.asarray(routing.ids) == 2
         assert alone.any()
         np.testing.assert_allclose(routing.weights, alone, rtol=1e-12)
@@ -263,7 +263,7 @@ class TestOtherMixtures:
     def test_shared_expert(self):
         lm = mixture_lm()
         got = ablate(lm, PROMPT, cells=[Cell.shared(0), Cell.shared(0, 4)], target=AIM)[:, 0]
-        without = edited(lm, **{"layers[0].feed_forward.shared.mlp.output": jnp.zeros_like})
+        without = edited(lm, **{"layers[0].feed_forward.shared.mlp.down": jnp.zeros_like})
         gone = np.asarray(lm(ROW) - without(ROW))[0, 5]
         np.testing.assert_allclose(got[0], gone[11] - gone[60], **EXACT)
         gates = Gates.ones(lm.config, ROW).drop_shared(0, 4)
@@ -276,13 +276,13 @@ class TestOtherMixtures:
         fields |= {"num_attention_heads": H, "num_key_value_heads": G, "num_experts": E, "num_experts_per_tok": K}
         config = family("moejax").config(fields | {"moe": "smoe_share", "moe_layers": [0]})
         lm = LM(noisy(config, 0, jnp.float64), word_tokenizer(), "registered")
-        routing = lm.decoder.hidden(jnp.asarray(ROW)).routing[0].feed_forward
+        routing = lm.decoder.hidden(jnp.asarray(ROW)).routing()[0]
         expert = int(routing.ids[0, 2, 0])
         cells = [Cell.expert(0, expert), Cell.shared(0), Cell.expert(0, expert, 2)]
         got = ablate(lm, PROMPT, cells=cells, target=AIM)[:, 0]
         without = [
             edited(lm, **{"layers[0].feed_forward.experts.down": lambda w: w.at[expert].set(0)}),
-            edited(lm, **{"layers[0].feed_forward.shared.output": jnp.zeros_like}),
+            edited(lm, **{"layers[0].feed_forward.shared.mlp.down": jnp.zeros_like}),
         ]
         gone = [np.asarray(lm(ROW) - other(ROW))[0, 5] for other in without]
         np.testing.assert_allclose(got[:2], [g[11] - g[60] for g in gone], **EXACT)

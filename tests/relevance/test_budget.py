@@ -63,7 +63,7 @@ def test_what_every_token_takes_counts():
         family("moejax").config(moejax | {"moe": moe, "moe_args": args})
         for moe, args in (("smoe", {}), ("smoe_share", {"num_shared": 1}), ("smoe_share", {"num_shared": 4}))
     )
-    assert [c.shared_dim for c in (plain, *shared)] == [0, 10, 40]
+    assert [c.feed_forward.shared_dim for c in (plain, *shared)] == [0, 10, 40]
     found = [Footprint.of(c, 1, 100, 4) for c in (plain, *shared)]
     assert found[0].layer < found[1].layer < found[2].layer
     assert found[0].target < found[1].target < found[2].target

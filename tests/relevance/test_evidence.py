@@ -155,7 +155,7 @@ def gated_passes():
     gates = Gates(tokens=jnp.asarray(up.reshape(LAYERS + 1, 2 * T, T)))
     tokens = jnp.tile(ROW, (2 * T, 1))
     hidden = jax.jit(lambda decoder: decoder.hidden(tokens, reading=Reading(gates=gates)))(lm.decoder)
-    routers = [np.asarray(route.feed_forward.logits) for route in hidden.routing]
+    routers = [np.asarray(routing.logits) for routing in hidden.routing()]
     streams = [np.asarray(x) for x in [*hidden.entering, hidden.stream]]
     return np.asarray(lm(tokens, gates=gates)), routers, streams
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny.decoders import C, D, E, H, K, T, variant_lm
 
-from moejax.layers import Context, Linear, MoE, Router
+from moejax.layers import Call, Mixture, Rotary, Router
 from moejax.ops.rope import Rope
 from moejax.rules import CPLRP, AttnLRP, Gates, Plain, Reading, Rule
 
@@ -24,20 +24,24 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape))
 
 
-def moe_layer(variant: str = "plain") -> MoE:
+def moe_layer(variant: str = "plain") -> Mixture:
     """With a bias on the router, which no variant has."""
     moe = variant_lm(variant, dtype="float64").decoder.layers[0].feed_forward
-    router = Router(Linear(moe.router.weight, normal(E)), moe.router.config)
-    return MoE(router, moe.gate_up, moe.down, None, None, None, None, moe.config)
+    router = Router(moe.router.weight, normal(E), None, moe.router.config)
+    return Mixture(router, moe.experts, None, None)
 
 
 @partial(jax.jit, static_argnames="rule")
 def _read_moe(moe, rule, x, gates, probes, cotangent):
-    y, pull, routing = jax.vjp(lambda x, g, p: moe(x, Reading(rule, g, p)), x, gates, probes, has_aux=True)
+    def run(x, g, p):
+        y, _, aux = moe.run(x, Call(reading=Reading(rule, g, p)))
+        return y, aux.routing
+
+    y, pull, routing = jax.vjp(run, x, gates, probes, has_aux=True)
     return y, routing, *pull(cotangent)
 
 
-def read_moe(moe: MoE, rule: Rule, x: jax.Array, cotangent: jax.Array, **fields: jax.Array):
+def read_moe(moe: Mixture, rule: Rule, x: jax.Array, cotangent: jax.Array, **fields: jax.Array):
     """Output and routing; cotangents of ``x``, of the gates and of the probes."""
     probes = {name: jnp.zeros(x.shape[:2]) for name in sorted(rule.leaks)}
     return _read_moe(moe, rule, x, Gates(**fields), probes, cotangent)
@@ -100,16 +104,16 @@ def test_heads_partition_attention(rule, variant):
     layer = variant_lm(variant, dtype="float64").decoder.layers[0].attention
     x, cotangent = normal(B, T, D), normal(B, T, D, seed=1)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-    context = Context(
-        *Rope(100.0).angles(jnp.broadcast_to(jnp.arange(T), (B, T)), C),
-        causal,
-        jnp.zeros((T, T), int),
-        jnp.ones((B, T), bool),
+    call = Call(
+        rotation=Rotary(Rope(100.0), C).rotation(jnp.broadcast_to(jnp.arange(T), (B, T))),
+        mask=causal,
+        distance=jnp.zeros((T, T), int),
+        valid=jnp.ones((B, T), bool),
     )
 
     @jax.jit
     def run(layer, x, heads, probes):
-        forward = lambda x, h, p: layer(x, context, None, Reading(rule, Gates(heads=h), p))[0]
+        forward = lambda x, h, p: layer.run(x, call._replace(reading=Reading(rule, Gates(heads=h), p)))[0]
         y, pull = jax.vjp(forward, x, heads, probes)
         return y, *pull(cotangent)
 

@@ -154,8 +154,8 @@ def route(x: Array, router: Any) -> tuple[Array, Array, Pull]:
 
 def mixture(x: Array, moe: Any, rules: Rules) -> tuple[Array, Pull]:
     ids, weights, pull_weights = route(x, moe.router)
-    to_gate, to_up = np.moveaxis(wide(moe.gate_up)[ids], 2, 0)
-    down = wide(moe.down)[ids]
+    to_gate, to_up = np.moveaxis(wide(moe.experts.gate_up)[ids], 2, 0)
+    down = wide(moe.experts.down)[ids]
     hidden, pull_hidden = gated(*(np.einsum("tkfd,td->tkf", m, x) for m in (to_gate, to_up)), rules)
     outputs = np.einsum("tkdf,tkf->tkd", down, hidden)
 

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
+from tiny.decoders import PROMPT, T, make_lm
 
 from moejax import Contrast, MoejaxError, PromptError, RouterChoice, Span, Token, explain
 from moejax.relevance import BASELINES, TARGETS, Target, parse_target, register_baseline, register_target, target_help
 from moejax.relevance.targets import TargetTerms
-
-from .toy import PROMPT, T, make_lm
 
 NAMES = {
     *("argmax", "continuation", "contrast", "direction", "generated"),

@@ -59,13 +59,12 @@ def make_decoder(dtype: jnp.dtype) -> Decoder:
         vocab_size=V,
         blocks=(
             BlockConfig(
-                AttentionConfig(D, H, G, C, norm_eps=1e-5, qk_norm="full", clip=0.8, bias=True, output_bias=True),
+                AttentionConfig(D, H, G, C, 1e-5, Rope(100.0), qk_norm="full", clip=0.8, bias=True, output_bias=True),
                 MixtureConfig(D, F, RouterConfig(E, K, weigh="renormalised")),
                 norm_eps=1e-5,
             ),
         )
         * L,
-        rope=Rope(100.0),
         norm_eps=1e-5,
         tied=False,
         max_positions=64,

@@ -55,14 +55,14 @@ def at_once(toy_lm: LM, windows: Windows) -> dict[str, Any]:
     @jax.jit
     def run(tokens: jax.Array) -> Any:
         hidden = toy_lm.decoder.hidden(tokens)
-        return hidden.routing, toy_lm.decoder.logits(hidden.stream)
+        return hidden.aux, toy_lm.decoder.logits(hidden.stream)
 
     for tokens, label in zip(windows.documents.tokens, windows.documents.labels, strict=True):
         for start in range(0, len(tokens), 32):
             window, after = tokens[start : start + 32], tokens[start + 1 : start + 33]
             routes, logits = run(jnp.asarray(window[None], jnp.int32))
             for name in ("logits", "ids", "weights"):
-                found[name].append(np.stack([getattr(r.feed_forward, name)[0] for r in routes]))
+                found[name].append(np.stack([getattr(r.feed_forward.routing, name)[0] for r in routes]))
             p = np.asarray(logits[0], np.float64)
             p = p - np.log(np.exp(p).sum(-1, keepdims=True))
             found["losses"].append(-p[np.arange(len(after)), after])
@@ -175,8 +175,8 @@ def test_batches_and_padding_change_nothing(
 def test_nan_is_reported_with_its_layer(toy_lm: LM, windows: Windows) -> None:
     layers = list(toy_lm.decoder.layers)
     router = layers[1].feed_forward.router
-    linear = replace(router.linear, weight=router.weight.at[3].set(jnp.nan))
-    layers[1] = replace(layers[1], feed_forward=replace(layers[1].feed_forward, router=replace(router, linear=linear)))
+    weight = router.weight.at[3].set(jnp.nan)
+    layers[1] = replace(layers[1], feed_forward=replace(layers[1].feed_forward, router=replace(router, weight=weight)))
     found = analyse(LM(replace(toy_lm.decoder, layers=layers)), windows)
     good, bad = found.mixtures["feed_forward"].layers
     assert (good.tokens, good.nan_tokens, bad.tokens, bad.nan_tokens) == (sum(SIZES), 0, 0, sum(SIZES))
@@ -265,9 +265,9 @@ def ids_of(lm: LM, windows: Windows) -> list[np.ndarray]:
     """The selected experts of all tokens, layer by layer."""
     found: list[list[np.ndarray]] = [[] for _ in range(L)]
     for batch in windows:
-        routes = jax.jit(lambda b: lm.decoder.hidden(b.tokens, valid=b.valid).routing)(batch)
+        routes = jax.jit(lambda b: lm.decoder.hidden(b.tokens, valid=b.valid).aux)(batch)
         for layer, route in zip(found, routes, strict=True):
-            layer.append(np.asarray(route.feed_forward.ids)[np.asarray(batch.valid)])
+            layer.append(np.asarray(route.feed_forward.routing.ids)[np.asarray(batch.valid)])
     return [np.concatenate(layer) for layer in found]
 
 

@@ -25,7 +25,7 @@ def by_whole_passes(lm: LM, windows: Windows, dropped: int, refill: bool) -> flo
     run = jax.jit(lambda gates: lm.decoder.hidden(batch.tokens, valid=batch.valid, reading=Reading(gates=gates)))
     interventions = lambda: Gates(selectable=gate) if refill else Gates(routing_weights=gate)
     for layer in range(L):
-        best = run(interventions()).routing[layer].feed_forward.ids[..., :dropped]
+        best = run(interventions()).routing()[layer].ids[..., :dropped]
         gate = gate.at[layer].set(1 - jax.nn.one_hot(best, E).sum(-2))
     hidden = run(interventions())
     p = np.asarray(jax.nn.log_softmax(lm.decoder.logits(hidden.stream)), np.float64)

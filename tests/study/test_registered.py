@@ -57,14 +57,14 @@ def seen_by_experts(lm: LM, layer: int, windows: Windows) -> tuple[np.ndarray, A
 
     class Spy(kind):
         def forward(self, x: Any, return_id_experts: bool = False) -> Any:
-            self.note("seen", x)
+            self.record("seen", x)
             return super().forward(x, return_id_experts)
 
     decoder = jax.tree.map(lambda leaf: leaf, lm.decoder)
     decoder.layers[layer].feed_forward.__class__ = Spy
     (batch,) = windows
-    routes = jax.jit(lambda d, b: d.hidden(b.tokens, valid=b.valid).routing[layer])(decoder, batch)
-    return np.asarray(routes.ran.info["seen"], np.float64), routes.feed_forward
+    routes = jax.jit(lambda d, b: d.hidden(b.tokens, valid=b.valid).aux[layer])(decoder, batch)
+    return np.asarray(routes.feed_forward.info["seen"], np.float64), routes.feed_forward.routing
 
 
 @pytest.mark.parametrize("name", ["smoe_tcmoe", "smoe_plus_plus"])
@@ -106,10 +106,10 @@ def test_similarity_of_registered_weights() -> None:
     lm = model("smoe_plus_plus")
     for i, found in zip(FIELDS["moe_layers"], similarities(lm.decoder), strict=True):
         moe: Any = lm.decoder.layers[i].feed_forward
-        assert moe.gate_weight.shape[0] == E + 4, "a row for every route"
+        assert moe.router.weight.shape[0] == E + 4, "a row for every route"
         joined = [np.asarray(m, np.float64).reshape(E, -1) for m in (moe.experts.gate_up, moe.experts.down)]
         assert found.experts == pytest.approx(cosines(np.concatenate(joined, -1)), abs=1e-6)
-        assert found.router == pytest.approx(cosines(np.asarray(moe.gate_weight, np.float64)), abs=1e-6)
+        assert found.router == pytest.approx(cosines(np.asarray(moe.router.weight, np.float64)), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import LM, Contrast
-from moejax.layers import AttentionConfig, BlockConfig, MixtureAttentionConfig, MixtureConfig, MLPConfig, RouterConfig
+from moejax.layers import (
+    AttentionConfig,
+    BlockConfig,
+    MixtureAttentionConfig,
+    MixtureConfig,
+    MLPConfig,
+    RouterConfig,
+    SharedConfig,
+)
 from moejax.models import Config, Decoder
 from moejax.ops.rope import Rope
 from tiny.tokenizers import word_tokenizer
@@ -43,13 +51,12 @@ def make_config(
         vocab_size=V,
         blocks=(
             BlockConfig(
-                AttentionConfig(d, h, g, c, norm_eps=1e-5, qk_norm=qk_norm, clip=clip, bias=bias, output_bias=bias),
+                AttentionConfig(d, h, g, c, 1e-5, Rope(100.0), qk_norm=qk_norm, clip=clip, bias=bias, output_bias=bias),
                 MixtureConfig(d, f, RouterConfig(e, k, weigh=weigh)),
                 norm_eps=1e-5,
             ),
         )
         * layers,
-        rope=Rope(100.0),
         norm_eps=1e-5,
         tied=tied,
         max_positions=64,
@@ -108,9 +115,9 @@ def best_and_worst(lm: LM, position: int = -1) -> Contrast:
 def mixture_lm() -> LM:
     """A model in float64 with attention experts and a shared expert; its second layer is dense."""
     router = RouterConfig(E, K, score="logits", weigh="softmax", bias=True)
-    attention = MixtureAttentionConfig(D, G, C, router)
+    attention = MixtureAttentionConfig(D, G, C, router, Rope(100.0))
     blocks = (
-        BlockConfig(attention, MixtureConfig(D, F, router, shared_dim=14), 1e-5),
+        BlockConfig(attention, MixtureConfig(D, F, router, shared=SharedConfig(14, routed=True)), 1e-5),
         BlockConfig(attention, MLPConfig(D, 22), 1e-5),
     )
     config: Config = replace(make_config(layers=LAYERS), blocks=blocks)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax import EXPERT, EXPERT_TENSOR, LM, TENSOR
-from moejax.models import Decoder, Rules, family, shard
+from moejax.models import Decoder, ShardingRules, family, shard
 from tiny.decoders import fill
 from tiny.hugging_face import fields
 
@@ -60,12 +60,12 @@ _MOEJAX = {
 
 FAMILIES = sorted([*_CHANGES, "moejax"])
 
-LAYOUTS: dict[str, tuple[dict[str, int], Rules]] = {
+LAYOUTS: dict[str, tuple[dict[str, int], ShardingRules]] = {
     "expert": ({"expert": 4}, EXPERT),
     "tensor": ({"tensor": 4}, TENSOR),
     "both": ({"expert": 2, "tensor": 2}, EXPERT_TENSOR),
 }
-WITH_DATA: dict[str, tuple[dict[str, int], Rules]] = {
+WITH_DATA: dict[str, tuple[dict[str, int], ShardingRules]] = {
     "data": ({"data": 4}, {}),
     "data and expert": ({"data": 2, "expert": 2}, EXPERT),
     "data and tensor": ({"data": 2, "tensor": 2}, TENSOR),

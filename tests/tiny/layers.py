@@ -49,9 +49,9 @@ def randomised(layer: MoeLayer, seed: int = 0) -> MoeLayer:
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        std = 0.3 if leaf.ndim == 0 or "router_bias" in name else 1.0
+        std = 0.3 if leaf.ndim == 0 or "selection_bias" in name else 1.0
         values = rng.normal(0, std, leaf.shape)
-        if "gate_weight" in name and len(values) == 2 * E + K:
+        if "router.weight" in name and len(values) == 2 * E + K:
             values[2 * E :] *= 6  # larger than their offset, so that null routes are selected too
         return jnp.asarray(values, leaf.dtype)
 

@@ -48,7 +48,7 @@ def dense(**changes: object) -> moejax.LM:
 
 def routed(lm: moejax.LM) -> np.ndarray:
     """The experts of every slot [L B T K]."""
-    routing = lm.decoder.hidden(jnp.asarray(TOKENS)).routing
+    routing = lm.decoder.hidden(jnp.asarray(TOKENS)).routing()
     return np.stack([np.asarray(r.feed_forward.ids) for r in routing if r.feed_forward])
 
 
@@ -174,28 +174,28 @@ def mlp(unit: GLU | Activation, *, bias: bool = True) -> MLP:
 def test_drop_draws_units_anew_each_expert_its_own() -> None:
     layer = mlp(GLU())
     stack = expert_stack(layer, E, KEY, drop=0.22)
-    same_in = (np.asarray(stack.input) == np.asarray(layer.input)).all((1, 3))
-    same_out = (np.asarray(stack.output) == np.asarray(layer.output)).all(1)
-    same_bias = (np.asarray(stack.input_bias) == np.asarray(layer.input_bias)).all(1)
+    same_in = (np.asarray(stack.gate_up) == np.asarray(layer.gate_up)).all((1, 3))
+    same_out = (np.asarray(stack.down) == np.asarray(layer.down)).all(1)
+    same_bias = (np.asarray(stack.gate_up_bias) == np.asarray(layer.gate_up_bias)).all(1)
     assert (same_in.sum(1) == F - 4).all()
     assert np.array_equal(same_in, same_out)
     assert np.array_equal(same_in, same_bias)
     assert len({tuple(row) for row in same_in.tolist()}) == E
     # of 576 redrawn values of each branch: 5 standard errors
     for branch in range(2):
-        fresh = np.asarray(stack.input)[:, branch][~same_in]
-        whole = np.asarray(layer.input)[branch]
+        fresh = np.asarray(stack.gate_up)[:, branch][~same_in]
+        whole = np.asarray(layer.gate_up)[branch]
         assert abs(fresh.mean() - whole.mean()) < 5 * whole.std() / np.sqrt(fresh.size)
         assert abs(fresh.std() / whole.std() - 1) < 5 / np.sqrt(2 * fresh.size)
     # nothing is shared between experts, nor with what was dropped
-    assert len(np.unique(np.asarray(stack.input)[:, 0][~same_in])) > 0.99 * E * 4 * D
+    assert len(np.unique(np.asarray(stack.gate_up)[:, 0][~same_in])) > 0.99 * E * 4 * D
 
 
 def test_noise_is_in_units_of_each_matrix() -> None:
     layer = mlp(Activation("relu"), bias=False)
     stack = expert_stack(layer, E, KEY, noise=0.3, split=2)
     whole = expert_stack(layer, E, KEY, split=2)
-    for noisy, plain in ((stack.input, whole.input), (stack.output, whole.output)):
+    for noisy, plain in ((stack.gate_up, whole.input), (stack.down, whole.output)):
         difference = np.asarray(noisy) - np.asarray(plain)
         assert difference.std() / np.asarray(plain).std() == pytest.approx(0.3, rel=0.1)
         assert abs(np.corrcoef(difference[0].ravel(), difference[1].ravel())[0, 1]) < 0.15

@@ -46,7 +46,7 @@ def balanced() -> TrainState:
     args = {"balance_loss_coef": 0.0, "router_z_loss_coef": 0.01, "num_groups": 3, "num_selected_groups": 2}
     found = decoder("smoe_sharev3", moe_args=args)
     for layer in found.layers:
-        layer.feed_forward.router_bias = jnp.zeros(6)
+        layer.feed_forward.router.selection_bias = jnp.zeros(6)
     return TrainState.start(found, OPTIMISER)
 
 
@@ -83,7 +83,7 @@ def test_bias_moves_by_the_sign_of_the_lack_once_a_step(tokens, accumulate):
 def test_logits_that_are_no_numbers_are_reported_with_their_layer(tokens):
     state = balanced()
     gate = state.decoder.layers[1].feed_forward
-    gate.gate_weight = gate.gate_weight.at[2, 3].set(jnp.nan)
+    gate.router.weight = gate.router.weight.at[2, 3].set(jnp.nan)
     state, metrics = stepped(1, tokens, state._replace(step=jnp.int32(7)))
     with pytest.raises(MoejaxError, match=r"step 8: router logits of mixture 1 \(counted from 0\) are not finite"):
         summarise(jax.device_get(metrics), int(state.step))

@@ -43,7 +43,7 @@ def test_config() -> None:
     defaults = read(num_key_value_heads=None, rms_norm_eps=None, head_dim=None, rope_parameters=None)
     attention = defaults.blocks[0].attention
     assert (attention.num_kv_heads, attention.head_dim) == (H, D // H)
-    assert (defaults.norm_eps, defaults.rope.theta) == (1e-6, 10_000.0)
+    assert (defaults.norm_eps, defaults.blocks[0].rotary.rope.theta) == (1e-6, 10_000.0)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_is_not_implemented_is_refused(changes: dict, message: str) -> None
         read(**changes)
 
 
-@pytest.mark.parametrize("leaf", ["input_bias", "output_bias"])
+@pytest.mark.parametrize("leaf", ["gate_up_bias", "down_bias"])
 def test_biases_matter(leaf: str) -> None:
     lm = loaded("llama")
     without = copy.deepcopy(lm.decoder)
@@ -112,7 +112,7 @@ def test_heads_and_parts_are_switched_off_and_experts_are_not() -> None:
     assert np.array_equal(lm(PROMPT, gates=gates), lm(PROMPT))
     without = copy.deepcopy(lm.decoder)
     mlp = without.layers[2].feed_forward
-    mlp.output, mlp.output_bias = jnp.zeros_like(mlp.output), jnp.zeros_like(mlp.output_bias)
+    mlp.down, mlp.down_bias = jnp.zeros_like(mlp.down), jnp.zeros_like(mlp.down_bias)
     gated = lm(PROMPT, gates=gates.drop_feed_forward(2))
     assert np.allclose(gated, moejax.LM(without)(PROMPT), atol=1e-5)
     cells = [Cell.feed_forward(2), Cell.head(1, 3), Cell.token(4)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny.compare import relative_rms
+from tiny.configs import with_rope
 from tiny.hugging_face import FAMILIES, loaded, random_batch, torch_logits, torch_model, with_config
 
 from moejax import load
@@ -110,11 +111,11 @@ def window(extra: int) -> Callable[[Config], Config]:
 
 
 def yarn(**fields) -> Callable[[Config], Config]:
-    return lambda config: replace(config, rope=replace(config.rope, yarn=replace(config.rope.yarn, **fields)))
+    return lambda config: with_rope(config, lambda rope: replace(rope, yarn=replace(rope.yarn, **fields)))
 
 
 def theta(config: Config) -> Config:
-    return replace(config, rope=replace(config.rope, theta=10_000.0))
+    return with_rope(config, lambda rope: replace(rope, theta=10_000.0))
 
 
 MISTAKES = {

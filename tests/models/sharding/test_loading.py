@@ -35,7 +35,7 @@ def published(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_device_is_given_its_part(name: str, layout: str, tmp_path: Path) -> None:
-    lm = load(published(name, tmp_path), mesh=mesh(layout), rules=LAYOUTS[layout][1])
+    lm = load(published(name, tmp_path), mesh=mesh(layout), sharding=LAYOUTS[layout][1])
     check_parts(lm.decoder, decoder(name), layout)
 
 
@@ -90,7 +90,7 @@ def test_a_part_of_a_leaf_is_the_same_slice_of_the_whole(name: str, tmp_path: Pa
 def test_packed_experts_load_in_parts(layout: str, tmp_path: Path) -> None:
     packed_gpt_oss(tmp_path)
     whole = load(tmp_path).decoder
-    check_parts(load(tmp_path, mesh=mesh(layout), rules=LAYOUTS[layout][1]).decoder, whole, layout)
+    check_parts(load(tmp_path, mesh=mesh(layout), sharding=LAYOUTS[layout][1]).decoder, whole, layout)
 
 
 class Watched(SafetensorsFolder):

@@ -1,6 +1,7 @@
 """The table of logical axes and the rules that use it."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -26,9 +27,9 @@ from tiny.four_devices import (
 
 from moejax import EXPERT, EXPERT_TENSOR, TENSOR, ConfigError, load
 from moejax.checkpoints.plan import leaf_paths
-from moejax.models import Decoder, Rules, family, shard, shardings
-from moejax.models.sharding import AXES, logical_axes
-from moejax.ops.experts import hopper
+from moejax.layers import MixtureConfig
+from moejax.models import Decoder, ShardingRules, family, shard, shardings
+from moejax.ops.experts.matmul import hopper
 
 SIZES = {
     "expert": {EXPERTS},
@@ -46,21 +47,25 @@ def four(axis: str) -> Mesh:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_axis_of_every_leaf_is_what_its_name_says(family: str) -> None:
+    config = decoder(family).config
     for path, leaf in leaf_paths(decoder(family)):
-        names = logical_axes(path)
+        names = config.axes(path)
+        if names is None:
+            assert leaf.ndim == 1, f"{path}: only vectors may be without an entry"
+            continue
         assert len(names) == leaf.ndim, path
         for name, size in zip(names, leaf.shape, strict=True):
             assert name is None or size in SIZES[name], (path, name, size)
 
 
-def test_every_entry_of_the_table_is_some_leaf() -> None:
+def test_every_entry_of_the_parts_is_some_leaf() -> None:
+    """But for biases that no family of these publishes."""
     trees = [*map(decoder, FAMILIES), packed_decoder()]
-    paths = {path.split(".", 2)[-1] if "layers." in path else path for tree in trees for path, _ in leaf_paths(tree)}
-    # of a registered layer the table knows the experts alone
-    fields = {"hidden_size": 48, "num_attention_heads": 8, "num_hidden_layers": 1, "intermediate_size": 14}
-    config = fields | {"moe": "smoe", "moe_args": {"expert_bias": True}, "vocab_size": 53}
-    own = {path.split(".", 2)[-1] for path, _ in leaf_paths(Decoder.abstract(family("moejax").config(config)))}
-    assert paths | {path for path in own if ".experts." in path} == set(AXES)
+    paths = {path.split(".", 2)[-1] for tree in trees for path, _ in leaf_paths(tree) if path.startswith("layers.")}
+    entries = {path for tree in trees for block in tree.config.blocks for path in block.axes}
+    shared = {f"feed_forward.shared.mlp.{name}_bias" for name in ("gate_up", "down")}
+    unpublished = {"feed_forward.router.selection_bias", "attention.router.bias", *shared}
+    assert entries - paths == unpublished
 
 
 def packed_decoder() -> Decoder:
@@ -84,7 +89,7 @@ def test_leaves_are_split_as_the_rules_say(family: str, layout: str) -> None:
     placed = shardings(decoder(family), mesh(layout), rules)
     for path, leaf in leaf_paths(decoder(family)):
         part = placed[path].shard_shape(leaf.shape)
-        split = {rules[name] for name in logical_axes(path) if name in rules}
+        split = {rules[name] for name in decoder(family).config.axes(path) or () if name in rules}
         assert leaf.size // math.prod(part) == math.prod(axes[axis] for axis in split), path
         if path.endswith(("gate_up", "down")):
             assert split, path
@@ -123,20 +128,33 @@ def test_wrong_rules_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"layers.0.feed_forward.experts.down .* two of its axes on mesh axis 'x'"):
         shardings(model, four("x"), {"expert": "x", "hidden": "x"})
     with pytest.raises(ConfigError, match="pass mesh="):
-        load("tiny-olmoe", rules=EXPERT)
+        load("tiny-olmoe", sharding=EXPERT)
 
 
-def test_a_leaf_without_an_entry_is_refused_and_can_be_added() -> None:
-    model = decoder("mixtral")
-    axes = {name: names for name, names in AXES.items() if name != "feed_forward.experts.down"}
-    with pytest.raises(ConfigError, match=r"leaf layers.0.feed_forward.experts.down: no logical axes are known"):
-        shardings(model, mesh("both"), EXPERT_TENSOR, axes)
-    axes["feed_forward.experts.down"] = ("expert", "model")
+class Unsplit(MixtureConfig):
+    """A mixture of which nothing is ever split."""
+
+    axes = {}  # noqa: RUF012
+
+
+class Wrong(MixtureConfig):
+    """A mixture whose answer does not fit its leaves."""
+
+    axes = {"experts.down": ("expert", "model")}  # noqa: RUF012
+
+
+def with_mixtures(kind: type[MixtureConfig]) -> Decoder:
+    config = decoder("mixtral").config
+    blocks = [replace(b, feed_forward=kind(**vars(b.feed_forward))) for b in config.blocks]
+    return Decoder.abstract(replace(config, blocks=tuple(blocks)))
+
+
+def test_parts_say_themselves_how_they_are_split() -> None:
+    placed = shardings(with_mixtures(Unsplit), mesh("both"), EXPERT_TENSOR)
+    assert placed["layers.1.feed_forward.experts.down"].is_fully_replicated
+    assert not placed["layers.1.attention.output.weight"].is_fully_replicated
     with pytest.raises(ConfigError, match=r"feed_forward.experts.down has shape \[8, 50, 20\], but 2 logical axes"):
-        shardings(model, mesh("both"), EXPERT_TENSOR, axes)
-    axes["feed_forward.experts.down"] = ("expert", "model", None)
-    placed = shardings(model, mesh("both"), EXPERT_TENSOR, axes)
-    assert placed["layers.1.feed_forward.experts.down"].shard_shape((8, 50, 20)) == (4, 50, 20)
+        shardings(with_mixtures(Wrong), mesh("both"), EXPERT_TENSOR)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +167,9 @@ def test_a_leaf_without_an_entry_is_refused_and_can_be_added() -> None:
     ],
     ids=["expert", "tensor", "both", "an axis that splits nothing"],
 )
-def test_a_kernel_is_not_given_what_xla_splits(monkeypatch, axes: dict[str, int], rules: Rules, kernel: bool) -> None:
+def test_a_kernel_is_not_given_what_xla_splits(
+    monkeypatch, axes: dict[str, int], rules: ShardingRules, kernel: bool
+) -> None:
     """It cannot be split inside, so that XLA would collect the weights of all devices for it."""
     gpu = SimpleNamespace(compute_capability="9.0", core_count=132)
     monkeypatch.setattr(hopper, "target", lambda *_: gpu)

@@ -100,7 +100,7 @@ def test_a_registered_layers_own_leaves_lie_on_every_device():
         config = family("moejax").config(MODEL | {"moe": "with_names"})
         placed = shardings(Decoder.abstract(config), mesh)
         assert placed["layers.0.feed_forward.experts.down"].spec[0] == "expert"
-        for name in ("down", "bias", "gate_weight"):
+        for name in ("down", "bias", "weight"):
             assert not any(placed[f"layers.0.feed_forward.{name}"].spec), name
     finally:
         registry._LAYERS.clear()
