@@ -7,6 +7,7 @@ there, without an entry anywhere else; and a file outside of the package that us
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from moejax.errors import ConfigError, MoejaxError
@@ -43,12 +44,17 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         Raises:
             ConfigError: the name is no string, or something else has it.
         """
+        where = _origin(entry if origin is None else origin)
+        self._check_free(name, where)
+        self._entries[name], self._origins[name] = entry, where
+
+    def _check_free(self, name: Any, where: tuple[str, str]) -> None:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"give the {self.kind} a name, not {name!r}.")
-        where = _origin(entry if origin is None else origin)
+        if not where[0].startswith(f"{self._package}."):
+            self._discover()  # what the package itself has comes first
         if self._origins.get(name, where) != where:
             raise ConfigError(f"a {self.kind} {name!r} is registered already: {'.'.join(self._origins[name])}.")
-        self._entries[name], self._origins[name] = entry, where
 
     def register(self, *names: str) -> Callable[[Registered], Registered]:
         """Decorator that enters what it decorates under each of ``names`` and returns it.
@@ -60,6 +66,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
             raise ConfigError(f'give the {self.kind} a name: @register("my_{self.kind.split()[-1]}").')
 
         def enter(thing: Any) -> Any:
+            for name in names:
+                self._check_free(name, _origin(thing))
             for name in names:
                 self.add(name, thing)
             return thing
@@ -76,6 +84,16 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if name not in self._entries:
             raise self._error(f"{self.kind} {name!r} is unknown; choose from {', '.join(self)}.")
         return self._entries[name]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """A context after which the table is as it was before, for entries that are made on trial."""
+        self._discover()
+        entries, origins = dict(self._entries), dict(self._origins)
+        try:
+            yield
+        finally:
+            self._entries, self._origins = entries, origins
 
     def __getitem__(self, name: str) -> Entry:
         self._discover()

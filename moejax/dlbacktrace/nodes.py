@@ -19,7 +19,7 @@ def stack(layers: int) -> list[str]:
 
 
 def graph(config: Config) -> dict[str, Node]:
-    """Of every node its class, its place (on the residual stream or on a branch) and its neighbours.
+    """The graph of the nodes: class, place (on the residual stream or on a branch) and neighbours of each.
 
     ``child`` are the nodes that it hands relevance to, ``parent`` those that it has relevance from.
     """

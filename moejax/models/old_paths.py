@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moejax.models.config import split_path
-
 
 @dataclass(frozen=True)
 class Rename:
@@ -93,9 +91,11 @@ def old_path(path: str, fields: Mapping[str, Any]) -> str:
 
 
 def _replaced(path: str, pairs: list[tuple[str, str]]) -> str:
-    layer, rest = split_path(path)
-    template = path if layer is None else f"layers.{{layer}}.{rest}"
+    # the path may be a key table's, which says {layer} itself
+    first, _, rest = path.partition(".")
+    layer, _, rest = rest.partition(".")
+    template = f"layers.{{layer}}.{rest}" if first == "layers" else path
     for before, after in pairs:
         if template == before or template.startswith(f"{before}."):
-            return (after + template[len(before) :]).replace("{layer}", str(layer))
+            return (after + template[len(before) :]).replace("{layer}", layer)
     return path

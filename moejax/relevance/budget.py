@@ -12,7 +12,7 @@ from moejax.models import Config
 
 
 class Arrangement(NamedTuple):
-    """Of one pass: targets at a time, and of how many first layers the activations are computed again."""
+    """How a pass runs: targets propagated at a time, and the number of leading layers that are rematerialised."""
 
     chunk: int
     rematerialised_layers: int
@@ -23,10 +23,10 @@ class Footprint:
     """Estimated bytes of an explanation beside the weights.
 
     Attributes:
-        layers: how many there are.
+        layers: number of layers.
         layer: activations of a layer, kept for the backward pass.
         stream: the residual stream that enters a layer.
-        target: temporaries of one more target on its way back.
+        target: temporaries of one more target in the backward pass.
         readout: results of one more target.
     """
 
@@ -38,7 +38,7 @@ class Footprint:
 
     @classmethod
     def of(cls, config: Config, batch: int, tokens: int, itemsize: int) -> "Footprint":
-        """For ``batch`` sequences of ``tokens`` with activations of ``itemsize`` bytes."""
+        """The footprint for ``batch`` sequences of ``tokens`` with activations of ``itemsize`` bytes."""
         c, rows = config, batch * tokens
         parts = [[half.activations(batch, tokens, itemsize) for half in block.halves] for block in c.blocks]
         # beside what its parts keep, a layer keeps some copies of the stream
@@ -56,37 +56,43 @@ class Footprint:
         )
 
     def kept(self, rematerialised_layers: int) -> int:
-        """Of the forward pass, when the backward pass begins or, if that is more, in the last layer that runs again."""
-        whole = self.layers - rematerialised_layers
-        return rematerialised_layers * self.stream + max(whole, rematerialised_layers > 0) * self.layer
+        """Bytes that the forward pass leaves behind.
+
+        They are counted when the backward pass begins or, if that is more, while the last rematerialised layer runs.
+        """
+        others = self.layers - rematerialised_layers
+        return rematerialised_layers * self.stream + max(others, rematerialised_layers > 0) * self.layer
 
     def bytes(self, targets: int, arrangement: Arrangement) -> int:
-        """Of a pass over that many targets."""
-        at_a_time = min(arrangement.chunk, targets) * self.target
-        return self.kept(arrangement.rematerialised_layers) + at_a_time + targets * self.readout
+        """Bytes of a pass over that many targets."""
+        chunk = min(arrangement.chunk, targets) * self.target
+        return self.kept(arrangement.rematerialised_layers) + chunk + targets * self.readout
 
     def arrange(
         self, targets: int, max_bytes: int, chunk: int | None = None, rematerialised_layers: int | None = None
     ) -> Arrangement:
-        """What fits and runs the fewest layers: each goes back once for every chunk, and some run again before that.
+        """Choose the arrangement that fits into ``max_bytes`` and runs the fewest layers.
 
-        What is given holds.
+        A layer runs backwards once for every chunk; a rematerialised layer runs forwards once more.
+
+        Args:
+            chunk, rematerialised_layers: kept as they are, if they are given.
 
         Raises:
             MoejaxError: nothing fits, not even with one target at a time.
         """
-        # not the last layer by default: the way back begins with it, when its activations have just been computed
+        # not the last layer by default: the backward pass begins there, when its activations have just been computed
         every = range(max(self.layers, 1))
         choices = every if rematerialised_layers is None else (rematerialised_layers,)
-        found = []
-        for again in choices:
-            room = (max_bytes - self.bytes(targets, Arrangement(0, again))) // self.target
+        costs = []
+        for count in choices:
+            room = (max_bytes - self.bytes(targets, Arrangement(0, count))) // self.target
             size = min(chunk or max(room, 1), targets)
             if size <= room:
-                found.append((-(-targets // size) * (self.layers + again), Arrangement(size, again)))
-        if found:
-            return min(found, key=lambda costed: costed[0])[1]
-        least = min(self.bytes(targets, Arrangement(chunk or 1, again)) for again in choices)
+                costs.append((-(-targets // size) * (self.layers + count), Arrangement(size, count)))
+        if costs:
+            return min(costs, key=lambda cost: cost[0])[1]
+        least = min(self.bytes(targets, Arrangement(chunk or 1, count)) for count in choices)
         raise MoejaxError(
             f"max_bytes={max_bytes} is too little: with chunk={chunk or 1} a pass takes about {least} bytes beside the "
             "weights."

@@ -29,8 +29,8 @@ class Activations(Plain):
         product: AttentionProduct,
         q: Float[Array, "B T H C"],
         k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
+        v: Float[Array, "B S G Cv"],
+    ) -> Float[Array, "B T H Cv"]:
         """Values are ones, and a head's cotangent sums to one: the cotangent of the pattern is one everywhere."""
         q, k = stop_gradient(q), stop_gradient(k)
         return attach(stop_gradient(product(q, k, v)), _one_in_all(product(q, k, jnp.ones_like(v))))

@@ -90,8 +90,8 @@ class AttnLRP(Rule):
         product: AttentionProduct,
         q: Float[Array, "B T H C"],
         k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
+        v: Float[Array, "B S G Cv"],
+    ) -> Float[Array, "B T H Cv"]:
         """Uniform rule on both matrix products: values and pattern receive one half each; queries and keys share the
         pattern's half.
         """

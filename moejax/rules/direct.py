@@ -35,6 +35,6 @@ class Direct(AttnLRP):
         product: AttentionProduct,
         q: Float[Array, "B T H C"],
         k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
+        v: Float[Array, "B S G Cv"],
+    ) -> Float[Array, "B T H Cv"]:
         return product(stop_gradient(q), stop_gradient(k), stop_gradient(v))

@@ -38,8 +38,8 @@ class GIM(AttnLRP):
         product: AttentionProduct,
         q: Float[Array, "B T H C"],
         k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
+        v: Float[Array, "B S G Cv"],
+    ) -> Float[Array, "B T H Cv"]:
         """Values receive their half at temperature 1, queries and keys theirs at the higher temperature."""
         if self.temperature == 1:
             return super().attention(product, q, k, v)

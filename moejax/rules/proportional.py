@@ -78,8 +78,8 @@ class Proportional(AttnLRP):
         product: AttentionProduct,
         q: Float[Array, "B T H C"],
         k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
+        v: Float[Array, "B S G Cv"],
+    ) -> Float[Array, "B T H Cv"]:
         """The pattern is a constant; the weighted values of a head share its relevance by size."""
         q, k = stop_gradient(q), stop_gradient(k)
         return by_size(product(q, k, v), product(q, k, jnp.abs(v)))

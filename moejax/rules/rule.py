@@ -101,8 +101,8 @@ class Rule:
         product: AttentionProduct,
         q: Float[Array, "B T H C"],
         k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
-    ) -> Float[Array, "B T H C"]:
+        v: Float[Array, "B S G Cv"],
+    ) -> Float[Array, "B T H Cv"]:
         """Compute heads from queries, keys and values by ``product``, the implementation of attention in use."""
         return product(q, k, v)
 

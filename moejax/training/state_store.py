@@ -4,10 +4,14 @@ A training state is the decoder, the optimiser's state and the number of steps d
 temporary folder and renames the folder at the end, so a save that was killed is never mistaken for a complete one.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from moejax.checkpoints.plan import leaf_paths
+from moejax.models.old_paths import old_path
 from moejax.training.step import TrainState
 
 
@@ -28,7 +32,7 @@ class StateStore:
 
     def save(self, state: TrainState) -> None:
         """Write the state under its step number and return once it is complete on disk."""
-        self._manager.save(int(state.step), args=self._ocp.args.StandardSave(jax.tree.leaves(state)))
+        self._manager.save(int(state.step), args=self._ocp.args.StandardSave(dict(leaf_paths(state))))
         self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> TrainState | None:
@@ -44,6 +48,43 @@ class StateStore:
         step = self._manager.latest_step()
         if step is None:
             return None
-        leaves, tree = jax.tree.flatten(like)
-        restored = self._manager.restore(step, args=self._ocp.args.StandardRestore(leaves))
-        return jax.tree.unflatten(tree, restored)
+        leaves = dict(leaf_paths(like))
+        if self._is_list(step):
+            order = old_order(list(leaves), {"model_type": like.decoder.config.model_type})
+            values = self._restore(step, [leaves[path] for path in order])
+            by_path = dict(zip(order, values, strict=True))
+        else:
+            by_path = self._restore(step, leaves)
+        return jax.tree.unflatten(jax.tree.structure(like), [by_path[path] for path in leaves])
+
+    def _restore(self, step: int, like: Any) -> Any:
+        return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+
+    def _is_list(self, step: int) -> bool:
+        """Return whether an older version wrote the state: as a list of its leaves, without their paths."""
+        metadata: Any = self._manager.item_metadata(step)
+        return isinstance(getattr(metadata, "tree", metadata), list | tuple)
+
+
+def old_order(paths: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
+    """Sort the leaves of a training state as a version sorted them that had other names for some.
+
+    Modules list their attributes by name, so a renamed leaf stands elsewhere. Steps of a path that are numbers count
+    as numbers; in a state, leaves outside of the decoder's trees keep their places.
+
+    Args:
+        paths: dotted paths of all leaves, in today's order.
+        fields: the Hugging Face config of the model, or the part of it that says which family it is.
+    """
+
+    def key(path: str) -> list[tuple[int, str]]:
+        before, marker, inside = path.partition("layers.")
+        steps = (before + old_path(marker + inside, fields)).split(".") if marker else path.split(".")
+        return [(int(step), "") if step.isdigit() else (-1, step) for step in steps]
+
+    # only the leaves of layers move, and only among those of their layer
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        before, marker, inside = path.partition("layers.")
+        groups.setdefault(f"{before}{marker}{inside.partition('.')[0]}" if marker else path, []).append(path)
+    return [path for group in groups.values() for path in sorted(group, key=key)]

@@ -1,14 +1,14 @@
 """``moejax train``: a layer of one's own from a file to a model that is analysed and explained."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moejax.layers.feed_forward import registry
+from moejax.layers import LAYERS
 
 OWN = Path(__file__).with_name("own_layer.py")
 MODEL = {
@@ -21,9 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config(tmp_path: Path) -> Iterator[Path]:
     """A run of six steps on two kinds of sentences; the registry is as before when it is over."""
-    monkeypatch.setattr(registry, "_LAYERS", dict(registry.registered()))
     lines = [json.dumps({"text": SENTENCES[i % 2] * 9, "label": str(i % 2)}) for i in range(20)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     settings = {
@@ -31,7 +30,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "length": 16, "warmup": 2, "learning_rate": 0.02, "log_every": 3, "save_every": 6, "compute_dtype": "float32",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    return tmp_path / "config.json"
+    with LAYERS.restored():
+        yield tmp_path / "config.json"
 
 
 def test_own_layer_is_trained_analysed_and_explained(

@@ -7,6 +7,7 @@ import pytest
 from tiny.layers import CASES, B, K, T, make, parameters, tokens
 
 from layers.reference import LIBMOE, PUBLISHED, expert, gelu, relu, shared
+from moejax.layers import Call
 from moejax.rules import Gates, Reading
 
 pytestmark = pytest.mark.usefixtures("x64")

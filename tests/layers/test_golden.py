@@ -7,6 +7,7 @@ import pytest
 from tiny.layers import CASES, B, D, E, K, O, T, built_in, call, make, objective, parameters, some_mask, tokens
 
 from layers.reference import LIBMOE, PUBLISHED, Found, expert, smoe_plus_plus
+from moejax.layers import Call
 
 pytestmark = pytest.mark.usefixtures("x64")
 every_case = pytest.mark.parametrize(("name", "compat"), CASES)
@@ -142,7 +143,7 @@ def test_gating_residual_against_numpy():
     without = smoe_plus_plus(parameters(layer), x, K, np.ones((B, T), bool))
     assert np.abs(want.output - without.output).max() > 0.1
     z = x @ parameters(layer)["router.weight"].T + previous @ parameters(layer)["gate_residual"].T
-    np.testing.assert_allclose(aux.carried, z, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(aux.carry, z, rtol=1e-10, atol=1e-10)
 
 
 def test_libmoe_plus_plus_between_two_widths_is_smoe():

@@ -35,7 +35,7 @@ def toy(weigh: str = "raw", **options) -> LM:
 
 def run(lm: LM, **edits) -> Reference:
     """The forward pass without what ``edits`` name."""
-    return Reference(lm.decoder, PROMPT, lm.config.rope.angles(jnp.arange(T)[None], C), Edits(**edits))
+    return Reference(lm.decoder, PROMPT, lm.config.blocks[0].rotary.rope.angles(jnp.arange(T)[None], C), Edits(**edits))
 
 
 def reference(lm: LM, **edits) -> np.ndarray:

@@ -20,7 +20,7 @@ def toy(variant: str, layers: int = LAYERS) -> LM:
 
 
 def reference(lm: LM, edits: Edits | None = None) -> Reference:
-    return Reference(lm.decoder, PROMPT, lm.config.rope.angles(jnp.arange(T)[None], C), edits)
+    return Reference(lm.decoder, PROMPT, lm.config.blocks[0].rotary.rope.angles(jnp.arange(T)[None], C), edits)
 
 
 def options(rule: AttnLRP) -> dict[str, str]:

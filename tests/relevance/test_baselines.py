@@ -42,7 +42,7 @@ def toy(variant: str = "plain", layers: int = LAYERS) -> LM:
 def reference() -> Reference:
     with jax.enable_x64(True):
         lm = toy()
-        return Reference(lm.decoder, PROMPT, lm.config.rope.angles(jnp.arange(T)[None], C))
+        return Reference(lm.decoder, PROMPT, lm.config.blocks[0].rotary.rope.angles(jnp.arange(T)[None], C))
 
 
 class TestIntegratedGradients:

@@ -180,7 +180,7 @@ class Reference:
 
     def __init__(self, lm: LM) -> None:
         self.decoder = jax.tree.map(np.asarray, lm.decoder)
-        cosine, sine = lm.config.rope.angles(jnp.arange(len(PROMPT))[None], lm.config.head_dim)
+        cosine, sine = lm.config.blocks[0].rotary.rope.angles(jnp.arange(len(PROMPT))[None], lm.config.head_dim)
         self.angles = wide(cosine[0]), wide(sine[0])
         self.embedded = wide(self.decoder.embedding)[PROMPT]
 

@@ -15,7 +15,7 @@ import pytest
 
 import moejax
 from moejax import ConfigError, MoejaxError, MoeLayer, register_moe
-from moejax.layers.feed_forward import registry
+from moejax.layers import LAYERS
 from moejax.models import Decoder, family
 from moejax.training import Corpus, LossWeights, TrainState, language_model_loss, make_train_steps
 from moejax.training.config import TrainConfig
@@ -99,9 +99,15 @@ def test_relu_coefficient_moves_with_the_sparsity():
     assert found.layers[0].feed_forward.log_l1 == 0
 
 
-def test_a_layer_that_never_asks_its_experts_is_trained_all_the_same(monkeypatch):
+@pytest.fixture
+def registered_on_trial():
+    with LAYERS.restored():
+        yield
+
+
+@pytest.mark.usefixtures("registered_on_trial")
+def test_a_layer_that_never_asks_its_experts_is_trained_all_the_same():
     """Its forward is its own from end to end; it has a loss and no load."""
-    monkeypatch.setattr(registry, "_LAYERS", dict(registry.registered()))
 
     @register_moe("average")
     class Average(MoeLayer):

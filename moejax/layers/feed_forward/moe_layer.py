@@ -167,8 +167,8 @@ class MoeLayer(ViewedMixture):
     # the steps of a call
 
     @property
-    def gate_weight(self) -> Float[Array, "R D"]:
-        """The router's weight, under LibMoE's name."""
+    def gate_weight(self) -> Array:
+        """The router's weight ``[R D]``, under LibMoE's name."""
         return self.router.weight
 
     def gate(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R"]:

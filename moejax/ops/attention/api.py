@@ -15,7 +15,7 @@ _BLOCK_BYTES = 1 << 27
 def attention(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S G C"],
-    v: Float[Array, "B S G C"],
+    v: Float[Array, "B S G Cv"],
     mask: Bool[Array, "B T S"] | None,
     *,
     scale: float,
@@ -25,7 +25,7 @@ def attention(
     window: int | None = None,
     implementation: str | None = None,
     block: int | None = None,
-) -> Float[Array, "B T H C"]:
+) -> Float[Array, "B T H Cv"]:
     """``softmax(q k^T * scale) v`` for each head; query head ``h`` reads key/value head ``h // (H // G)``.
 
     Scores and softmax are in float32 whatever the dtype of the inputs. A query that sees no key (padding) yields zeros.
@@ -33,7 +33,7 @@ def attention(
     Args:
         q: queries.
         k: keys.
-        v: values.
+        v: values, which may have another width than queries and keys.
         mask: True for the keys that each query sees. ``causal`` and ``window`` do not restrict the mask further; they
             only promise something about it. ``None`` for all keys that ``causal`` and ``window`` leave.
         scale: multiplies the scores.

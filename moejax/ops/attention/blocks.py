@@ -24,7 +24,7 @@ sees, and loops over its blocks. More spans would skip more edges that no query 
 spans 7/16), but take longer to compile."""
 
 
-class Span(NamedTuple):
+class KeySpan(NamedTuple):
     """Queries ``start`` to ``stop``, in ``blocks`` equal blocks, and the keys ``low`` to ``high`` that they may see."""
 
     start: int
@@ -34,7 +34,7 @@ class Span(NamedTuple):
     blocks: int
 
 
-class _Settings(NamedTuple):
+class _BlockSettings(NamedTuple):
     scale: float
     causal: bool
     window: int | None
@@ -52,23 +52,23 @@ class _Rows(NamedTuple):
 def in_blocks(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S G C"],
-    v: Float[Array, "B S G C"],
+    v: Float[Array, "B S G Cv"],
     mask: Bool[Array, "B T S"],
     sinks: Float[Array, " H"] | None,
     options: Options,
-) -> Float[Array, "B T H C"]:
+) -> Float[Array, "B T H Cv"]:
     """Attention that holds the scores of ``options.block`` queries at a time; arguments as in :func:`attention`."""
     batch, queries, heads, width = q.shape
     groups = k.shape[2]
     if sinks is not None:
         sinks = sinks.astype(jnp.promote_types(q.dtype, jnp.float32)).reshape(groups, -1)
     grouped = q.reshape(batch, queries, groups, -1, width)
-    settings = _Settings(options.scale, options.causal, options.window, options.block)
+    settings = _BlockSettings(options.scale, options.causal, options.window, options.block)
     out: Array = _attend(settings, grouped, k, v, mask, sinks)
-    return out.reshape(batch, queries, heads, width)
+    return out.reshape(batch, queries, heads, v.shape[-1])
 
 
-def spans(queries: int, keys: int, block: int, causal: bool, window: int | None) -> list[Span]:
+def spans(queries: int, keys: int, block: int, causal: bool, window: int | None) -> list[KeySpan]:
     """The ranges of queries that are compiled one by one, with the keys that each may see."""
     # an incomplete last block is a range for itself
     complete = queries // block
@@ -78,19 +78,19 @@ def spans(queries: int, keys: int, block: int, causal: bool, window: int | None)
     if complete * block < queries:
         ranges.append((complete * block, queries, 1))
     if not causal:
-        return [Span(a, b, 0, keys, n) for a, b, n in ranges]
-    return [Span(a, b, 0 if window is None else max(0, a - window + 1), b, n) for a, b, n in ranges]
+        return [KeySpan(a, b, 0, keys, n) for a, b, n in ranges]
+    return [KeySpan(a, b, 0 if window is None else max(0, a - window + 1), b, n) for a, b, n in ranges]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    settings: _Settings,
+    settings: _BlockSettings,
     q: Float[Array, "B T G Q C"],
     k: Float[Array, "B S G C"],
-    v: Float[Array, "B S G C"],
+    v: Float[Array, "B S G Cv"],
     mask: Bool[Array, "B T S"],
     sinks: Float[Array, "G Q"] | None,
-) -> Float[Array, "B T G Q C"]:
+) -> Float[Array, "B T G Q Cv"]:
     return _forward(settings, q, k, v, mask, sinks)[0]
 
 
@@ -138,7 +138,7 @@ def _backward(settings, saved, cotangent):
 _attend.defvjp(_forward, _backward)
 
 
-def _one_backward(settings: _Settings, saved: tuple, c: Array, partial_sums: jnp.dtype) -> tuple[Array, tuple]:
+def _one_backward(settings: _BlockSettings, saved: tuple, c: Array, partial_sums: jnp.dtype) -> tuple[Array, tuple]:
     """``dq`` of one block, and its parts of ``dk``, ``dv`` and ``dsinks``; ``c`` is the output's cotangent."""
     q, k, v, mask, sinks, rows = saved
     pattern = jnp.exp(_scores(settings, q, k, mask) - rows.top) / rows.total
@@ -157,7 +157,7 @@ def _one_backward(settings: _Settings, saved: tuple, c: Array, partial_sums: jnp
     return dq, (dk, dv, -(sink_pattern * mean).sum((0, 3, 4)))
 
 
-def _scores(settings: _Settings, q: Array, k: Array, mask: Array) -> Float[Array, "B G Q T S"]:
+def _scores(settings: _BlockSettings, q: Array, k: Array, mask: Array) -> Float[Array, "B G Q T S"]:
     accumulator = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("btgrc,bsgc->bgrts", q, k, preferred_element_type=accumulator) * settings.scale
     return jnp.where(mask[:, None, None], scores, jnp.finfo(accumulator).min)
@@ -174,17 +174,17 @@ def _statistics(scores: Array, mask: Array, sinks: Array | None) -> _Rows:
     return _Rows(top, jnp.where(mask.any(-1)[:, None, None, :, None], total, jnp.inf))
 
 
-def _spans_of(settings: _Settings, q: Array, k: Array) -> list[Span]:
+def _spans_of(settings: _BlockSettings, q: Array, k: Array) -> list[KeySpan]:
     return spans(q.shape[1], k.shape[1], settings.block, settings.causal, settings.window)
 
 
-def _part(span: Span, q: Array, mask: Array, *rest: Array) -> tuple[Array, ...]:
+def _part(span: KeySpan, q: Array, mask: Array, *rest: Array) -> tuple[Array, ...]:
     """The queries of the span, their part of the mask, and their rows of all further arrays."""
     rows = slice(span.start, span.stop)
     return (q[:, rows], mask[:, rows, span.low : span.high], *(x[:, rows] for x in rest))
 
 
-def _each(one, span: Span, operands: tuple) -> tuple[Array, _Rows]:
+def _each(one, span: KeySpan, operands: tuple) -> tuple[Array, _Rows]:
     """Apply ``one`` to every block, and join the outputs; the statistics keep an axis of blocks."""
     if span.blocks == 1:
         return one(operands)
@@ -192,7 +192,7 @@ def _each(one, span: Span, operands: tuple) -> tuple[Array, _Rows]:
     return _join_blocks(out), rows
 
 
-def _sum_each(one, span: Span, operands: tuple) -> tuple[Array, tuple]:
+def _sum_each(one, span: KeySpan, operands: tuple) -> tuple[Array, tuple]:
     """Apply ``one`` to every block; join the first results, and sum the others over blocks."""
     if span.blocks == 1:
         return one(operands)

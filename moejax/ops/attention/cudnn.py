@@ -64,7 +64,7 @@ CUDNN = Kernel(_forward, _backward)
 
 
 def _supports(q: Array, k: Array, v: Array, causal: bool) -> bool:
-    return AVAILABLE and supports(q, k, causal)
+    return AVAILABLE and q.shape[-1] == v.shape[-1] and supports(q, k, causal)
 
 
 @register_attention("fused", priority=30, supports=_supports, optional_mask=True)

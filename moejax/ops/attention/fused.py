@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
     backward: Callable[..., tuple[Array, Array, Array]]
 
 
-class _Settings(NamedTuple):
+class _FusedSettings(NamedTuple):
     scale: float
     window: int | None
     block: int
@@ -64,7 +64,7 @@ def fused(
     """Attention by ``kernel``, arguments as in :func:`attention`. Scores are in float32, but never reach memory."""
     unpadded = None if mask is None else (mask == causal_mask(q.shape[1], options.window)).all()
     sinks = sinks if sinks is None else sinks.astype(jnp.float32)
-    return _attend(_Settings(options.scale, options.window, options.block, kernel), q, k, v, sinks, mask, unpadded)
+    return _attend(_FusedSettings(options.scale, options.window, options.block, kernel), q, k, v, sinks, mask, unpadded)
 
 
 def causal_mask(tokens: int, window: int | None) -> Bool[Array, "T T"]:
@@ -75,7 +75,7 @@ def causal_mask(tokens: int, window: int | None) -> Bool[Array, "T T"]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    settings: _Settings,
+    settings: _FusedSettings,
     q: Array,
     k: Array,
     v: Array,
@@ -112,7 +112,9 @@ def _backward(settings, saved, cotangent):
 _attend.defvjp(_forward, _backward)
 
 
-def _forward_with_sinks(settings: _Settings, q: Array, k: Array, v: Array, sinks: Array | None) -> tuple[Array, Array]:
+def _forward_with_sinks(
+    settings: _FusedSettings, q: Array, k: Array, v: Array, sinks: Array | None
+) -> tuple[Array, Array]:
     """The output, and the statistics with the sinks added."""
     forward = _batched(lambda *x: settings.kernel.forward(*x, settings.scale, settings.window))
     out, statistics = forward(q, k, v)
@@ -124,7 +126,7 @@ def _forward_with_sinks(settings: _Settings, q: Array, k: Array, v: Array, sinks
 
 
 def _backward_with_sinks(
-    settings: _Settings,
+    settings: _FusedSettings,
     cotangent: Array,
     q: Array,
     k: Array,
@@ -142,7 +144,7 @@ def _backward_with_sinks(
     return dq, dk, dv, -(jnp.exp(sinks[:, None] - statistics) * received).sum((0, 2))
 
 
-def _blocks(settings: _Settings, mask: Array):
+def _blocks(settings: _FusedSettings, mask: Array):
     """Attention by blocks as a function of ``q``, ``k``, ``v`` and sinks."""
     options = Options(settings.scale, True, settings.window, settings.block)
     return lambda q, k, v, sinks: in_blocks(q, k, v, mask, sinks, options)

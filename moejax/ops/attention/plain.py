@@ -12,11 +12,11 @@ from moejax.ops.cotangents import gate
 def plain(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S G C"],
-    v: Float[Array, "B S G C"],
+    v: Float[Array, "B S G Cv"],
     mask: Bool[Array, "B T S"],
     sinks: Float[Array, " H"] | None,
     options: Options,
-) -> Float[Array, "B T H C"]:
+) -> Float[Array, "B T H Cv"]:
     """The reference against which the other implementations are tested; arguments as in :func:`attention`."""
     batch, queries, heads, width = q.shape
     groups = k.shape[2]
@@ -33,4 +33,4 @@ def plain(
     pattern = jnp.where(mask.any(-1)[:, None, None, :, None], pattern, 0)
     if options.edges is not None:
         pattern = gate(pattern, options.edges.reshape(pattern.shape))
-    return jnp.einsum("bgrts,bsgc->btgrc", pattern.astype(v.dtype), v).reshape(batch, queries, heads, width)
+    return jnp.einsum("bgrts,bsgc->btgrc", pattern.astype(v.dtype), v).reshape(batch, queries, heads, v.shape[-1])

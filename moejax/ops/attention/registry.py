@@ -35,14 +35,14 @@ class Options(NamedTuple):
     edges: Float[Array, "B H T S"] | None = None
 
 
-Compute = Callable[..., Float[Array, "B T H C"]]
+Compute = Callable[..., Float[Array, "B T H Cv"]]
 """``compute(q, k, v, mask, sinks, options)``: the output of attention.
 
 The mask is ``Bool[Array, "B T S"]``, or ``None`` if the implementation was registered with ``optional_mask``. The sinks
 are ``Float[Array, " H"] | None``.
 """
 
-Supports = Callable[[Float[Array, "B T H C"], Float[Array, "B S G C"], Float[Array, "B S G C"], bool], bool]
+Supports = Callable[[Float[Array, "B T H C"], Float[Array, "B S G C"], Float[Array, "B S G Cv"], bool], bool]
 
 
 @dataclass

@@ -126,7 +126,9 @@ def test_an_expert_is_read_once_for_each_part_of_it(layout: str, tmp_path: Path)
     assert [count for key, count in source.asked.items() if ".experts." in key] == [parts] * 3 * 8
 
 
-@pytest.mark.parametrize(("name", "leaf"), [("jetmoe", "gate_up"), ("jetmoe", "down"), ("gpt_oss", "gate_up")])
+@pytest.mark.parametrize(
+    ("name", "leaf"), [("jetmoe", "experts.gate_up"), ("jetmoe", "experts.down"), ("gpt_oss", "experts.gate_up")]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_part_of_one_tensor_is_a_view_of_the_mapped_file(name: str, leaf: str, layout: str, tmp_path: Path) -> None:
     """So the system reads the pages of that part and no others."""

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax.layers.feed_forward import registry
+from moejax.layers import LAYERS
 from moejax.models import Decoder, family, shard
 from moejax.models.sharding import shardings
 from moejax.training import TrainState, make_train_steps
@@ -86,8 +86,7 @@ def test_a_registered_layers_own_leaves_lie_on_every_device():
     """Also those that have the name of a leaf of a published family."""
     from moejax import MoeLayer, register_moe
 
-    kept = dict(registry.registered())
-    try:
+    with LAYERS.restored():
 
         @register_moe("with_names")
         class Named(MoeLayer):
@@ -100,8 +99,5 @@ def test_a_registered_layers_own_leaves_lie_on_every_device():
         config = family("moejax").config(MODEL | {"moe": "with_names"})
         placed = shardings(Decoder.abstract(config), mesh)
         assert placed["layers.0.feed_forward.experts.down"].spec[0] == "expert"
-        for name in ("down", "bias", "weight"):
+        for name in ("down", "bias", "router.weight"):
             assert not any(placed[f"layers.0.feed_forward.{name}"].spec), name
-    finally:
-        registry._LAYERS.clear()
-        registry._LAYERS.update(kept)

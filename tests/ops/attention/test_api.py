@@ -317,12 +317,10 @@ class TestChoice:
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered():
     """The table of implementations, from which all that a test registers is removed in the end."""
-    list(ATTENTIONS)
-    for table in ("_entries", "_origins"):
-        monkeypatch.setattr(ATTENTIONS, table, dict(getattr(ATTENTIONS, table)))
-    return ATTENTIONS
+    with ATTENTIONS.restored():
+        yield ATTENTIONS
 
 
 class TestRegistration:

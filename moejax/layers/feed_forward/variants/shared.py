@@ -140,8 +140,8 @@ class DeepSeekV3MoE(SharedMoE):
         return replace(base, **groups, scale=a.routed_scaling_factor, selection_bias=True)
 
     @property
-    def router_bias(self) -> Float[Array, " E"] | None:
-        """The balancing bias of the selection."""
+    def router_bias(self) -> Array | None:
+        """The balancing bias of the selection ``[E]``."""
         return self.router.selection_bias
 
     def topk_expert(

@@ -40,11 +40,11 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array
 
 from moejax.ops.experts.dispatch.rank_slots import ALIGNMENT
-from moejax.ops.experts.matmul.hopper import Tiling
+from moejax.ops.experts.matmul.hopper import HopperTiling
 from moejax.ops.experts.matmul.tile_table import stable_kernel_name
 
 
-class Refs(NamedTuple):
+class HopperRefs(NamedTuple):
     """The kernel's references: operands and result in global memory, then the buffers of the table above."""
 
     x: Any
@@ -58,7 +58,7 @@ class Refs(NamedTuple):
     used: Any
 
 
-class Plan(NamedTuple):
+class HopperPlan(NamedTuple):
     """Sizes and switches that are known when the kernel is traced.
 
     Attributes:
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
         stored: columns that are stored at a time.
     """
 
-    tiling: Tiling
+    tiling: HopperTiling
     steps: int
     across: int
     stages: int
@@ -85,16 +85,16 @@ class Plan(NamedTuple):
 
 # jitted, so that layers of equal shapes share one lowering, which takes a fifth of a second
 @partial(jax.jit, static_argnames=("t", "transpose", "interpret"))
-def kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, interpret: Any) -> Array:
+def kernel(x: Array, weight: Array, table: Array, t: HopperTiling, transpose: bool, interpret: Any) -> Array:
     (rows, depth), columns = x.shape, weight.shape[2 if transpose else 1]
     steps, across = depth // t.depth, columns // t.columns
     stored = 128 if t.columns % 128 == 0 else 64
-    plan = Plan(t, steps, across, min(t.stages, steps), transpose, stored)
+    plan = HopperPlan(t, steps, across, min(t.stages, steps), transpose, stored)
 
     def body(*refs):
         if interpret is None:
             gpu.inline_mgpu()(stable_kernel_name)()
-        _run(Refs(*refs), plan)
+        _run(HopperRefs(*refs), plan)
 
     # the name of the kernel in a profile
     body.__name__ = f"grouped_matmul_{rows}x{depth}x{columns}"
@@ -121,7 +121,7 @@ def kernel(x: Array, weight: Array, table: Array, t: Tiling, transpose: bool, in
         return run(x, weight, table)
 
 
-def _run(refs: Refs, plan: Plan) -> None:
+def _run(refs: HopperRefs, plan: HopperPlan) -> None:
     """The kernel's body: the third warpgroup copies, the first two multiply and store."""
     t = plan.tiling
     group, processor = lax.axis_index("group"), lax.axis_index("processor")
@@ -161,7 +161,9 @@ def _run(refs: Refs, plan: Plan) -> None:
         gpu.wait_smem_to_gmem(0)
 
 
-def _copy_tile(refs: Refs, plan: Plan, i: Any, expert: Any, start: Any, tile_rows: Any, column: Any) -> None:
+def _copy_tile(
+    refs: HopperRefs, plan: HopperPlan, i: Any, expert: Any, start: Any, tile_rows: Any, column: Any
+) -> None:
     """Copy rows and weights of all steps of tile ``i`` to shared memory, each as soon as a stage is free."""
     t, half = plan.tiling, plan.half
 
@@ -184,7 +186,7 @@ def _copy_tile(refs: Refs, plan: Plan, i: Any, expert: Any, start: Any, tile_row
         gpu.copy_gmem_to_smem(block, refs.ws.at[stage], refs.loaded.at[stage])
 
 
-def _multiply_tile(refs: Refs, plan: Plan, i: Any, group: Any, accumulator: Any) -> Array:
+def _multiply_tile(refs: HopperRefs, plan: HopperPlan, i: Any, group: Any, accumulator: Any) -> Array:
     """Multiply the half of tile ``i`` that belongs to this warpgroup, step after step as they arrive."""
 
     @pl.loop(0, plan.steps)
@@ -203,7 +205,9 @@ def _multiply_tile(refs: Refs, plan: Plan, i: Any, group: Any, accumulator: Any)
     return product
 
 
-def _store_tile(refs: Refs, plan: Plan, product: Any, group: Any, start: Any, tile_rows: Any, column: Any) -> None:
+def _store_tile(
+    refs: HopperRefs, plan: HopperPlan, product: Any, group: Any, start: Any, tile_rows: Any, column: Any
+) -> None:
     """Write this warpgroup's half of a tile to global memory, through shared memory."""
     half = plan.half
     group_rows = jnp.clip(tile_rows - group * half, 0, half)

@@ -54,12 +54,12 @@ from jaxtyping import Array
 
 from moejax.ops.experts.dispatch.rank_slots import ALIGNMENT
 from moejax.ops.experts.matmul import _wgmma_fragments as fragments
-from moejax.ops.experts.matmul.mxfp4_hopper import Tiling
+from moejax.ops.experts.matmul.mxfp4_hopper import MXFP4HopperTiling
 from moejax.ops.experts.matmul.tile_table import stable_kernel_name
 from moejax.ops.mxfp4 import BLOCK, MXFP4
 
 
-class Refs(NamedTuple):
+class MXFP4HopperRefs(NamedTuple):
     """The kernel's references: operands and result in global memory, then the buffers of the table above."""
 
     x: Any
@@ -78,7 +78,7 @@ class Refs(NamedTuple):
     w_used: Any
 
 
-class Plan(NamedTuple):
+class MXFP4HopperPlan(NamedTuple):
     """Sizes and switches that are known when the kernel is traced.
 
     Attributes:
@@ -89,7 +89,7 @@ class Plan(NamedTuple):
         copied_table: the table of tiles is copied to shared memory.
     """
 
-    tiling: Tiling
+    tiling: MXFP4HopperTiling
     m: int
     d: int
     transpose: bool
@@ -136,7 +136,7 @@ class Tiles(NamedTuple):
     table: Any
     processor: Any
     count: Any
-    plan: Plan
+    plan: MXFP4HopperPlan
 
     def at(self, i: Any) -> Tile:
         """Tile ``i``; after the last one, the last one again."""
@@ -148,13 +148,13 @@ class Tiles(NamedTuple):
 
 # jitted, so that layers of equal shapes share one lowering
 @partial(jax.jit, static_argnames=("t", "transpose", "copied_table"))
-def kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool, copied_table: bool) -> Array:
+def kernel(x: Array, weight: MXFP4, table: Array, t: MXFP4HopperTiling, transpose: bool, copied_table: bool) -> Array:
     """The product ``[P, Z]`` of rows ``[P, A]`` that are in fragment order, or not if ``transpose``."""
     _, m, d = weight.shape
-    plan = Plan(t, m, d, transpose, copied_table)
+    plan = MXFP4HopperPlan(t, m, d, transpose, copied_table)
 
     def body(*refs):
-        _run(Refs(*refs), plan)
+        _run(MXFP4HopperRefs(*refs), plan)
 
     # the name of the kernel in a profile
     body.__name__ = f"packed_matmul_hopper_{len(x)}x{plan.depth}x{plan.width}"
@@ -187,7 +187,7 @@ def kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool, co
         return run(x, weight.blocks.reshape(len(weight.blocks), m, d // 2), weight.scales, table)
 
 
-def _run(refs: Refs, plan: Plan) -> None:
+def _run(refs: MXFP4HopperRefs, plan: MXFP4HopperPlan) -> None:
     """The kernel's body: the third warpgroup copies, the first two unpack, multiply and store."""
     gpu.inline_mgpu()(stable_kernel_name)()
     group, processor = lax.axis_index("group"), lax.axis_index("processor")
@@ -220,7 +220,7 @@ def _run(refs: Refs, plan: Plan) -> None:
 # ---- the warpgroup that copies -------------------------------------------------------------------------------------
 
 
-def _copy_tiles(refs: Refs, plan: Plan, tiles: Tiles) -> None:
+def _copy_tiles(refs: MXFP4HopperRefs, plan: MXFP4HopperPlan, tiles: Tiles) -> None:
     """Copy rows, weights and scales of all tiles, each as soon as a stage is free."""
     first = tiles.at(jnp.int32(0))
     scales = _load_scales(refs, plan, jnp.int32(0), first.expert, first.column)
@@ -254,7 +254,7 @@ def _copy_tiles(refs: Refs, plan: Plan, tiles: Tiles) -> None:
             gpu.barrier_wait(used.at[lax.rem(n, stages)])
 
 
-def _copy_weights(refs: Refs, plan: Plan, i: Any, pair: Any, expert: Any, column: Any) -> None:
+def _copy_weights(refs: MXFP4HopperRefs, plan: MXFP4HopperPlan, i: Any, pair: Any, expert: Any, column: Any) -> None:
     """Copy the packed weights of a pair of steps of tile ``i``."""
     n = i * plan.pairs + pair
     stage = lax.rem(n, plan.tiling.w_stages)
@@ -266,20 +266,20 @@ def _copy_weights(refs: Refs, plan: Plan, i: Any, pair: Any, expert: Any, column
     gpu.copy_gmem_to_smem(block, refs.ws.at[stage], refs.w_loaded.at[stage])
 
 
-def _load_scales(refs: Refs, plan: Plan, pair: Any, expert: Any, column: Any) -> Any:
+def _load_scales(refs: MXFP4HopperRefs, plan: MXFP4HopperPlan, pair: Any, expert: Any, column: Any) -> Any:
     """Load the scales of a pair of steps to registers."""
     row, block = (pair * 256, lax.div(column, BLOCK)) if plan.transpose else (column, pair * 8)
     return fragments.load_scales(plan.m, plan.d)(refs.scales, expert, row, block)
 
 
-def _store_exponents(refs: Refs, plan: Plan, i: Any, pair: Any, scales: Any) -> None:
+def _store_exponents(refs: MXFP4HopperRefs, plan: MXFP4HopperPlan, i: Any, pair: Any, scales: Any) -> None:
     """Store scales to shared memory as powers of two, and arrive at the barrier of their weights."""
     stage = lax.rem(i * plan.pairs + pair, plan.tiling.w_stages)
     fragments.store_exponents(plan.transpose)(scales, refs.powers.at[stage])
     gpu.barrier_arrive(refs.w_loaded.at[stage])
 
 
-def _copy_rows(refs: Refs, plan: Plan, i: Any, step: Any, tile: Tile) -> None:
+def _copy_rows(refs: MXFP4HopperRefs, plan: MXFP4HopperPlan, i: Any, step: Any, tile: Tile) -> None:
     """Copy the rows of a step of tile ``i``, as many as the smallest height that holds the tile."""
     n = i * plan.steps + step
     stage = lax.rem(n, plan.tiling.x_stages)
@@ -296,14 +296,16 @@ def _copy_rows(refs: Refs, plan: Plan, i: Any, step: Any, tile: Tile) -> None:
 # ---- the warpgroups that multiply ----------------------------------------------------------------------------------
 
 
-def _compute_tile(refs: Refs, plan: Plan, i: Any, tile: Tile, group: Any, height: int) -> None:
+def _compute_tile(refs: MXFP4HopperRefs, plan: MXFP4HopperPlan, i: Any, tile: Tile, group: Any, height: int) -> None:
     """Compute and store this warpgroup's 128 columns of tile ``i``, as two products of 64 columns."""
     accumulators = [gpu.WGMMAAccumulatorRef((64, height), jnp.float32)] * 2
     sums = pl.run_scoped(partial(_multiply_tile, refs, plan, i, tile, group, height), *accumulators)
     fragments.store_tile(plan.width)(refs.y, *sums, tile.start, tile.rows, tile.column, group)
 
 
-def _multiply_tile(refs: Refs, plan: Plan, i: Any, tile: Tile, group: Any, height: int, *sums: Any) -> list[Array]:
+def _multiply_tile(
+    refs: MXFP4HopperRefs, plan: MXFP4HopperPlan, i: Any, tile: Tile, group: Any, height: int, *sums: Any
+) -> list[Array]:
     """Multiply step after step as they arrive; weights are unpacked while the matrix unit multiplies earlier ones."""
     t, steps = plan.tiling, plan.steps
 
@@ -333,7 +335,7 @@ def _multiply_tile(refs: Refs, plan: Plan, i: Any, tile: Tile, group: Any, heigh
     return products
 
 
-def _load_packed(refs: Refs, plan: Plan, w_stage: Any, group: Any, odd: Any) -> tuple[Any, Any]:
+def _load_packed(refs: MXFP4HopperRefs, plan: MXFP4HopperPlan, w_stage: Any, group: Any, odd: Any) -> tuple[Any, Any]:
     """Packed weights and powers of a step: in registers, or in shared memory if ``m`` is contracted."""
     packed, powers = refs.ws.at[w_stage], refs.powers.at[w_stage]
     if plan.transpose:
@@ -341,7 +343,7 @@ def _load_packed(refs: Refs, plan: Plan, w_stage: Any, group: Any, odd: Any) -> 
     return fragments.load_packed(packed, group, odd), fragments.load_powers(powers, group, odd)
 
 
-def _height_index(plan: Plan, tile: Tile) -> Any:
+def _height_index(plan: MXFP4HopperPlan, tile: Tile) -> Any:
     """The index of the smallest height that holds the tile's rows."""
     return sum((jnp.where(tile.rows > height, 1, 0) for height in plan.tiling.heights[:-1]), jnp.int32(0))
 

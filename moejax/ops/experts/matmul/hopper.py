@@ -24,7 +24,7 @@ _MANY_ROWS = 128
 """Mean rows of a group from which on multiplying takes longer than reading the weights. Then tiles are wide."""
 
 
-class Tiling(NamedTuple):
+class HopperTiling(NamedTuple):
     """Sizes of the kernel.
 
     Attributes:
@@ -71,7 +71,7 @@ def product(
     return y if transpose else y.reshape(len(x), *width)
 
 
-def tiling(rows: int, experts: int, depth: int, columns: int, mesh: Mesh | None = None) -> Tiling:
+def tiling(rows: int, experts: int, depth: int, columns: int, mesh: Mesh | None = None) -> HopperTiling:
     """Sizes for P rows in all, contracted over ``depth``, and a product with ``columns`` columns; multiples of 64."""
     widths = (256, 192, 128, 64) if rows >= _MANY_ROWS * experts else (128, 192, 64)
     width = next(w for w in widths if columns % w == 0)
@@ -79,7 +79,7 @@ def tiling(rows: int, experts: int, depth: int, columns: int, mesh: Mesh | None 
     # where reading takes longer than multiplying: reading 256 bytes of a row at a time is faster than reading 128 bytes
     # of twice as many rows
     double = width <= 128 and depth % (2 * _SWIZZLED_NUMBERS) == 0
-    return Tiling(128, width, _SWIZZLED_NUMBERS << double, stages >> double, target(mesh).core_count)
+    return HopperTiling(128, width, _SWIZZLED_NUMBERS << double, stages >> double, target(mesh).core_count)
 
 
 def matmul(

@@ -17,7 +17,7 @@ from moejax.ops.experts.matmul.tile_table import tile_table
 from moejax.ops.mxfp4 import MXFP4
 
 
-class Tiling(NamedTuple):
+class MXFP4HopperTiling(NamedTuple):
     """Sizes of the kernel.
 
     Attributes:
@@ -73,7 +73,7 @@ def matmul(
     # imported late: the import takes a quarter of a second, and only a GPU that takes the kernel needs it
     from moejax.ops.experts.matmul._mxfp4_hopper_kernel import kernel
 
-    t = Tiling(_HEIGHTS, 4, 3, target(mesh).core_count)
+    t = MXFP4HopperTiling(_HEIGHTS, 4, 3, target(mesh).core_count)
     table = tile_table(group_offsets, group_sizes, len(x), t.heights[-1])
     copied_table = table.shape[1] <= _MAX_COPIED_TILES
     return kernel(x if transpose else rows_in_fragment_order(x), weight, table, t, transpose, copied_table)

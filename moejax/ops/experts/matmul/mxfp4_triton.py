@@ -41,7 +41,7 @@ _PROGRAMS = 400
 """Programs that a large GPU runs at a time. If there would be fewer, tiles are smaller."""
 
 
-class Tiling(NamedTuple):
+class MXFP4TritonTiling(NamedTuple):
     """Sizes of the kernel.
 
     Attributes:
@@ -62,14 +62,14 @@ class Tiling(NamedTuple):
     parts: int = 1
 
 
-def tiling(rows: int, groups: int, columns: int, transpose: bool) -> Tiling:
+def tiling(rows: int, groups: int, columns: int, transpose: bool) -> MXFP4TritonTiling:
     """Sizes for P rows in all and a product with ``columns`` columns."""
     if transpose:
-        return Tiling(64, 128, 64, 4, 3)
+        return MXFP4TritonTiling(64, 128, 64, 4, 3)
     height = next(h for h in (16, 32, 64) if h == 64 or 2 * rows <= h * groups)
     if max(groups, rows // height) * columns < _PROGRAMS * 128:
-        return Tiling(height, 64, 128, 4, 4, 3)
-    return Tiling(height, 128, 128, 4, 3)
+        return MXFP4TritonTiling(height, 64, 128, 4, 4, 3)
+    return MXFP4TritonTiling(height, 128, 128, 4, 3)
 
 
 def matmul(
@@ -96,7 +96,7 @@ def matmul(
 
 # jitted, so that layers of equal shapes share one lowering
 @partial(jax.jit, static_argnames=("t", "transpose", "interpret"))
-def _kernel(x: Array, weight: MXFP4, table: Array, t: Tiling, transpose: bool, interpret: bool) -> Array:
+def _kernel(x: Array, weight: MXFP4, table: Array, t: MXFP4TritonTiling, transpose: bool, interpret: bool) -> Array:
     # imported late: the import takes a quarter of a second, and only a GPU that takes the kernel needs it
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as gpu

@@ -240,12 +240,10 @@ def test_unknown_implementation():
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered():
     """The table of implementations, from which all that a test registers is removed in the end."""
-    list(MATMULS)
-    for table in ("_entries", "_origins"):
-        monkeypatch.setattr(MATMULS, table, dict(getattr(MATMULS, table)))
-    return MATMULS
+    with MATMULS.restored():
+        yield MATMULS
 
 
 class TestRegistration:

@@ -40,7 +40,7 @@ def interpreter():
 @pytest.fixture(params=[pytest.param(64, marks=pytest.mark.slow), 128], ids=["one-line", "two-lines"])
 def small_tiles(monkeypatch, request):
     """Tiles of 16 rows and 64 columns on two processors, so that few rows fill several tiles."""
-    monkeypatch.setattr(hopper, "tiling", lambda *_: hopper.Tiling(16, 64, request.param, 2, 2))
+    monkeypatch.setattr(hopper, "tiling", lambda *_: hopper.HopperTiling(16, 64, request.param, 2, 2))
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -23,7 +23,7 @@ E, D, M, N = 4, 96, 80, 3
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 rows and 64 columns, so that few rows fill several tiles."""
-    monkeypatch.setattr(mxfp4_triton, "tiling", lambda *_: mxfp4_triton.Tiling(16, 64, 64, 4, 2))
+    monkeypatch.setattr(mxfp4_triton, "tiling", lambda *_: mxfp4_triton.MXFP4TritonTiling(16, 64, 64, 4, 2))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -51,7 +51,7 @@ def test_true_tiles(rows, transpose):
 @BOTH_WAYS
 def test_rows_with_experts_of_their_own(monkeypatch, transpose):
     """As when decoding: any expert, also twice; and rows that go nowhere. Parts of a row are summed apart."""
-    monkeypatch.setattr(mxfp4_triton, "tiling", lambda *_: mxfp4_triton.Tiling(16, 64, 32, 4, 2, parts=2))
+    monkeypatch.setattr(mxfp4_triton, "tiling", lambda *_: mxfp4_triton.MXFP4TritonTiling(16, 64, 32, 4, 2, parts=2))
     expert, load = jnp.array([2, 0, 2, 3, 1]), jnp.array([1, 1, 1, 0, 1])
     x, weight = normal(5, M if transpose else D), weights(E, M, D)
     y = packed.matmul(x, weight, expert, jnp.arange(5), load, transpose, True)
