@@ -7,7 +7,7 @@ from moejax.dlbacktrace import Backtrace
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
 from moejax.layers import MoeArgs, MoeLayer, get_moe, register_moe
 from moejax.lm import LM, load
-from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR
+from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR, register_family
 from moejax.relevance import (
     Argmax,
     Cell,
@@ -25,8 +25,11 @@ from moejax.relevance import (
     baselines,
     explain,
     explain_batch,
+    register_baseline,
+    register_target,
 )
-from moejax.rules import Gates
+from moejax.report import register_plot
+from moejax.rules import Gates, register_rule
 
 xla.without_library_sums()
 
@@ -65,6 +68,11 @@ __all__ = [
     "get_moe",
     "list_supported_models",
     "load",
+    "register_baseline",
+    "register_family",
     "register_moe",
+    "register_plot",
+    "register_rule",
+    "register_target",
     "rules",
 ]

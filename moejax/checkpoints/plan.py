@@ -242,8 +242,14 @@ def _problems(layout: Layout, entries: Mapping[str, Entry], floats: bool) -> lis
 
 
 def layouts(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[Layout]:
-    """Return the layouts in which a leaf of ``shape`` may be published, with the preferred one last."""
+    """Return the layouts in which a leaf of ``shape`` may be published, with the preferred one last.
+
+    Raises:
+        CheckpointError: the family's key table has no entry for the leaf.
+    """
     template, layer = split_layer(path)
+    if template not in table:
+        raise CheckpointError(f"the family's key table has no entry for the leaf {template!r}.")
     return [source(shape).in_layer(layer) for source in table[template]]
 
 

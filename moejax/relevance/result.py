@@ -259,10 +259,21 @@ class Relevance(Attribution):
         }
         return cast(RelevanceReport, report)
 
-    def show(self, target: int = 0) -> Any:
-        """Show a target: as a figure, which displays itself, in a notebook, and as coloured text in a terminal."""
+    def show(self, target: int = 0, plot: str | None = None, **options: Any) -> Any:
+        """Show a target: as a figure, which displays itself, in a notebook, and as coloured text in a terminal.
+
+        Args:
+            target: index of the target.
+            plot: the name of a plot, a key of ``report.PLOTS``; it is drawn in a terminal too, as a figure to save.
+            options: further arguments of the plot.
+
+        Raises:
+            MoejaxError: there is no such plot; the message lists all names.
+        """
         from moejax import report
 
+        if plot is not None:
+            return report.plot(plot, self.to_dict(), target, **options)
         if _in_notebook():
             return report.figure(self.to_dict(), target)
         return report.render(self.to_dict())

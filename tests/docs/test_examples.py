@@ -12,24 +12,8 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs/howto/code").glob("*.py"))
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
 
-WAITING = {
-    "baseline": "moejax.relevance.register_baseline",
-    "family": "moejax.models.register_family, MixtureConfig, names of leaves",
-    "op_implementation": "moejax.ops.experts.register_matmul, moejax.ops.attention.register_attention",
-    "plot": "moejax.report.register_plot, PLOTS",
-    "rule": "moejax.rules.register_rule",
-    "target": "moejax.relevance.register_target",
-}
-"""Files that are written for an interface that is not in the package yet, and what they wait for."""
 
-
-def waiting(path: Path) -> object:
-    reason = WAITING.get(path.stem)
-    marks = [pytest.mark.xfail(reason=f"waits for {reason}", strict=True)] if reason else []
-    return pytest.param(path, id=path.stem, marks=marks)
-
-
-@pytest.mark.parametrize("path", map(waiting, FILES))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_file_of_a_guide_runs(path: Path) -> None:
     """As a user runs it: in a process of its own, where nothing is registered before."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -149,7 +149,7 @@ def torch_model(family: str, seed: int = 0, **changes: Any) -> Any:
 
 @cache
 def _torch_model(family: str, seed: int, changes: str) -> Any:
-    return _random_model(fields(family, **json.loads(changes)), seed, _replace)
+    return random_model(fields(family, **json.loads(changes)), seed)
 
 
 def loaded(family: str, seed: int = 0, **changes: Any) -> LM:
@@ -167,7 +167,7 @@ def olmoe(seed: int = 0, **options: Any) -> Any:
 
 @cache
 def _olmoe(options: tuple[tuple[str, Any], ...], seed: int) -> Any:
-    return _random_model({"model_type": "olmoe"} | TOY | dict(options), seed, _perturb)
+    return random_model({"model_type": "olmoe"} | TOY | dict(options), seed, _perturb)
 
 
 def published(family: str, **changes: Any) -> Any:
@@ -179,24 +179,6 @@ def publish(family: str, folder: Path) -> Path:
     """Write the model of :func:`published` into a folder as ``transformers`` does, and return the folder."""
     published(family).save_pretrained(folder)
     return folder
-
-
-def _random_model(fields: dict[str, Any], seed: int, fill: Callable[[str, Any], None]) -> Any:
-    """A model with eager attention and experts, each of whose parameters ``fill(name, parameter)`` sets."""
-    # imported here: a test that needs the sizes alone does not wait for torch
-    import torch
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(**fields)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.set_attn_implementation("eager")
-    if fields["model_type"] not in ("jetmoe", "llama"):
-        model.set_experts_implementation("eager")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fill(name, parameter)
-    return model
 
 
 def _replace(name: str, parameter: Any) -> None:
@@ -213,6 +195,24 @@ def _perturb(name: str, parameter: Any) -> None:
     import torch
 
     parameter += 0.2 * torch.randn_like(parameter)
+
+
+def random_model(fields: dict[str, Any], seed: int, fill: Callable[[str, Any], None] = _replace) -> Any:
+    """A model with eager attention and experts, each of whose parameters ``fill(name, parameter)`` sets."""
+    # imported here: a test that needs the sizes alone does not wait for torch
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(**fields)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("eager")
+    if fields["model_type"] not in ("jetmoe", "llama"):
+        model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fill(name, parameter)
+    return model
 
 
 def with_config(lm: LM, config: Config) -> LM:

@@ -163,8 +163,8 @@ KEYS: KeyTable = {
     _OURS + "attention.latent_norm.weight": [whole(_ATTENTION + "kv_a_layernorm.weight")],
     _OURS + "attention.up.weight": [rows(_ATTENTION + "kv_b_proj.weight")],
     _OURS + "attention.output.weight": [whole(_ATTENTION + "o_proj.weight")],
-    _OURS + "feed_forward.experts.gate_up": [stacked(_MLP + "gate_proj.weight", _MLP + "up_proj.weight")],
-    _OURS + "feed_forward.experts.down": [whole(_MLP + "down_proj.weight")],
+    _OURS + "feed_forward.gate_up": [stacked(_MLP + "gate_proj.weight", _MLP + "up_proj.weight")],
+    _OURS + "feed_forward.down": [whole(_MLP + "down_proj.weight")],
     _OURS + "feed_forward.router.weight": [whole(_MLP + "gate.weight")],
     _OURS + "feed_forward.router.selection_bias": [whole(_MLP + "gate.e_score_correction_bias")],
     _OURS + "feed_forward.experts.gate_up": [
@@ -183,7 +183,12 @@ KEYS: KeyTable = {
 def config(fields: Fields) -> Config:
     """Map the fields of ``DeepseekV3Config`` with half-split rotation and without query compression."""
     dim, eps, heads = fields.size("hidden_size"), fields("rms_norm_eps", 1e-6), fields.size("num_attention_heads")
-    for name, value in {"q_lora_rank": None, "rope_interleave": False, "attention_bias": False}.items():
+    for name, value in {
+        "q_lora_rank": None,
+        "rope_interleave": False,
+        "attention_bias": False,
+        "pretraining_tp": 1,
+    }.items():
         fields.must_be(name, value)
     for name in ("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"):
         fields(name, None)
