@@ -28,7 +28,12 @@ class StateStore:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        # the handler is named, or the manager does not read the structure of a state that it did not write itself
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
 
     def save(self, state: TrainState) -> None:
         """Write the state under its step number and return once it is complete on disk."""

@@ -155,11 +155,11 @@ TOKENS = np.random.default_rng(1).integers(1, 90, (2, 11))
 def test_kept_packed_computes_the_same(packed: Path, dtype: str) -> None:
     """Forward passes of many tokens and of one token agree, and so does relevance; experts take 4.25 bits a value."""
     full, kept = (moejax.load(packed, dtype=dtype, keep_packed=keep) for keep in (False, True))
-    moe = kept.decoder.layers[1].feed_forward
-    assert {leaf.dtype.name for leaf in jax.tree.leaves((moe.gate_up, moe.down))} == {"uint8"}
+    experts = kept.decoder.layers[1].feed_forward.experts
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((experts.gate_up, experts.down))} == {"uint8"}
     assert kept.decoder.embedding.dtype == dtype
-    values = sum(int(np.prod(weight.shape)) for weight in (moe.gate_up, moe.down))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves((moe.gate_up, moe.down))) == values * 17 // 32
+    values = sum(int(np.prod(weight.shape)) for weight in (experts.gate_up, experts.down))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves((experts.gate_up, experts.down))) == values * 17 // 32
     assert np.array_equal(full(TOKENS), kept(TOKENS))
     if dtype == "float32":
         return  # the rest once
@@ -201,7 +201,6 @@ def test_doctor_counts_what_stays_packed(packed: Path) -> None:
     *_, column = examine(packed, dtype="bfloat16")["memory"]
     assert column["dtype"] == "bfloat16, packed experts"
     assert column["total"] == sum(leaf.nbytes for leaf in jax.tree.leaves(kept.decoder))
-    moe = kept.decoder.layers[0].feed_forward
-    experts = jax.tree.leaves((moe.gate_up, moe.down, moe.gate_up_bias, moe.down_bias))
+    experts = jax.tree.leaves(kept.decoder.layers[0].feed_forward.experts)
     assert column["layers"][0]["experts"] == sum(leaf.nbytes for leaf in experts)
     assert [column["dtype"] for column in examine("tiny-olmoe")["memory"]] == ["float32", "bfloat16"]

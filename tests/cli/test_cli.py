@@ -200,7 +200,7 @@ BAD = {
         ["explain", PROMPT, "--target", " cat", "--contrast", " unheard of"],
         ["unheard of", "tokens, not one"],
     ),
-    "empty target": (["explain", PROMPT, "--target", ""], ["none"]),
+    "empty target": (["explain", PROMPT, "--target", ""], ["no tokens"]),
     "empty answer": (["explain", PROMPT, "--answer", ""], ["answer is empty"]),
     "contrast without target": (["explain", PROMPT, "--contrast", " cat"], ["--contrast needs --target"]),
     "two kinds of target": (["explain", PROMPT, "--target", " cat", "--generate", 3], ["--target", "--generate"]),

@@ -76,7 +76,7 @@ def test_own_layer_is_trained_analysed_and_explained(
 @pytest.mark.parametrize(
     ("arguments", "changes", "message"),
     [
-        (["--moe-name", "my_moe"], {}, "no MoE layer 'my_moe' is registered; registered are"),
+        (["--moe-name", "my_moe"], {}, "MoE layer 'my_moe' is unknown; choose from"),
         ([], {"moe_name": "smoe"}, "unknown fields moe_name"),
         ([], {"batch": 3, "accumulate": 2}, "batch=3 is no multiple of 2 micro-batches"),
         ([], {"mesh": {"expert": 64}}, "needs 64 devices, there are"),

@@ -49,7 +49,7 @@ def dense(**changes: object) -> moejax.LM:
 def routed(lm: moejax.LM) -> np.ndarray:
     """The experts of every slot [L B T K]."""
     routing = lm.decoder.hidden(jnp.asarray(TOKENS)).routing()
-    return np.stack([np.asarray(r.feed_forward.ids) for r in routing if r.feed_forward])
+    return np.stack([np.asarray(layer.ids) for layer in routing if layer is not None])
 
 
 LM = dense()
@@ -148,7 +148,7 @@ def test_the_result_is_a_mixtral(split: int, tmp_path: Path) -> None:
 
 def test_what_no_family_has_is_not_said_to_be_one() -> None:
     some = upcycle(LM, MixtureSpec(E, K), key=KEY, layers=re.compile(r"layers\.(0|7)\.feed_forward")).model
-    assert [block.mixture is None for block in some.config.blocks] == [False, True]
+    assert [isinstance(block.feed_forward, MLPConfig) for block in some.config.blocks] == [False, True]
     assert relative_rms(some(TOKENS), LM(TOKENS)) <= 1e-6
     for made in (some, upcycle(BIASED, MixtureSpec(E, K), key=KEY).model):
         assert made.hugging_face is None
@@ -195,7 +195,7 @@ def test_noise_is_in_units_of_each_matrix() -> None:
     layer = mlp(Activation("relu"), bias=False)
     stack = expert_stack(layer, E, KEY, noise=0.3, split=2)
     whole = expert_stack(layer, E, KEY, split=2)
-    for noisy, plain in ((stack.gate_up, whole.input), (stack.down, whole.output)):
+    for noisy, plain in ((stack.gate_up, whole.gate_up), (stack.down, whole.down)):
         difference = np.asarray(noisy) - np.asarray(plain)
         assert difference.std() / np.asarray(plain).std() == pytest.approx(0.3, rel=0.1)
         assert abs(np.corrcoef(difference[0].ravel(), difference[1].ravel())[0, 1]) < 0.15
@@ -266,7 +266,7 @@ def test_router_learns() -> None:
         (MixtureSpec(E, 4, "smoe_tcmoe"), {"split": 2}, "'smoe_tcmoe' cannot be split"),
         (MixtureSpec(E, 4, "smoe_share"), {"split": 2}, "'smoe_share' cannot be split"),
         (MixtureSpec(E, 4, "sigma_moe"), {"split": 2}, "'sigma_moe' cannot be split"),
-        (MixtureSpec(E, K, "nothing"), {}, "no MoE layer 'nothing'"),
+        (MixtureSpec(E, K, "nothing"), {}, "MoE layer 'nothing' is unknown"),
         (MixtureSpec(E, K), {"layers": "layers.7.*"}, r"no dense layer matches layers='layers\.7\.\*'"),
         (MixtureSpec(E, K), {"noise": -1.0}, "noise=-1.0"),
         (MixtureSpec(E, K), {"drop": 1.5}, "drop=1.5"),

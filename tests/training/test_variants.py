@@ -202,6 +202,6 @@ def test_a_folder_holds_one_run_and_a_wrong_one_makes_none(corpus_folder, tmp_pa
     Run(replace(config.with_moe("smoe"), steps=2000), tmp_path / "run")
     with pytest.raises(ConfigError, match="run holds a run with another model; choose another folder"):
         Run(config.with_moe("smoe_sigmoidgating"), tmp_path / "run")
-    with pytest.raises(ConfigError, match="no MoE layer 'nonsense'"):
+    with pytest.raises(ConfigError, match="MoE layer 'nonsense' is unknown"):
         Run(config.with_moe("nonsense"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
