@@ -296,7 +296,9 @@ def test_compare_refuses_another_model(make_olmoe: Callable, toy_lm: LM, windows
 def test_similarity_of_weights(toy_lm: LM) -> None:
     for layer, found in zip(toy_lm.decoder.layers, similarities(toy_lm.decoder), strict=True):
         moe: Any = layer.feed_forward
-        joined = np.concatenate([np.asarray(w, np.float64).reshape(E, -1) for w in (moe.experts.gate_up, moe.experts.down)], -1)
+        joined = np.concatenate(
+            [np.asarray(w, np.float64).reshape(E, -1) for w in (moe.experts.gate_up, moe.experts.down)], -1
+        )
         for rows, value in ((joined, found.experts), (np.asarray(moe.router.weight, np.float64), found.router)):
             unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
             cosines = unit @ unit.T
