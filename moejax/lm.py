@@ -154,8 +154,8 @@ class LM:
             seed: determines the draw.
             gates: interventions, as :func:`moejax.generation.generate_tokens` takes them: those for a single token,
                 ``Gates.ones(config, [0])``, hold for all.
-            eos_ids: tokens that end an answer; by default those of the configuration.
-            pad_id: fills answers behind their end; by default that of the configuration.
+            eos_ids: tokens that end an answer; by default the configuration's.
+            pad_id: fills answers behind their end; by default the configuration's.
             max_time: seconds after which no further token is begun, compiling not counted.
 
         Raises:

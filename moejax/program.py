@@ -64,6 +64,6 @@ class Program(Generic[P, R]):
             return self.jitted(*args, **kwargs)
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
-        """As that of a function under ``jax.jit``."""
+        """As a function under ``jax.jit`` has it."""
         with fast_tracing:
             return self.jitted.lower(*args, **kwargs)

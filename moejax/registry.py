@@ -123,7 +123,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 
 def _origin(thing: Any) -> tuple[str, str]:
-    """Module and name of a class or function; those of the function inside of a ``functools.partial``."""
+    """Module and name of a class or function; for a ``functools.partial``, the inner function's."""
     thing = getattr(thing, "func", thing)
     thing = thing if hasattr(thing, "__qualname__") else type(thing)
     return thing.__module__, thing.__qualname__

@@ -61,7 +61,7 @@ def verify(
     as_json: AsJson = False,
     plugin: Plugin = None,
 ) -> None:
-    """Compare logits with those of transformers; exit code 1 if they differ."""
+    """Compare logits with transformers' logits; exit code 1 if they differ."""
     from moejax.checkpoints.verify import verify as compare
     from moejax.report.checkpoints import verification_table
 

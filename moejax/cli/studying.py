@@ -75,7 +75,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
     long_tokens: Annotated[int, typer.Option(min=1, help="Length of the long prompt.")] = 4096,
     cases: Annotated[str, typer.Option(help="Only cases with these names or words, separated by commas.")] = "",
-    repeats: Annotated[int, typer.Option(min=1, help="Calls of which the median is taken.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median is shown.")] = 20,
     as_json: AsJson = False,
     plugin: Plugin = None,
 ) -> None:
@@ -96,7 +96,7 @@ def bench(
 
 
 def _decoder(model: str, random: bool) -> tuple[str, Any]:
-    """The name of what is timed, and its weights."""
+    """The timed model's name and weights."""
     import jax
 
     import moejax

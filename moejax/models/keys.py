@@ -155,7 +155,7 @@ def whole(key: str) -> Source:
 
 
 def merged_halves(key: str) -> Source:
-    """One tensor ``[.., 2F, D]`` for a leaf ``[.., 2, F, D]``: the rows of one half come after those of the other.
+    """One tensor ``[.., 2F, D]`` for a leaf ``[.., 2, F, D]``: the rows of one half follow the other's.
 
     >>> leaf = np.array([[["g0"], ["g1"]], [["u0"], ["u1"]]])  # [2, F, D]
     >>> merged_halves("gate_up_proj")(leaf.shape).split(leaf)["gate_up_proj"].ravel().tolist()

@@ -49,7 +49,7 @@ def shardings(abstract: Decoder, mesh: Mesh, rules: ShardingRules | None = None)
     """
     rules = _default_rules(mesh) if rules is None else rules
     _check(rules, mesh, abstract.config)
-    # leave placement to XLA even where the mesh's axes are explicit, as those of jax.make_mesh are
+    # leave placement to XLA even where the mesh's axes are explicit, as jax.make_mesh makes them
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     placed, uneven = {}, {}
     for path, leaf in _leaves(abstract):

@@ -87,7 +87,7 @@ def old_order(paths: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
         steps = (before + old_path(marker + inside, fields)).split(".") if marker else path.split(".")
         return [(int(step), "") if step.isdigit() else (-1, step) for step in steps]
 
-    # only the leaves of layers move, and only among those of their layer
+    # only the leaves of layers move, and only within their layer
     groups: dict[str, list[str]] = {}
     for path in paths:
         before, marker, inside = path.partition("layers.")

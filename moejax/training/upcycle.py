@@ -243,7 +243,7 @@ def expert_stack(
 def _apart(
     key: PRNGKeyArray, stack: Float[Array, "E ..."], fresh: Bool[Array, "E ..."], axes: tuple[int, ...], noise: float
 ) -> Float[Array, "E ..."]:
-    """``stack`` drawn anew where ``fresh``, with noise everywhere else; ``axes`` are those of one matrix's values."""
+    """``stack`` drawn anew where ``fresh``, with noise everywhere else; ``axes`` are one matrix's own axes."""
     wide = stack.astype(jnp.float32)
     mean, std = wide.mean(axes, keepdims=True), wide.std(axes, keepdims=True)
     draw = std * jax.random.normal(key, stack.shape)

@@ -185,7 +185,7 @@ class MoeLayer(ViewedMixture):
         """:meth:`Router.select` under this call's gates; returns what :meth:`topk_expert` returns.
 
         Args:
-            score, weigh: functions, or names in ``SCORES`` and ``WEIGHTS``; by default those of :meth:`router_config`.
+            score, weigh: functions, or names in ``SCORES`` and ``WEIGHTS``; by default :meth:`router_config`'s.
             options: other arguments of :func:`moejax.routing.route`.
         """
         batch, tables = gate_logits.shape[:-1], {"score": (score, SCORES), "weigh": (weigh, WEIGHTS)}

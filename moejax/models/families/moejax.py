@@ -35,7 +35,7 @@ from moejax.models.old_paths import old_path
 
 
 class _OwnPaths(Mapping[str, Sequence[Source]]):
-    """Every leaf under its own path; the paths are those of whatever layer is registered."""
+    """Every leaf under its own path; the registered layer decides the paths."""
 
     def __getitem__(self, path: str) -> Sequence[Source]:
         # an older version may have written the file

@@ -30,7 +30,7 @@ class ReLUMoE(MoeLayer):
     """Every expert with a positive logit computes, weighted by it: ``K`` of them on average, any number for a token.
 
     The balance loss is an L1 penalty that counts more on experts used more; its coefficient grows or shrinks at every
-    step by the sign of the difference between the wanted sparsity ``1 - K / E`` and that of the batch.
+    step by the sign of the difference between the wanted sparsity ``1 - K / E`` and the batch's.
     """
 
     Args = ReLUArgs
