@@ -219,7 +219,6 @@ class TestTargets:
         np.testing.assert_allclose(got[1], entering[0], **EXACT, err_msg="as the layer reads it, after its gate")
 
 
-@cache
 def edited(lm: LM, **leaves) -> LM:
     """With leaves, named by their path's end, put through a function."""
 

@@ -219,7 +219,7 @@ class TestErrors:
             (PROMPT, Contrast(1, 2, T), "position 7 is outside"),
             (PROMPT, Token("w1 w2"), "'w1 w2' is 2 tokens, not one: 'w1', 'w2'"),
             (PROMPT, Contrast("w1", "w2 w3"), "'w2 w3' is 2 tokens, not one"),
-            (PROMPT, Contrast("", "w2"), "'' is 0 tokens, not one: none"),
+            (PROMPT, Contrast("", "w2"), "'' is 0 tokens, not one: no tokens"),
         ],
     )
     def test_bad_prompts_and_targets(self, lm, prompt, target, message):

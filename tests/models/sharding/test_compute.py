@@ -10,6 +10,7 @@ from tiny.four_devices import LAYOUTS, VOCABULARY, single, spread
 
 from models.sharding.placement import messages
 from moejax import LM, TENSOR, Continuation, Gates, explain
+from moejax.layers import MixtureConfig
 from moejax.lm import _logits
 from moejax.models import FlatDecoder
 from moejax.relevance.engine import relevance
@@ -152,7 +153,7 @@ def test_devices_meet_once_for_a_mixture(family: str) -> None:
     model = spread(family, "expert")
     program = _logits.lower(model.flat, jnp.ones((1, 3), jnp.int32), None, Gates()).compile()
     config = model.decoder.config
-    mixtures = sum(block.mixture is not None for block in config.blocks)
+    mixtures = sum(isinstance(block.feed_forward, MixtureConfig) for block in config.blocks)
     # attention experts meet with the slots of their first product, and with the sums of their second
     attention = 2 * config.num_layers if config.num_attention_experts else 0
     assert len(list(messages(program))) == mixtures + attention

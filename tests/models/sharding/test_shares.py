@@ -20,6 +20,7 @@ from moejax.models import FlatDecoder, shard
 from moejax.models.data_parallel import max_over_devices, shard_map_data, split
 from moejax.ops.device import only_experts_split
 from moejax.relevance.ablate import _values
+from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import per_device, relevance
 from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import AttnLRP, Proportional
