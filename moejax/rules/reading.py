@@ -51,7 +51,9 @@ class Reading:
     def rearranged(
         self, by_row: Callable[[Float[Array, "B T K *s"]], Float[Array, "P *s"]], slots: tuple[int, int, int]
     ) -> "Reading":
-        """Return the reading of expert rows: the batch are the ``P`` rows made of routed slots; there are no gates.
+        """Return the reading of expert rows: each of the ``P`` rows has the probes of its slot's token.
+
+        Of the taps only ``"neurons"`` stays, rearranged. There are no gates.
 
         Args:
             by_row: rearranges an array ``[B T K ..]`` of the slots into one of the rows.

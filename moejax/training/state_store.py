@@ -72,10 +72,10 @@ class StateStore:
 
 
 def old_order(paths: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
-    """Sort the leaves of a training state as a version sorted them that had other names for some.
+    """Return the leaves' paths in the order in which older versions listed them.
 
     Modules list their attributes by name, so a renamed leaf stands elsewhere. Steps of a path that are numbers count
-    as numbers; in a state, leaves outside of the decoder's trees keep their places.
+    as numbers. Leaves move only within their layer; all others keep their places.
 
     Args:
         paths: dotted paths of all leaves, in today's order.
