@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from moejax.checkpoints.safetensors import Entry, SafetensorsFolder, TensorSource
 from moejax.errors import CheckpointError
 from moejax.models import Decoder
+from moejax.models.config import split_path
 from moejax.models.keys import Index, KeyTable, Layout
 from moejax.ops.mxfp4 import BLOCK, MXFP4
 
@@ -210,7 +211,7 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
 
 def _holds(path: str, leaf: jax.ShapeDtypeStruct, table: KeyTable, entries: Mapping[str, Entry]) -> bool:
     """Return whether the checkpoint holds a tensor of any layout of the leaf."""
-    known = split_layer(path)[0] in table
+    known = _in_table(path)[0] in table
     return known and any(key in entries for layout in layouts(table, path, leaf.shape) for key, _ in layout.tensors)
 
 
@@ -247,21 +248,19 @@ def layouts(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[Layout]:
     Raises:
         CheckpointError: the family's key table has no entry for the leaf.
     """
-    template, layer = split_layer(path)
+    template, layer = _in_table(path)
     if template not in table:
         raise CheckpointError(f"the family's key table has no entry for the leaf {template!r}.")
     return [source(shape).in_layer(layer) for source in table[template]]
 
 
-def split_layer(path: str) -> tuple[str, str]:
-    """Split the layer's index off a leaf's path.
+def _in_table(path: str) -> tuple[str, str]:
+    """Return a leaf's name in a key table and its layer's index, empty for a leaf that is in no layer.
 
-    ``"layers.7.attention.output.weight"`` gives ``("layers.{layer}.attention.output.weight", "7")``. The first is the
-    name of the leaf in a key table. A leaf that is in no layer keeps its path, with an empty index.
+    ``"layers.7.attention.output.weight"`` gives ``("layers.{layer}.attention.output.weight", "7")``.
     """
-    first, _, rest = path.partition(".")
-    layer, _, inner = rest.partition(".")
-    return (f"layers.{{layer}}.{inner}", layer) if first == "layers" else (path, "")
+    layer, rest = split_path(path)
+    return (path, "") if layer is None else (f"layers.{{layer}}.{rest}", str(layer))
 
 
 def _choose(path: str, shape: tuple[int, ...], table: KeyTable, entries: Mapping[str, Entry]) -> Layout:

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
-
 ROOT = Path(__file__).parents[2]
 ROOMS = sorted(page.stem for page in (ROOT / "docs/api").glob("*.md") if (ROOT / "moejax" / page.stem).is_dir())
 
