@@ -10,8 +10,6 @@ from dlbacktrace.engines import LAYERS, PROMPT, STEPS, engine, run, tokenizer
 from moejax import MoejaxError
 from moejax.report import backtrace as report
 
-pytestmark = pytest.mark.fast
-
 
 def picture(figure: Any) -> np.ndarray:
     return np.ma.filled(figure.axes[0].images[0].get_array().astype(float), np.nan)
