@@ -14,6 +14,7 @@ from moejax.checkpoints.folder import ModelFolder
 from moejax.checkpoints.orbax import OrbaxFolder
 from moejax.checkpoints.plan import LeafPlan, PackedPlan, make_plan
 from moejax.checkpoints.safetensors import TensorSource
+from moejax.checkpoints.tied_head import with_stored_head
 from moejax.checkpoints.torch import TorchModel
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models import Config, Decoder, ShardingRules, exchanging, family, shardings
@@ -47,7 +48,7 @@ def load_decoder(
         CheckpointError: the tensors do not fit the configuration.
     """
     kind = family(hugging_face.get("model_type"))
-    config = kind.config(hugging_face)
+    config = kind.config(with_stored_head(hugging_face, kind, source))
     abstract = Decoder.abstract(pack(config) if keep_packed else config)
     placed = {} if mesh is None else shardings(abstract, mesh, rules)
     plans = make_plan(abstract, kind.keys, source.entries)

@@ -17,7 +17,7 @@ from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, p
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.question import ResolvedTarget
 from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
-from moejax.relevance.targets import Argmax, Target, checked_target
+from moejax.relevance.targets import Argmax, Target, TargetLike, checked_target
 from moejax.rules import Gates, Rule, by_name
 
 _CANDIDATES = 5
@@ -54,7 +54,7 @@ def explain(
     lm: LM,
     prompt: Prompt,
     *,
-    target: Target = Argmax(),
+    target: TargetLike = Argmax(),
     rule: Rule | str = "attnlrp",
     gates: Gates | None = None,
     nodes: Sequence[str] = (),
@@ -79,7 +79,7 @@ def explain_batch(
     lm: LM,
     prompts: Sequence[Prompt],
     *,
-    target: Target = Argmax(),
+    target: TargetLike = Argmax(),
     rule: Rule | str = "attnlrp",
     gates: Gates | None = None,
     nodes: Sequence[str] = (),
@@ -95,7 +95,7 @@ def explain_batch(
     one at a time and ``gates`` must fit each of them.
 
     Args:
-        target: what to explain; by default the logit of the most likely next token.
+        target: what to explain, or a token's text or id; by default the logit of the most likely next token.
         rule: how relevance propagates: a rule, or the name of one in ``moejax.rules.RULES``.
         gates: interventions that hold during the pass; they must broadcast over the batch. Tokens are counted from a
             prompt's beginning.
@@ -169,7 +169,7 @@ class _Likely(NamedTuple):
     def candidates(self, lm: LM, row: int, target: int) -> list[Candidate]:
         """Return the tokens at one target, as people read them."""
         ids, logits, probabilities = (array[row, target].tolist() for array in self)
-        return list(map(Candidate, lm.pieces(ids), ids, logits, probabilities))
+        return list(map(Candidate, lm.token_texts(ids), ids, logits, probabilities))
 
 
 @jax.jit

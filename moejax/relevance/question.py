@@ -18,7 +18,7 @@ from moejax.lm import LM, Prompt
 from moejax.models import Decoder, Hidden
 from moejax.models.padding import padded_length, right_pad
 from moejax.relevance.seeds import LogitSeeds, Seeds, TargetValues
-from moejax.relevance.targets import Target, TargetTerms, checked_target
+from moejax.relevance.targets import Target, TargetLike, TargetTerms, checked_target
 from moejax.rules import Gates, Reading
 
 
@@ -40,13 +40,14 @@ class ResolvedTarget:
     seeds: Seeds
 
     @classmethod
-    def of(cls, lm: LM, prompts: Sequence[Prompt], target: Target) -> Self:
+    def of(cls, lm: LM, prompts: Sequence[Prompt], target: TargetLike) -> Self:
         """Resolve ``target`` in each prompt.
 
         Raises:
             PromptError: as in :func:`moejax.explain`.
         """
-        resolved = [checked_target(target).resolve(lm, lm.encode(prompt)) for prompt in prompts]
+        target = checked_target(target)
+        resolved = [target.resolve(lm, lm.encode(prompt)) for prompt in prompts]
         terms = [targets for _, targets in resolved]
         seeds = target.seeds(terms, lm.decoder.accumulation_dtype)
         return cls(lm, target, [ids for ids, _ in resolved], terms, seeds)

@@ -13,7 +13,7 @@ from moejax.lm import LM, Prompt
 from moejax.registry import Registry
 from moejax.relevance.question import ResolvedTarget
 from moejax.relevance.result import Attribution, ExpertRelevance
-from moejax.relevance.targets import Target
+from moejax.relevance.targets import Target, TargetLike
 from moejax.report.schema import SCHEMA, ScoresReport
 
 
@@ -97,7 +97,7 @@ class Scores(Attribution):
 class Baseline(Protocol):
     """A method in the call form of :func:`moejax.explain`."""
 
-    def __call__(self, lm: LM, prompt: Prompt, *, target: Target = ...) -> Scores: ...
+    def __call__(self, lm: LM, prompt: Prompt, *, target: TargetLike = ...) -> Scores: ...
 
 
 Method = TypeVar("Method", bound=Callable[..., Scores])
