@@ -12,7 +12,8 @@ from moejax.errors import ConfigError
 from moejax.lm import LM, Prompt
 from moejax.registry import Registry
 from moejax.relevance.question import ResolvedTarget
-from moejax.relevance.result import Attribution, ExpertRelevance
+from moejax.relevance.experts import ExpertRelevance
+from moejax.relevance.result import Attribution
 from moejax.relevance.targets import Target
 from moejax.report.schema import SCHEMA, ScoresReport
 
