@@ -14,9 +14,9 @@ from moejax.errors import MoejaxError, PromptError
 from moejax.lm import LM, Prompt
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.question import ResolvedTarget
-from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.result import Candidate, Relevance
 from moejax.relevance.targets import Argmax, Target, checked_target
 from moejax.rules import Gates, Rule, by_name

@@ -37,9 +37,9 @@ def to_frame(rel: Relevance, kind: str) -> Any:
     target, token = at["target"], at["token"]
     columns = {
         "target": target,
-        "label": np.array(rel.labels, object)[target],
+        "label": _texts(rel.labels)[target],
         **{name: index for name, index in at.items() if name != "target"},
-        "piece": np.array(rel.pieces, object)[token],
+        "piece": _texts(rel.pieces)[token],
         "token_id": rel.token_ids[token],
         "part": np.where(token < rel.prompt_length, "prompt", "answer").astype(object),
     }
@@ -50,3 +50,8 @@ def to_frame(rel: Relevance, kind: str) -> Any:
     table = pandas.DataFrame(columns)
     # slots of layers without experts hold nothing
     return table[table["expert"] >= 0].reset_index(drop=True) if kind == "experts" else table
+
+
+def _texts(texts: list[str]) -> np.ndarray:
+    """Texts as an array. Half of a surrogate pair, which a token may be, is no text to pandas and is escaped."""
+    return np.array([text.encode("utf-8", "backslashreplace").decode() for text in texts], object)

@@ -192,9 +192,9 @@ class Relevance(Attribution):
     def to_frame(self, kind: str = "tokens") -> Any:
         """Return the result as a pandas ``DataFrame`` with one row for each number.
 
-        Columns are ``target``, ``label``, ``layer`` (except for tokens; the last of ``"layers"`` is the final norm),
-        ``token``, ``piece``, ``token_id``, ``part`` (``"prompt"`` or ``"answer"``), ``head`` or ``slot``, ``expert`` and
-        ``weight``, and ``relevance``.
+        Columns are ``target``, ``label``, ``token``, ``piece``, ``token_id``, ``part`` (``"prompt"`` or ``"answer"``)
+        and ``relevance``; except for tokens ``layer``, where the last of ``"layers"`` is the final norm; and ``head``,
+        or ``slot``, ``expert`` and ``weight``.
 
         Args:
             kind: ``"tokens"``, ``"experts"``, ``"heads"`` or ``"layers"``.
@@ -235,7 +235,7 @@ class Relevance(Attribution):
         Args:
             target: index of the target.
             plot: the name of a plot, a key of ``report.PLOTS``; it is drawn in a terminal too, as a figure to save.
-            scale: ``"linear"``, or ``"sqrt"`` for colours by the square root, which show small values beside large ones.
+            scale: ``"linear"``, or ``"sqrt"`` for colours by the square root, which show small values beside large.
             options: further arguments of the plot.
 
         Raises:

@@ -1,7 +1,7 @@
 """An explanation as one self-contained HTML page, which needs no network, server or library.
 
-The folder ``page/`` has the page's skeleton, style and scripts. This module prepares the data: it computes the sums that
-the page shows, in float64 from the full numbers, shortens single numbers, and adds the colours.
+The folder ``page/`` has the page's skeleton, style and scripts. This module prepares the data: it computes the sums
+that the page shows, in float64 from the full numbers, shortens single numbers, and adds the colours.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _SCRIPTS = (
 # "</script" ends a script element, whatever its type; older JavaScript reads U+2028 as the end of a line
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
-_MOST_SLOTS = 1_000_000
-"""Most numbers of routed slots on a page; beyond, the page has sums by expert alone, and opens in seconds still."""
+_MOST_SLOTS = 300_000
+"""Most numbers of routed slots on a page (some 3 MB); beyond, the page has sums by expert alone."""
 
 _MOST_EDGES = 400_000
 """Most numbers of attention edges on a page; beyond, edges are summed over heads, or left out."""

@@ -25,7 +25,7 @@ Span = tuple[int, int]
 # Scripts that write no space between words: Thai, Lao, Burmese, Khmer, kana, Han. Their tokens stay as they are, or a
 # whole sentence would count as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[^\W{_UNSPACED}]+(?:['’][^\W{_UNSPACED}]+)*")
+_WORD = re.compile(rf"[^\W{_UNSPACED}]+(?:['\u2019][^\W{_UNSPACED}]+)*")
 _MARK = re.compile(rf"[^\w\s{_UNSPACED}]")
 
 
@@ -109,7 +109,7 @@ class MergedSlots:
     Attributes:
         ids: experts, those of the largest weight first; -1 behind the last, [L U J].
         weights: sum of an expert's routing weights over the merged tokens, [L U J].
-        places: for each slot of a token the index of its slot in all slots ``U * J`` of the layer; -1 for none, [L T K].
+        places: for each slot of a token, the index of its slot among all ``U * J`` of the layer; -1 for none, [L T K].
     """
 
     ids: np.ndarray
@@ -148,10 +148,10 @@ class MergedSlots:
         """Sum what belongs to the slots of one layer, [N T K ..], by expert, to [N U J ..]."""
         merged, width = self.ids.shape[1:]
         places = self.places[layer].ravel()
-        flat = values.reshape(len(values), len(places), *values.shape[3:])
-        sums = np.zeros((len(values), merged * width, *values.shape[3:]))
-        np.add.at(sums, (slice(None), places[places >= 0]), flat[:, places >= 0])
-        return sums.reshape(len(values), merged, width, *values.shape[3:]).astype(values.dtype)
+        flat = np.moveaxis(values.reshape(len(values), len(places), *values.shape[3:]), 1, 0)
+        sums = np.zeros((merged * width, *flat.shape[1:]))
+        np.add.at(sums, places[places >= 0], flat[places >= 0])
+        return np.moveaxis(sums, 0, 1).reshape(len(values), merged, width, *values.shape[3:]).astype(values.dtype)
 
     def merge_all(self, slots: np.ndarray) -> np.ndarray:
         """Sum the slots of all layers, [N L T K], by expert, to [N L U J]."""

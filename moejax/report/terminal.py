@@ -110,7 +110,10 @@ def _experts(report: RelevanceReport, index: int, top: int, scale: str) -> Table
     for rank in range(max((len(layer) for layer in layers), default=0)):
         table.add_column(f"#{rank + 1}", no_wrap=True)
     for number, layer in enumerate(layers):
-        cells = [_expert_cell(use, _style(use.relevance, largest, scale), id_width, number_width, count_width) for use in layer]
+        cells = [
+            _expert_cell(use, _style(use.relevance, largest, scale), id_width, number_width, count_width)
+            for use in layer
+        ]
         table.add_row(Text(str(number)), *cells)
     return table
 

@@ -69,7 +69,7 @@ function signOfMore(box) {
   };
   box.addEventListener('scroll', update);
   new ResizeObserver(update).observe(box);
-  return el('div', {class: 'scroller'}, box, sign);
+  return el('div', {class: 'scroller'}, sign, box);
 }
 const table = (label, tall, ...parts) => signOfMore(el('div', {class: tall ? 'scroll tall' : 'scroll', tabindex: 0, role: 'region',
   'aria-label': label}, el('table', {}, ...parts)));

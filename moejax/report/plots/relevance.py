@@ -1,9 +1,9 @@
 """Plots of an explanation: tokens, experts, heads, layers, an overview, and the matrix of all targets.
 
-Each takes the dictionary of ``Relevance.to_dict()``, the index of a target, and a ``scale``: ``"linear"``, or ``"sqrt"``
-for colours (of bars, heights) by the square root. All raise ValueError if the arrays of the dictionary do not fit
-together, and MoejaxError for another scale. The figures do not use pyplot: they show themselves in a notebook, and ``savefig``
-writes them to a file.
+Each takes the dictionary of ``Relevance.to_dict()``, the index of a target, and a ``scale``: ``"linear"``, or
+``"sqrt"`` for colours (and heights of bars) by the square root. All raise ValueError if the arrays of the dictionary do
+not fit together, and MoejaxError for another scale. The figures do not use pyplot: they show themselves in a notebook,
+and ``savefig`` writes them to a file.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def _draw_tokens(axes: Axes, report: RelevanceReport, target: int, fonts: Fonts,
     axes.axvline(chosen["position"], color=GREY, linewidth=0.8, linestyle=":")
     _mark_prompt(axes, report)
     rooted = ", square-root heights" if colours.check_scale(scale) == "sqrt" else ""
-    axes.set_title(f"Tokens (dotted: where the target is predicted){rooted}", loc="left", fontsize=10)
+    begins = "; solid: where the answer begins" if merge.prompt_length(report) < len(values) else ""
+    axes.set_title(f"Tokens (dotted: where the target is predicted{begins}){rooted}", loc="left", fontsize=10)
     axes.set_ylabel("relevance", fontsize=9)
     if rooted:
         axes.set_yscale("function", functions=(colours.signed_root, colours.signed_square))
