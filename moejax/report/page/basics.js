@@ -59,6 +59,9 @@ const button = (text, pressed, onclick, title) => el('button', {type: 'button', 
 const select = (label, value, options, onchange) => el('label', {class: 'choice'}, label, el('select', {onchange: e => onchange(e.target.value)},
   ...options.map(([key, text]) => el('option', {value: key, ...(key === value ? {selected: ''} : {})}, text))));
 
+// Later, because what follows may change sizes again.
+const onResize = (box, act) => new ResizeObserver(() => requestAnimationFrame(act)).observe(box);
+
 // A box that scrolls sideways shows a sign of where there is more.
 function signOfMore(box) {
   const sign = el('span', {class: 'more', 'aria-hidden': 'true'});
@@ -68,7 +71,7 @@ function signOfMore(box) {
     sign.hidden = !left && !right;
   };
   box.addEventListener('scroll', update);
-  new ResizeObserver(update).observe(box);
+  onResize(box, update);
   return el('div', {class: 'scroller'}, sign, box);
 }
 const table = (label, tall, ...parts) => signOfMore(el('div', {class: tall ? 'scroll tall' : 'scroll', tabindex: 0, role: 'region',

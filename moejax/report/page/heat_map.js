@@ -18,7 +18,7 @@ class HeatMap {
     this.canvas.addEventListener('click', e => { const cell = this.at(e); if (cell && this.picks(cell)) this.pick(...cell); });
     this.canvas.addEventListener('keydown', e => this.key(e));
     this.canvas.addEventListener('blur', () => { this.cursor = null; hideTip(); this.draw(); });
-    new ResizeObserver(() => this.draw()).observe(this.frame);
+    onResize(this.frame, () => this.draw());
   }
   show(values, label, scale) {
     this.values = values;

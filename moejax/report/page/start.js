@@ -58,7 +58,7 @@ function fitFrame() {
   document.documentElement.classList.add('framed');
   for (const id of ['details-layers', 'details-heads', 'details-ledger']) byId(id).open = false;
   const fit = () => { frame.style.height = `${Math.ceil(document.body.getBoundingClientRect().height)}px`; };
-  new ResizeObserver(fit).observe(document.body);
+  onResize(document.body, fit);
   if (frame.previousElementSibling) frame.previousElementSibling.hidden = true;
   const body = frame.ownerDocument.body.dataset, html = frame.ownerDocument.documentElement;
   // JupyterLab, VS Code and Colab have themes of their own
