@@ -14,9 +14,10 @@ from moejax.errors import MoejaxError, PromptError
 from moejax.lm import LM, Prompt
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.question import ResolvedTarget
-from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
+from moejax.relevance.result import Candidate, Relevance
 from moejax.relevance.targets import Argmax, Target, TargetLike, checked_target
 from moejax.rules import Gates, Rule, by_name
 
@@ -199,6 +200,8 @@ def _result(resolved: ResolvedTarget, row: int, rule: str, out: Readout, likely:
         prompt=lm.tokenizer.decode(ids) if lm.tokenizer else " ".join(map(str, ids)),
         token_ids=np.array(ids),
         pieces=lm.pieces(ids),
+        # a target may also shorten the sequence
+        prompt_length=min(resolved.prompt_lengths[row], len(ids)),
         labels=resolved.labels(row, out.ids[row]),
         positions=resolved.positions(row),
         layers=layers,

@@ -29,6 +29,7 @@ class ResolvedTarget:
     Attributes:
         lm, target: the model, and the target as it was asked.
         sequences: token ids of each sequence: the prompt, perhaps continued.
+        prompt_lengths: number of tokens of each prompt.
         terms: the targets of each sequence.
         seeds: the same targets as arrays.
     """
@@ -36,6 +37,7 @@ class ResolvedTarget:
     lm: LM
     target: Target
     sequences: list[list[int]]
+    prompt_lengths: list[int]
     terms: list[list[TargetTerms]]
     seeds: Seeds
 
@@ -47,10 +49,11 @@ class ResolvedTarget:
             PromptError: as in :func:`moejax.explain`.
         """
         target = checked_target(target)
-        resolved = [target.resolve(lm, lm.encode(prompt)) for prompt in prompts]
+        encoded = [lm.encode(prompt) for prompt in prompts]
+        resolved = [target.resolve(lm, ids) for ids in encoded]
         terms = [targets for _, targets in resolved]
         seeds = target.seeds(terms, lm.decoder.accumulation_dtype)
-        return cls(lm, target, [ids for ids, _ in resolved], terms, seeds)
+        return cls(lm, target, [ids for ids, _ in resolved], list(map(len, encoded)), terms, seeds)
 
     @property
     def length(self) -> int:

@@ -11,8 +11,8 @@ from moejax.lm import LM, Prompt
 from moejax.relevance.baselines.activations import read_activations
 from moejax.relevance.baselines.scores import Scores, register_baseline
 from moejax.relevance.engine import Slots
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.question import ResolvedTarget
-from moejax.relevance.result import ExpertRelevance
 from moejax.relevance.targets import Argmax, TargetLike
 
 

@@ -18,8 +18,8 @@ from moejax.program import Program
 from moejax.relevance.baselines.activations import read_activations
 from moejax.relevance.baselines.scores import Scores, register_baseline, sum_of_joint
 from moejax.relevance.engine import Slots, checked_chunk, refuse_half
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.question import ResolvedTarget, hidden_per_sequence, read_first_rows_tokens, repeat_rows
-from moejax.relevance.result import ExpertRelevance
 from moejax.relevance.seeds import Seeds
 from moejax.relevance.targets import Argmax, TargetLike
 from moejax.rules import Gates, Reading

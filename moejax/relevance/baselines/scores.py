@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from moejax.errors import ConfigError
 from moejax.lm import LM, Prompt
 from moejax.registry import Registry
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.question import ResolvedTarget
-from moejax.relevance.result import Attribution, ExpertRelevance
+from moejax.relevance.result import Attribution
 from moejax.relevance.targets import Target, TargetLike
 from moejax.report.schema import SCHEMA, ScoresReport
 
