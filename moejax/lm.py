@@ -15,12 +15,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.checkpoints import load_folder, load_torch, open_folder
+from moejax.checkpoints.quantise import Quantisation
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, Sampling, generate_tokens
 from moejax.models import Config, Decoder, FlatDecoder, ShardingRules, unflatten
 from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, shard_map_data, split
 from moejax.models.padding import left_pad, padded_length
+from moejax.ops.memory import reserve_memory
 from moejax.program import Program
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
@@ -43,12 +45,14 @@ class LM:
     """A loaded model. ``decoder`` is the pytree of weights; everything else is host-side convenience.
 
     ``hugging_face`` is the config of the files that it was loaded from; :func:`moejax.export` writes it back.
+    ``quantisation`` tells, where loading quantised the experts, by how much this changed their weights.
     """
 
     decoder: Decoder
     tokenizer: Tokenizer | None = None
     name: str = "model"
     hugging_face: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    quantisation: Quantisation | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         tokenizer = "" if self.tokenizer else ", no tokenizer"
@@ -241,12 +245,14 @@ def load(
     mesh: Mesh | None = None,
     sharding: ShardingRules | None = None,
     keep_packed: bool = False,
+    experts: str | None = None,
     rules: ShardingRules | None = None,
 ) -> LM:
     """Load a model: a bundled name, a folder (of Hugging Face files, or what ``moejax convert`` wrote), a hub id, or a
     ``transformers`` model in memory.
 
-    Weights keep the checkpoint's dtype unless ``dtype`` is given.
+    Weights keep the checkpoint's dtype unless ``dtype`` is given. JAX is told to use most of a GPU's memory, where it
+    has not started yet and nothing else is set (:func:`moejax.ops.memory.reserve_memory`).
 
     Args:
         mesh: devices to lay the weights over; each is given its part and nothing else. By default all is on one. Those
@@ -257,6 +263,9 @@ def load(
             ``moejax.EXPERT_TENSOR`` does both. By default as many of them as the mesh has axes for.
         keep_packed: experts that are published as MXFP4 stay packed on the device, at 4.25 bits a value, and are
             unpacked when a step uses them; the same numbers for less memory.
+        experts: ``"int8"`` rounds the matrices of experts, and nothing else, to 8 bits a value with a scale for each
+            output channel: half of bfloat16's memory. Everything that is computed is then that of the rounded model;
+            ``LM.quantisation`` tells the error. ``"mxfp4"`` is ``keep_packed``.
         rules: the earlier name of ``sharding``.
 
     Raises:
@@ -268,11 +277,16 @@ def load(
         sharding = rules
     if sharding is not None and mesh is None:
         raise ConfigError("sharding lays weights over a mesh; pass mesh=jax.make_mesh(..) too.")
+    reserve_memory()
+    errors: dict[str, float] = {}
     if hasattr(source, "state_dict"):
         if keep_packed:
             raise ConfigError("a transformers model in memory has unpacked its experts; load its folder instead.")
-        decoder, config = load_torch(source, dtype, mesh=mesh, rules=sharding), source.config.to_dict()
-        return LM(decoder, name=source.config.model_type, hugging_face=config)
+        decoder = load_torch(source, dtype, mesh=mesh, rules=sharding, experts=experts, errors=errors)
+        config, quantisation = source.config.to_dict(), Quantisation.of(decoder.config, errors)
+        return LM(decoder, name=source.config.model_type, hugging_face=config, quantisation=quantisation)
     folder = open_folder(source)
-    decoder = load_folder(folder, dtype, mesh=mesh, rules=sharding, keep_packed=keep_packed)
-    return LM(decoder, Tokenizer.from_folder(folder.path), str(source), folder.hugging_face)
+    options = {"mesh": mesh, "rules": sharding, "keep_packed": keep_packed, "experts": experts, "errors": errors}
+    decoder = load_folder(folder, dtype, **options)
+    quantisation = Quantisation.of(decoder.config, errors)
+    return LM(decoder, Tokenizer.from_folder(folder.path), str(source), folder.hugging_face, quantisation)
