@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import jax
@@ -30,6 +31,7 @@ from moejax.checkpoints.plan import leaf_paths
 from moejax.layers import MixtureConfig
 from moejax.models import Decoder, ShardingRules, family, shard, shardings
 from moejax.ops.experts.matmul import hopper
+from moejax.ops.packed import FORMATS
 
 SIZES = {
     "expert": {EXPERTS},
