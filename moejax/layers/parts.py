@@ -80,11 +80,13 @@ class ActivationSizes(NamedTuple):
         kept: held from the forward to the backward pass, for all tokens.
         largest: the largest temporary of one target in the backward pass.
         unrouted: temporaries of one target for what every token runs through, beside the largest.
+        unpacked: values of packed matrices that are held in full while the part runs, for all targets together.
     """
 
     kept: int = 0
     largest: int = 0
     unrouted: int = 0
+    unpacked: int = 0
 
 
 class Call(NamedTuple):

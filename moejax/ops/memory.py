@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 
@@ -18,7 +19,7 @@ _DEFAULT = 0.75
 _STEPS = 32
 """Free memory is rounded down to a multiple of this part of all memory."""
 
-_MARGIN = 0.1
+MARGIN = 0.1
 """The fraction of free memory that an estimate should not count on: compilers and fragments take some."""
 
 _warned: set[str] = set()
@@ -50,7 +51,7 @@ def _has_started() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def free_bytes(devices: Iterable[jax.Device]) -> int | None:
+def free_bytes(devices: Iterable[Any]) -> int | None:
     """Return how many bytes are free on that device which has the fewest, less a margin.
 
     The number is rounded down, so that a program that is chosen by it is mostly chosen again. ``None`` where a device
@@ -62,5 +63,5 @@ def free_bytes(devices: Iterable[jax.Device]) -> int | None:
         if "bytes_limit" not in stats or "bytes_in_use" not in stats:
             return None
         step = max(1, stats["bytes_limit"] // _STEPS)
-        free.append(int((1 - _MARGIN) * (stats["bytes_limit"] - stats["bytes_in_use"])) // step * step)
+        free.append(int((1 - MARGIN) * (stats["bytes_limit"] - stats["bytes_in_use"])) // step * step)
     return min(free, default=None)

@@ -216,4 +216,5 @@ def test_doctor_counts_what_stays_packed(packed: Path) -> None:
     assert column["total"] == sum(leaf.nbytes for leaf in jax.tree.leaves(kept.decoder))
     experts = jax.tree.leaves(kept.decoder.layers[0].feed_forward.experts)
     assert column["layers"][0]["experts"] == sum(leaf.nbytes for leaf in experts)
-    assert [column["dtype"] for column in examine("tiny-olmoe")["memory"]] == ["float32", "bfloat16"]
+    names = [column["dtype"] for column in examine("tiny-olmoe")["memory"]]
+    assert names == ["float32", "bfloat16", "bfloat16, int8 experts"]

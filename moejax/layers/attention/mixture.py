@@ -16,7 +16,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.attention.grouped_query import KeyValue, attend, attention_activations
-from moejax.layers.feed_forward.experts import buffer_rows, combine, expert_linear, random_matrices
+from moejax.layers.feed_forward.experts import (
+    buffer_rows,
+    combine,
+    expert_linear,
+    random_matrices,
+    unpacked_values,
+)
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.linear import Linear
 from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes
@@ -96,7 +102,8 @@ class MixtureAttentionConfig(PartConfig):
         rows, slots, width = batch * tokens, self.router.num_selected, self.num_kv_heads * self.head_dim
         buffers = buffer_rows(rows, slots, self.router.num_experts, itemsize, self.model_dim, width)
         largest = (buffers + rows * slots) * (self.model_dim + width)
-        return of_attention._replace(largest=max(of_attention.largest, largest))
+        unpacked = unpacked_values(self.packed, self.router.num_experts, *2 * [(width, self.model_dim)])
+        return of_attention._replace(largest=max(of_attention.largest, largest), unpacked=unpacked)
 
     def on_mesh(self, mesh: Mesh | None) -> Self:
         return replace(self, router=replace(self.router, mesh=mesh))

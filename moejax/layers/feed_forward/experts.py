@@ -22,6 +22,7 @@ from moejax.layers.feed_forward.activation import HiddenActivation
 from moejax.layers.feed_forward.dense import DOWN_AXES, MLP, UP_AXES
 from moejax.layers.linear import normal
 from moejax.layers.parts import Axes
+from moejax.ops.device import takes_triton
 from moejax.ops.experts import (
     Assignment,
     Psum,
@@ -209,6 +210,16 @@ def buffer_rows(rows: int, slots: int, experts: int, itemsize: int, *widths: int
     if supports_shapes(itemsize, *widths):
         return padded_rows(rows * slots, experts) - rows * slots
     return experts * capacities(rows, slots, experts)[-1]
+
+
+def unpacked_values(packed: str, experts: int, *matrices: tuple[int, int]) -> int:
+    """Values of the experts' packed matrices that a layer unpacks, for estimates of memory; ``packed`` as in a config.
+
+    They are those of the whole layer, or none where a kernel multiplies with packed matrices.
+    """
+    if not packed or (FORMATS.find(packed) is MXFP4 and takes_triton()):
+        return 0
+    return experts * sum(rows * width for rows, width in matrices)
 
 
 def stack_experts(expert: MLP | Sequence[MLP], count: int, inputs: int, outputs: int) -> Experts:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.feed_forward.activation import GLU, HiddenActivation
-from moejax.layers.feed_forward.experts import EXPERT_AXES, Experts, buffer_rows
+from moejax.layers.feed_forward.experts import EXPERT_AXES, Experts, buffer_rows, unpacked_values
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.feed_forward.shared import SHARED_AXES, SharedConfig, SharedExpert
 from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes
@@ -88,7 +88,10 @@ class MixtureConfig(PartConfig):
         return Mixture.init(key, self, dtype)
 
     def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
-        return mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
+        estimate = mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
+        wide, dim = self.unit.branches * self.expert_dim, self.model_dim
+        matrices = (wide, dim), (dim, self.expert_dim)
+        return estimate._replace(unpacked=unpacked_values(self.packed, self.router.num_experts, *matrices))
 
     def on_mesh(self, mesh: Mesh | None) -> Self:
         return replace(self, router=replace(self.router, mesh=mesh))
