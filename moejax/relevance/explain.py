@@ -137,13 +137,13 @@ def _explain(lm: LM, prompts: Sequence[Prompt], target: Target, options: PassOpt
     interventions = resolved.interventions(options.gates)
     # padding would take memory, which max_bytes bounds
     tokens = resolved.tokens(options.gates, bucket=not isinstance(options.max_bytes, int))
-    max_bytes = _free_bytes(lm) if options.max_bytes == "auto" else options.max_bytes
+    bound_is_known = not isinstance(options.max_bytes, str)
+    max_bytes = options.max_bytes if not isinstance(options.max_bytes, str) else _free_bytes(lm)
     chunk, layers = options.chunk, options.rematerialised_layers(lm.config.num_layers)
     if max_bytes is not None:
         sequences, seeds = per_device(lm.config, len(tokens), resolved.num_cotangents)
         footprint = _footprint(lm, tokens[:sequences], options.nodes)
-        known = options.max_bytes != "auto"
-        chunk, layers = footprint.arrange(seeds, max_bytes, chunk, layers, bound_is_known=known)
+        chunk, layers = footprint.arrange(seeds, max_bytes, chunk, layers, bound_is_known=bound_is_known)
     out = relevance(
         lm.flat,
         tokens,

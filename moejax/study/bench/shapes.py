@@ -1,9 +1,11 @@
 """Published architectures, and decoders of their shapes with random weights."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, PRNGKeyArray
 
 from moejax.checkpoints.plan import leaf_paths
 from moejax.errors import MoejaxError
@@ -101,20 +103,24 @@ def random_decoder(config: Config) -> Decoder:
     that routers spread them as a trained model's routers do; otherwise a few experts would get nearly every token.
     """
     abstract = Decoder.abstract(config, jnp.bfloat16)
-    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
-    filled = []
+    filled: list[jax.Array] = []
     for i, (path, leaf) in enumerate(leaf_paths(abstract, is_leaf=is_packed)):
-        if is_packed(leaf):
-            filled += jax.tree.leaves(type(leaf).random(jax.random.key(i), leaf.shape))
-            continue
-        is_output = path.endswith(("attention.output.weight", ".down"))
-        bias = path.endswith("bias")
-        if (
-            bias or leaf.ndim == 1
-        ):  # norms are ones; biases are zeros, since they would add the same vector to all tokens
-            filled.append(jnp.full(leaf.shape, 0 if bias else 1, leaf.dtype))
-            continue
-        scale = 1.0 if path == "embedding" else 0.02 / (2 * config.num_layers) ** 0.5 if is_output else 0.02
-        random = make(jax.random.fold_in(jax.random.key(0), i), leaf.shape)
-        filled.append(random * scale)
+        filled += jax.tree.leaves(random_leaf(config, i, path, leaf))
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)
+
+
+def random_leaf(config: Config, number: int, path: str, leaf: Any) -> Any:
+    """The leaf of :func:`random_decoder` at ``path``, the one of that number; packed matrices as a whole."""
+    if is_packed(leaf):
+        return type(leaf).random(jax.random.key(number), leaf.shape)
+    bias = path.endswith("bias")
+    if bias or leaf.ndim == 1:  # norms are ones; biases are zeros, since they would add the same vector to all tokens
+        return jnp.full(leaf.shape, 0 if bias else 1, leaf.dtype)
+    is_output = path.endswith(("attention.output.weight", ".down"))
+    scale = 1.0 if path == "embedding" else 0.02 / (2 * config.num_layers) ** 0.5 if is_output else 0.02
+    return _normal(jax.random.fold_in(jax.random.key(0), number), leaf.shape) * scale
+
+
+@partial(jax.jit, static_argnums=1)
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> BFloat16[Array, "..."]:
+    return jax.random.normal(key, shape, jnp.bfloat16)
