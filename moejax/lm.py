@@ -3,8 +3,9 @@
 import html
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, overload
 
 import jax
@@ -12,23 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from moejax.checkpoints import load_folder, load_torch, open_folder
+from moejax.checkpoints import Hub, ModelFolder, load_folder, load_torch, open_folder
+from moejax.checkpoints.dtypes import check_dtype, widening
+from moejax.checkpoints.plan import leaf_paths
 from moejax.checkpoints.quantise import Quantisation
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
-from moejax.generation import Generation, Sampling, generate_tokens
+from moejax.generation import Generation, generate_tokens
+from moejax.generation.options import GenerateOptions, Watcher
 from moejax.models import Config, Decoder, FlatDecoder, ShardingRules, unflatten
 from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, shard_map_data, split
 from moejax.models.padding import left_pad, padded_length
 from moejax.ops.memory import reserve_memory
 from moejax.program import Program
+from moejax.prompts import Chat, EncodedPrompt, as_prompt, is_single
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import TokenIds
 
-Prompt = str | Sequence[int] | Int[Array | np.ndarray, " T"]
-Prompts = Sequence[Prompt] | Int[Array | np.ndarray, "B T"]
+Prompt = Any
+"""Text, token ids of shape [T] or [1 T], chat messages, a :class:`Chat`, or what a tokenizer returns."""
+
+Prompts = Any
+"""A sequence of prompts, or token ids of shape [B T]."""
 
 
 @Program
@@ -44,14 +52,23 @@ def _logits(weights: FlatDecoder, tokens: Array, valid: Array | None, gates: Gat
 class LM:
     """A loaded model. ``decoder`` is the pytree of weights; everything else is host-side convenience.
 
-    ``hugging_face`` is the config of the files that it was loaded from; :func:`moejax.export` writes it back.
-    ``quantisation`` tells, where loading quantised the experts, by how much this changed their weights.
+    Attributes:
+        decoder: the weights.
+        tokenizer: converts text; ``None`` if the files have none.
+        name: what reports call the model.
+        hugging_face: the config of the files that it was loaded from; :func:`moejax.export` writes it back.
+        generation_config: the fields of its ``generation_config.json``.
+        stored_dtypes: the dtypes in which the files have the leaves, by their paths, where they were widened on
+            loading; :func:`moejax.export` writes them back.
+        quantisation: by how much loading changed the experts' weights, where it quantised them.
     """
 
     decoder: Decoder
     tokenizer: Tokenizer | None = None
     name: str = "model"
     hugging_face: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    generation_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    stored_dtypes: Mapping[str, np.dtype] = field(default_factory=dict, repr=False, compare=False)
     quantisation: Quantisation | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -98,106 +115,147 @@ class LM:
         return _logits(self.flat, tokens, valid, Gates() if gates is None else gates.check(self.config, tokens))
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> str: ...
-    @overload
     def generate(self, prompt: list[str], **options: Any) -> list[str]: ...
-    def generate(self, prompt: str | list[str], **options: Any) -> str | list[str]:
-        """Continue a prompt, or each of several; returns the new text only. Options as in :meth:`generate_ids`.
+    @overload
+    def generate(self, prompt: Any, **options: Any) -> Any: ...
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """Continue a prompt, or each of several; returns the new text only. Options as in :meth:`generate_tokens`.
+
+        Args:
+            prompt: text, token ids, chat messages, what a tokenizer returns, or a list of any of these.
 
         Raises:
             PromptError: an empty prompt, or several answers to a prompt that is not in a list.
-            MoejaxError: an option out of range.
+            MoejaxError: an option that is not known or out of range.
         """
-        if isinstance(prompt, str) and options.get("num_return_sequences", 1) != 1:
+        single = is_single(prompt)
+        if single and options.get("num_return_sequences", 1) != 1:
             raise PromptError("one prompt gives one text; put the prompt in a list to get a list of answers.")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
         tokenizer = self.need_tokenizer()
-        rows = self.generate_ids([self.encode(p) for p in prompts], **options)
-        texts = [tokenizer.decode(row) for row in rows]
-        return texts[0] if isinstance(prompt, str) else texts
+        texts = [tokenizer.decode(row) for row in self.generate_ids([prompt] if single else prompt, **options)]
+        return texts[0] if single else texts
 
-    def generate_ids(
-        self, prompts: Prompts, *, eos_ids: Sequence[int] | None = None, **options: Any
-    ) -> list[list[int]]:
-        """New token ids of each prompt, up to and without the token that ended it.
+    def generate_ids(self, prompts: Prompts, **options: Any) -> list[list[int]]:
+        """New token ids of each prompt, up to and without the token that ended it, up to and with a stop string.
 
         Options as in :meth:`generate_tokens`. The answers of one prompt lie side by side, if several are asked for.
 
         Raises:
             PromptError: an empty prompt, or an id outside the vocabulary.
-            MoejaxError: an option out of range.
+            MoejaxError: an option that is not known or out of range.
         """
         if len(prompts) == 0:
             return []
-        found = self.generate_tokens(prompts, eos_ids=eos_ids, **options)
-        ends = self.config.eos_ids if eos_ids is None else tuple(eos_ids)
-        rows, lengths = np.asarray(found.tokens).tolist(), np.asarray(found.lengths).tolist()
-        return [_until(row[:length], ends) for row, length in zip(rows, lengths, strict=True)]
+        rows, asked, gates = self._asked(prompts, options)
+        found, watcher = self._generate(rows, asked, gates, return_scores=False)
+        tokens, lengths = np.asarray(found.tokens).tolist(), np.asarray(found.lengths).tolist()
+        return [watcher.cut(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
 
-    def generate_tokens(
-        self,
-        prompts: Prompts,
-        *,
-        max_new_tokens: int = 32,
-        seed: int = 0,
-        gates: Gates | None = None,
-        eos_ids: Sequence[int] | None = None,
-        pad_id: int | None = None,
-        max_time: float | None = None,
-        return_scores: bool = False,
-        **settings: Any,
-    ) -> Generation:
+    def generate_tokens(self, prompts: Prompts, *, return_scores: bool = False, **options: Any) -> Generation:
         """Continue each prompt; returns arrays, with the scores of every token if ``return_scores``.
 
-        Greedy unless ``settings``, the fields of :class:`moejax.generation.Sampling`, say otherwise: ``temperature``,
-        ``top_k``, ``top_p``, ``min_new_tokens``, ``repetition_penalty``, ``no_repeat_ngram_size``, ``bad_words``,
-        ``num_beams``, ``length_penalty``, ``early_stopping``, ``num_return_sequences``.
+        Greedy unless the options say otherwise. The names of transformers' ``generate`` are understood too. Ends and
+        stop strings are the model's own (``generation_config.json``) unless given here.
 
         Args:
-            max_new_tokens: of each answer.
-            seed: determines the draw.
-            gates: interventions, as :func:`moejax.generation.generate_tokens` takes them: those for a single token,
-                ``Gates.ones(config, [0])``, hold for all.
-            eos_ids: tokens that end an answer; by default the configuration's.
-            pad_id: fills answers behind their end; by default the configuration's.
-            max_time: seconds after which no further token is begun, compiling not counted.
+            options:
+                ``max_new_tokens``: of each answer, 32 by default; or ``max_length``, which counts the longest prompt.
+                ``do_sample``: draw, with the model's own ``temperature``, ``top_k`` and ``top_p``.
+                ``temperature``, ``top_k``, ``top_p``, ``min_new_tokens``, ``repetition_penalty``,
+                ``no_repeat_ngram_size``, ``bad_words`` (texts or ids), ``num_beams``, ``length_penalty``,
+                ``early_stopping``, ``num_return_sequences``: as in :class:`moejax.generation.Sampling`.
+                ``seed``: determines the draw.
+                ``gates``: interventions, as :func:`moejax.generation.generate_tokens` takes them: those for a single
+                token, ``Gates.ones(config, [0])``, hold for all.
+                ``eos_ids`` (``eos_token_id``): tokens that end an answer. ``pad_id`` (``pad_token_id``): fills answers
+                behind their end.
+                ``stop_strings``: texts that end an answer.
+                ``streamer``: a function that is called with each new piece of text, or an object with ``put`` and
+                ``end`` as in transformers.
+                ``max_time``: seconds after which no further token is begun, compiling not counted.
 
         Raises:
             PromptError: no prompts, an empty one, or an id outside the vocabulary.
-            MoejaxError: an option out of range.
+            MoejaxError: an option that is not known or out of range.
         """
         if isinstance(prompts, str):
             raise PromptError("one text is no list of prompts; put it in one, or call generate.")
         if len(prompts) == 0:
             raise PromptError("there are no prompts to continue.")
-        pad_id = self.config.pad_id if pad_id is None else pad_id
-        rows = [self.encode(p) for p in prompts]
+        rows, asked, gates = self._asked(prompts, options)
+        return self._generate(rows, asked, gates, return_scores=return_scores)[0]
+
+    def _asked(self, prompts: Prompts, given: dict[str, Any]) -> tuple[list[list[int]], GenerateOptions, Gates | None]:
+        """Token ids of the prompts, the options of a generation, and its gates."""
+        options = dict(given)
+        gates = options.pop("gates", None)
+        rows: list[list[int]] = [self.encode(prompt) for prompt in prompts]
+        words = options.get("bad_words", options.get("bad_words_ids"))
+        if words is not None and any(isinstance(word, str) for word in words):
+            options.pop("bad_words_ids", None)
+            tokenizer = self.need_tokenizer()
+            options["bad_words"] = [tokenizer.continuation(w) if isinstance(w, str) else w for w in words]
+        defaults = {"eos_ids": self.config.eos_ids, "pad_id": self.config.pad_id}
+        return rows, GenerateOptions.read(options, self.generation_config, defaults, max(map(len, rows))), gates
+
+    def _generate(
+        self, rows: list[list[int]], options: GenerateOptions, gates: Gates | None, *, return_scores: bool
+    ) -> tuple[Generation, Watcher]:
+        watched = options.streamer is not None or bool(options.stop_strings)
+        decode = self.need_tokenizer().decode if watched else None
+        watcher = Watcher(decode, options.eos_ids, options.stop_strings, options.streamer)
+        watcher.begin(rows)
         width = padded_length(self.config, max(map(len, rows)), gates)
-        tokens, valid = left_pad(rows, width, pad_id)
-        return generate_tokens(
+        tokens, valid = left_pad(rows, width, options.pad_id)
+        found = generate_tokens(
             self.flat,
             tokens,
             valid,
-            jax.random.key(seed),
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(**settings),
-            eos_ids=self.config.eos_ids if eos_ids is None else tuple(eos_ids),
-            pad_id=pad_id,
+            jax.random.key(options.seed),
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            eos_ids=options.eos_ids,
+            pad_id=options.pad_id,
             reading=Reading(gates=gates or Gates()),
-            max_time=max_time,
+            max_time=options.max_time,
             return_scores=return_scores,
+            watch=watcher if watched else None,
         )
+        if options.streamer is not None:
+            watcher.end(watcher.cut(np.asarray(found.tokens)[0, : int(found.lengths[0])].tolist()))
+        return found, watcher
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked.
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of ``generation_config.json``, else the configuration's."""
+        stored = self.generation_config.get("eos_token_id")
+        if stored is None:
+            return self.config.eos_ids
+        return (stored,) if isinstance(stored, int) else tuple(stored)
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Token ids of a prompt, checked; of a chat with the role of each token.
+
+        Args:
+            prompt: text, chat messages or a :class:`moejax.Chat`, token ids of shape ``[T]`` or ``[1 T]``, or what a
+                tokenizer returns.
 
         Raises:
-            PromptError: it is empty, an id lies outside the vocabulary, or it is no single row.
+            PromptError: it is empty, an id lies outside the vocabulary, it is no single row, or the model's chat
+                template refuses it.
         """
-        ids = self.check(self.need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
+        given, roles = as_prompt(prompt), None
+        if isinstance(given, Chat):
+            given = given.encode(self.need_tokenizer())
+        if isinstance(given, EncodedPrompt):
+            roles = given.roles
+        ids = self.check(self.need_tokenizer().encode(given) if isinstance(given, str) else given)
         if ids.ndim != 1:
             raise PromptError(f"a prompt is one row of token ids, not an array of shape {ids.shape}.")
-        return ids.tolist()
+        if len(ids) > self.config.max_positions:
+            text = f"{len(ids)} tokens exceed the context of {self.config.max_positions} that the model was made for."
+            warnings.warn(text, stacklevel=3)
+        return EncodedPrompt(ids.tolist(), roles)
 
     def check(self, tokens: Any) -> np.ndarray:
         """Token ids as an int32 array.
@@ -219,8 +277,12 @@ class LM:
         return ids.astype(np.int32)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each token's text, or its id where there is no tokenizer."""
+        """The text of each token of a sequence, or its id where there is no tokenizer; joined, they are the text."""
         return self.tokenizer.pieces(ids) if self.tokenizer else [f"[{i}]" for i in ids]
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each of several tokens that do not follow each other, as it stands within a text."""
+        return self.tokenizer.token_texts(ids) if self.tokenizer else [f"[{i}]" for i in ids]
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -229,13 +291,8 @@ class LM:
             PromptError: the model came without one.
         """
         if self.tokenizer is None:
-            raise PromptError(f"{self.name} has no tokenizer.json; pass token ids instead of text.")
+            raise PromptError(f"{self.name} has no tokenizer; pass token ids, or load(.., tokenizer=) with one.")
         return self.tokenizer
-
-
-def _until(row: list[int], ends: tuple[int, ...]) -> list[int]:
-    stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-    return row[:stop]
 
 
 def load(
@@ -246,15 +303,21 @@ def load(
     sharding: ShardingRules | None = None,
     keep_packed: bool = False,
     experts: str | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
     rules: ShardingRules | None = None,
 ) -> LM:
     """Load a model: a bundled name, a folder (of Hugging Face files, or what ``moejax convert`` wrote), a hub id, or a
     ``transformers`` model in memory.
 
-    Weights keep the checkpoint's dtype unless ``dtype`` is given. JAX is told to use most of a GPU's memory, where it
-    has not started yet and nothing else is set (:func:`moejax.ops.memory.reserve_memory`).
+    Weights keep the checkpoint's dtype on accelerators. On CPUs, which compute in float32 anyway, they are float32 if
+    that fits in free memory; :func:`moejax.export` writes the checkpoint's own dtype back. JAX is told to use most of a
+    GPU's memory, where it has not started yet and nothing else is set (:func:`moejax.ops.memory.reserve_memory`).
 
     Args:
+        dtype: cast the weights to it.
         mesh: devices to lay the weights over; each is given its part and nothing else. By default all is on one. Those
             of its axis ``"data"`` have the same weights and share what is independent: sequences of a batch, targets of
             an explanation, interventions.
@@ -266,10 +329,16 @@ def load(
         experts: ``"int8"`` rounds the matrices of experts, and nothing else, to 8 bits a value with a scale for each
             output channel: half of bfloat16's memory. Everything that is computed is then that of the rounded model;
             ``LM.quantisation`` tells the error. ``"mxfp4"`` is ``keep_packed``.
+        tokenizer: a tokenizer of transformers or of the ``tokenizers`` library, or any object with ``encode`` and
+            ``decode``, instead of the one that the folder has.
+        revision: branch, tag or commit of a hub id.
+        token: access token for a hub id.
+        cache_dir: folder of the hub's cache.
         rules: the earlier name of ``sharding``.
 
     Raises:
-        ConfigError: the configuration is missing or not supported, or the rules do not fit it or the mesh.
+        ConfigError: the configuration is missing or not supported, the rules do not fit it or the mesh, or ``dtype`` is
+            none for weights.
         CheckpointError: the weights are missing, truncated, or do not fit the configuration.
     """
     if rules is not None:
@@ -278,15 +347,61 @@ def load(
     if sharding is not None and mesh is None:
         raise ConfigError("sharding lays weights over a mesh; pass mesh=jax.make_mesh(..) too.")
     reserve_memory()
-    errors: dict[str, float] = {}
+    if dtype is not None:
+        check_dtype(dtype)
+    wrapped = None if tokenizer is None else Tokenizer.wrap(tokenizer)
+    placed = {"mesh": mesh, "rules": sharding}
     if hasattr(source, "state_dict"):
         if keep_packed:
             raise ConfigError("a transformers model in memory has unpacked its experts; load its folder instead.")
-        decoder = load_torch(source, dtype, mesh=mesh, rules=sharding, experts=experts, errors=errors)
-        config, quantisation = source.config.to_dict(), Quantisation.of(decoder.config, errors)
-        return LM(decoder, name=source.config.model_type, hugging_face=config, quantisation=quantisation)
-    folder = open_folder(source)
-    options = {"mesh": mesh, "rules": sharding, "keep_packed": keep_packed, "experts": experts, "errors": errors}
-    decoder = load_folder(folder, dtype, **options)
-    quantisation = Quantisation.of(decoder.config, errors)
-    return LM(decoder, Tokenizer.from_folder(folder.path), str(source), folder.hugging_face, quantisation)
+        return _load_torch(source, dtype, experts, placed, wrapped)
+    folder = open_folder(source, hub=Hub(revision, token, cache_dir))
+    lm = _load_folder(folder, dtype, {"keep_packed": keep_packed, "experts": experts}, placed, wrapped)
+    return replace(lm, name=str(source))
+
+
+def _load_torch(
+    model: Any, dtype: DTypeLike | None, experts: str | None, placed: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> LM:
+    """Load a model of transformers; ``placed`` has the mesh and the sharding rules."""
+    errors: dict[str, float] = {}
+    decoder = load_torch(model, dtype, experts=experts, errors=errors, **placed)
+    config, quantisation = _as_read(model.config.to_dict(), decoder), Quantisation.of(decoder.config, errors)
+    stored = getattr(model, "generation_config", None)
+    settings = {} if stored is None else dict(stored.to_dict())
+    return LM(decoder, tokenizer, model.config.model_type, config, settings, quantisation=quantisation)
+
+
+def _load_folder(
+    folder: ModelFolder,
+    dtype: DTypeLike | None,
+    held: Mapping[str, Any],
+    placed: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+) -> LM:
+    """Load a folder; ``held`` has the options for experts, ``placed`` the mesh and the sharding rules."""
+    errors: dict[str, float] = {}
+    is_kept = held["keep_packed"] or held["experts"] == "mxfp4"
+    wide, stored_dtypes = widening(folder, dtype, placed["mesh"], is_kept)
+    decoder = load_folder(folder, wide, errors=errors, **held, **placed)
+    if decoder.config.is_packed:
+        # the values of rounded experts are written as they are computed with
+        stored_dtypes = {path: stored_dtypes[path] for path, _ in leaf_paths(decoder) if path in stored_dtypes}
+    return LM(
+        decoder,
+        tokenizer or Tokenizer.from_folder(folder.path),
+        hugging_face=_as_read(folder.hugging_face, decoder),
+        generation_config=folder.generation_config,
+        stored_dtypes=stored_dtypes,
+        quantisation=Quantisation.of(decoder.config, errors),
+    )
+
+
+def _as_read(hugging_face: Mapping[str, Any], decoder: Decoder) -> Mapping[str, Any]:
+    """The config of the files, with the head untied where the files have one of its own."""
+    tied = decoder.config.tied
+    return (
+        hugging_face
+        if tied or not hugging_face.get("tie_word_embeddings")
+        else {**hugging_face, "tie_word_embeddings": False}
+    )

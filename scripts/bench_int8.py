@@ -6,8 +6,8 @@
 
 Each format runs in a process of its own, so that peaks are its own. "peak" is what the allocator held at most until
 then, loading included; "program" is what the compiled program says of itself: arguments, temporaries and results. Times
-are medians. The last lines say how far int8's logits and relevance of tokens are from bfloat16's; weights are random,
-so a trained model's are not the same.
+are medians. The last lines say how far int8's logits and relevance of tokens are from bfloat16's; weights are random
+and their layers write little, so a trained model's are not the same.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ["torch", "matplotlib", "orbax", "transformers", "huggingface_hub"]
+HEAVY = ["torch", "matplotlib", "orbax", "transformers", "huggingface_hub", "pandas"]
 PROMISED_SECONDS = 2.0
 LOADED_MACHINE = 2.0
 

@@ -3,7 +3,8 @@
 from moejax.checkpoints.convert import convert
 from moejax.checkpoints.describe import ModelConfig, get_model_config, list_supported_models
 from moejax.checkpoints.export import export, save_folder, to_tensors
-from moejax.checkpoints.folder import BUNDLED, ModelFolder, download, find, open_folder, read_config
+from moejax.checkpoints.folder import BUNDLED, ModelFolder, find, open_folder, read_config
+from moejax.checkpoints.hub import Hub, download
 from moejax.checkpoints.load import load_decoder, load_folder, load_torch
 from moejax.checkpoints.orbax import load_orbax
 from moejax.checkpoints.summary import Conversion
@@ -11,6 +12,7 @@ from moejax.checkpoints.summary import Conversion
 __all__ = [
     "BUNDLED",
     "Conversion",
+    "Hub",
     "ModelConfig",
     "ModelFolder",
     "convert",

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def export(
         if reader.folder is not None:
             copy_side_files(reader.folder, partial)
         elif (tokenizer := getattr(source, "tokenizer", None)) is not None:
-            tokenizer.backend.save(str(partial / "tokenizer.json"))
+            tokenizer.save(partial)
     total = sum(entry.nbytes for entry in reader.leaves.values())
     return Conversion(target, total, time.perf_counter() - start, peak_bytes(), len(parts(reader.leaves)), 0)
 
@@ -116,14 +116,19 @@ class _Shard:
 def _write(reader: CheckpointReader, folder: Path, max_shard_bytes: int | None, progress: bool) -> None:
     """Write weights and config into ``folder``."""
     table = family(reader.hugging_face.get("model_type")).keys
-    entries = {key: entry for path in reader.leaves for key, entry in _tensors(table, path, reader.leaves[path])}
+    entries = {
+        key: replace(entry, dtype=reader.dtypes.get(key, entry.dtype))
+        for path in reader.leaves
+        for key, entry in _tensors(table, path, reader.leaves[path])
+    }
     need_room(folder, sum(entry.nbytes for entry in entries.values()))
     shards = _plan_shards(entries, max_shard_bytes)
     for shard in shards:
         (folder / shard.name).write_bytes(shard.header)
     with progress_bar(progress, "exporting", sum(entry.nbytes for entry in entries.values())) as advance:
         for part in parts(reader.leaves):
-            for shard, key, data in _with_shards(table, reader.read(part), shards):
+            for shard, key, leaf in _with_shards(table, reader.read(part), shards):
+                data = leaf.astype(entries[key].dtype, copy=False)
                 with (folder / shard.name).open("r+b") as file:
                     file.seek(shard.offsets[key])
                     file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)

@@ -17,15 +17,18 @@ from typing import Any
 
 from moejax.errors import CheckpointError, ConfigError, MoejaxError
 
-_SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
+_SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".spm", ".bpe")
+_SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_NO_SIDE_FILES = ("config.json", "adapter_config.json")
+_NO_SIDE_SUFFIXES = (".index.json", ".partial")
 _MAX_JSON = 100_000_000
 """Most bytes of a JSON file."""
+
+LFS_MARK = b"version https://git-lfs"
+"""The beginning of a file that Git LFS has not downloaded."""
+
+LFS_MEND = "a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder."
+"""What a message says of such a file."""
 
 MARK = "moejax"
 """The field that ``moejax convert`` adds to the config of a folder that it writes: a dict with format and dtype."""
@@ -84,7 +87,10 @@ def read_object(folder: Path, name: str, error: type[MoejaxError]) -> dict[str, 
         return None
     if (size := path.stat().st_size) > _MAX_JSON:
         raise error(f"{path}: {size} bytes are too many for a JSON file; it is damaged or hostile.")
-    return parse_object(path.read_bytes(), str(path), error)
+    data = path.read_bytes()
+    if is_lfs_pointer(data):
+        raise error(f"{path}: {LFS_MEND}")
+    return parse_object(data, str(path), error)
 
 
 def check_sizes(config: Mapping[str, Any], where: str) -> None:
@@ -131,10 +137,39 @@ def _boundary(folder: Path) -> Path:
 
 
 def copy_side_files(source: Path, destination: Path) -> None:
-    """Copy the tokenizer's files, ``generation_config.json`` and the chat template, where ``source`` has them."""
-    for name in _SIDE_FILES:
-        if (path := inside(source, name)) is not None:
+    """Copy what a model folder holds beside config and weights: tokenizer, chat templates, notes, licence.
+
+    Code and weights of other kinds are left out, and so is what the destination has already.
+    """
+    for name in side_files(source):
+        if (path := inside(source, name)) is not None and not (destination / name).exists():
             shutil.copyfile(path, destination / name)
+
+
+def side_files(folder: Path) -> list[str]:
+    """Return the names of the files beside config and weights."""
+    return sorted(path.name for path in folder.iterdir() if _is_side_file(path.name) and path.is_file())
+
+
+def _is_side_file(name: str) -> bool:
+    if name.startswith(".") or name in _NO_SIDE_FILES or name.endswith(_NO_SIDE_SUFFIXES):
+        return False
+    return name.endswith(_SIDE_SUFFIXES) or name.upper().startswith(_SIDE_NAMES)
+
+
+def is_lfs_pointer(beginning: bytes) -> bool:
+    """Return whether a file that begins like this is a pointer of Git LFS, which stands for a file not downloaded."""
+    return beginning.startswith(LFS_MARK)
+
+
+def adapter_message(folder: Path) -> str:
+    """Return the error message for a folder that holds an adapter instead of a model."""
+    adapter = read_object(folder, "adapter_config.json", CheckpointError) or {}
+    base = adapter.get("base_model_name_or_path")
+    return (
+        f"{folder}: an adapter for {base!r:.120}, not a model; merge it first: AutoPeftModelForCausalLM"
+        f".from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('MERGED'), then load MERGED."
+    )
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:

@@ -4,18 +4,18 @@
 :class:`ModelFolder` that it returns.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoints.files import MARK, check_sizes, read_object
+from moejax.checkpoints.files import MARK, adapter_message, check_sizes, read_object
+from moejax.checkpoints.hub import Hub
 from moejax.checkpoints.safetensors import SafetensorsFolder
 from moejax.errors import CheckpointError, ConfigError
-
-PUBLISHED = ("*.json", "*.safetensors", "*.jinja")
-"""The files of a model on the hub that are downloaded: never pickles, never code."""
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 """The folder of the models that are installed with the package."""
@@ -54,7 +54,8 @@ class ModelFolder:
         """
         config = read_object(path, "config.json", ConfigError)
         if config is None:
-            raise ConfigError(f"{path}: no config.json; not a model folder.")
+            adapter = (path / "adapter_config.json").is_file()
+            raise ConfigError(adapter_message(path) if adapter else f"{path}: no config.json; not a model folder.")
         check_sizes(config, f"{path}/config.json")
         kind = FolderKind.ORBAX if MARK in config else FolderKind.HUGGING_FACE
         mark = config.pop(MARK, None)
@@ -64,6 +65,16 @@ class ModelFolder:
     def is_orbax(self) -> bool:
         """True if ``moejax convert`` wrote the folder."""
         return self.kind is FolderKind.ORBAX
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The fields of ``generation_config.json``; empty if there is none.
+
+        Raises:
+            ConfigError: the file is not a JSON object.
+            CheckpointError: it is a link that leaves the folder.
+        """
+        return read_object(self.path, "generation_config.json", ConfigError) or {}
 
     def tensors(self) -> SafetensorsFolder:
         """Open the safetensors files and read their headers; no data is read yet.
@@ -76,18 +87,19 @@ class ModelFolder:
         return SafetensorsFolder(self.path)
 
 
-def open_folder(source: Any, files: Sequence[str] = PUBLISHED) -> ModelFolder:
+def open_folder(source: Any, files: Sequence[str] | None = None, hub: Hub = Hub()) -> ModelFolder:
     """Find the folder of a model and parse its ``config.json``.
 
     Args:
         source: a folder, a bundled name, a hub id, or a :class:`ModelFolder`, which is returned as it is.
-        files: the patterns of the files to download if ``source`` is a hub id.
+        files: the patterns of the files to download if ``source`` is a hub id; by default all that the model needs.
+        hub: how a hub id is downloaded.
 
     Raises:
         CheckpointError: there is no such model, or ``config.json`` is a link that leaves the folder.
         ConfigError: ``config.json`` is missing or not a JSON object, or one of its sizes is not a positive integer.
     """
-    return source if isinstance(source, ModelFolder) else ModelFolder.read(find(source, files))
+    return source if isinstance(source, ModelFolder) else ModelFolder.read(find(source, files, hub))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -95,35 +107,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(ModelFolder.read(folder).hugging_face)
 
 
-def find(source: Any, files: Sequence[str] = PUBLISHED) -> Path:
+def find(source: Any, files: Sequence[str] | None = None, hub: Hub = Hub()) -> Path:
     """Return the local folder of a model: ``source`` itself, a bundled model, or a download from the hub.
+
+    The arguments are as in :func:`open_folder`.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file; give the folder that holds config.json and the weights.")
     bundled = BUNDLED / str(source)
-    return bundled if bundled.is_dir() else download(str(source), files)
-
-
-def download(name: str, files: Sequence[str] = PUBLISHED) -> Path:
-    """Download the ``files`` of a model on the Hugging Face hub that are not in the local cache yet.
-
-    Returns:
-        The model's folder in the cache.
-
-    Raises:
-        CheckpointError: the hub has no such model or cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    if bundled.is_dir():
+        return bundled
+    name = str(source)
+    if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
+        raise CheckpointError(f"{source}: no such folder{_near(folder)}.")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{name!r} is neither a folder nor a bundled model, and the hub could not provide it: {reason}"
-        ) from error
+        return hub.download(name, files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_near(folder)}") from error
+
+
+def _near(folder: Path) -> str:
+    """Return a hint that names a folder or bundled model of nearly the same name; empty if there is none."""
+    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    bundled = [path.name for path in BUNDLED.iterdir() if path.is_dir()]
+    close = difflib.get_close_matches(folder.name, [*bundled, *siblings], n=1, cutoff=0.75)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -16,6 +16,7 @@ from moejax.checkpoints.orbax import OrbaxFolder
 from moejax.checkpoints.plan import LeafPlan, PackedPlan, make_plan
 from moejax.checkpoints.quantise import Quantiser
 from moejax.checkpoints.safetensors import TensorSource
+from moejax.checkpoints.tied_head import with_stored_head
 from moejax.checkpoints.torch import TorchModel
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models import Config, Decoder, ShardingRules, exchanging, family, shardings
@@ -56,7 +57,7 @@ def load_decoder(
         CheckpointError: the tensors do not fit the configuration.
     """
     kind = family(hugging_face.get("model_type"))
-    stored = kind.config(hugging_face)
+    stored = kind.config(with_stored_head(hugging_face, kind, source))
     goal = _Goal.of(stored, _packed_format(keep_packed, experts), mesh, rules)
     plans = make_plan(goal.stored, kind.keys, source.entries)
     leaves: list[jax.Array] = []

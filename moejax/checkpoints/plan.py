@@ -1,8 +1,10 @@
 """Plans for loading: which tensors make up each leaf of the decoder, checked before any data is read."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
@@ -20,6 +22,9 @@ from moejax.ops.mxfp4 import BLOCK, MXFP4
 _LISTED = 8
 """The most problems that one error message lists."""
 
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Keys of tensors that older checkpoints hold although they are computed from the config."""
+
 _SLICE = 4 << 20
 """The number of values that are tested for NaN and infinity together."""
 
@@ -31,7 +36,7 @@ class LeafPlan:
     Attributes:
         path: the leaf's path in the decoder.
         shape: the leaf's shape.
-        dtype: the dtype of its tensors.
+        dtype: the dtype of its tensors; of several dtypes, the narrowest that holds the values of all.
         layout: the layout in which the source has it.
     """
 
@@ -48,10 +53,14 @@ class LeafPlan:
             dtype: cast the leaf to it; by default it keeps the dtype of its tensors.
             index: a slice for each axis, if only that part of the leaf is needed (:meth:`Layout.part`).
         """
+
+        def read(key: str) -> np.ndarray:
+            return source.read(key).astype(self.dtype, copy=False)
+
         if index is None:
-            leaf = self.layout.assemble([source.read(key) for key, _ in self.layout.tensors], self.shape)
+            leaf = self.layout.assemble([read(key) for key, _ in self.layout.tensors], self.shape)
         else:
-            leaf = self.layout.part(source.read, self.shape, index)
+            leaf = self.layout.part(read, self.shape, index)
         return leaf if dtype is None or self.is_packed else leaf.astype(dtype)
 
     @property
@@ -193,7 +202,8 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
         layout = _choose(path, leaf.shape, table, entries)
         wrong = _problems(layout, entries, floats=jnp.issubdtype(leaf.dtype, jnp.floating))
         problems.extend(wrong)
-        return LeafPlan(path, leaf.shape, leaf.dtype if wrong else entries[layout.tensors[0][0]].dtype, layout)
+        dtypes = [leaf.dtype] if wrong else [entries[key].dtype for key, _ in layout.tensors]
+        return LeafPlan(path, leaf.shape, reduce(jnp.promote_types, dtypes), layout)
 
     def plan(path: str, leaf: jax.ShapeDtypeStruct) -> LeafPlan | PackedPlan:
         if not _holds(path, leaf, table, entries):
@@ -207,9 +217,19 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
 
     plans = [plan(path, leaf) for path, leaf in leaf_paths(abstract)]
     used = {key for plan in plans for key in plan.keys}
-    problems += [f"unused {key} {list(entries[key].shape)}" for key in entries if key not in used]
+    ignored = _ignored(abstract, table)
+    unused = [key for key in entries if key not in used and not (key in ignored or _COMPUTED.search(key))]
+    problems += [f"unused {key} {list(entries[key].shape)}" for key in unused]
     report(problems, "the checkpoint does not fit its config")
     return plans
+
+
+def _ignored(abstract: Decoder, table: KeyTable) -> set[str]:
+    """The keys of tensors that a checkpoint may hold beside the leaves: a tied head (:mod:`.tied_head`)."""
+    if not abstract.config.tied or "head" not in table:
+        return set()
+    shape = abstract.config.vocab_size, abstract.config.model_dim
+    return {key for layout in layouts(table, "head", shape) for key, _ in layout.tensors}
 
 
 def _holds(path: str, leaf: jax.ShapeDtypeStruct, table: KeyTable, entries: Mapping[str, Entry]) -> bool:
@@ -231,18 +251,13 @@ def _problems(layout: Layout, entries: Mapping[str, Entry], floats: bool) -> lis
     for key, shape in layout.tensors:
         if key not in entries:
             problems.append(f"missing {key} {list(shape)}")
-        elif entries[key].shape != shape:
-            problems.append(f"misshapen {key}: the file has {list(entries[key].shape)}, the config wants {list(shape)}")
-        elif jnp.issubdtype(entries[key].dtype, jnp.floating) != floats:
-            problems.append(f"mistyped {key}: {entries[key].dtype} instead of {'a float' if floats else 'uint8'}")
-    if problems:
-        return problems
-    first = layout.tensors[0][0]
-    return [
-        f"dtype of {key} is {entries[key].dtype}, but {first} has {entries[first].dtype}"
-        for key, _ in layout.tensors
-        if entries[key].dtype != entries[first].dtype
-    ]
+            continue
+        got = entries[key]
+        if got.shape != shape:
+            problems.append(f"misshapen {key}: the file has {list(got.shape)}, the config wants {list(shape)}")
+        elif not (jnp.issubdtype(got.dtype, jnp.floating) if floats else got.dtype == np.uint8):
+            problems.append(f"mistyped {key}: {got.dtype} instead of {'a float' if floats else 'uint8'}")
+    return problems
 
 
 def layouts(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[Layout]:

@@ -15,8 +15,9 @@ from moejax.checkpoints.files import MARK
 from moejax.checkpoints.folder import ModelFolder, open_folder
 from moejax.checkpoints.load import pack
 from moejax.checkpoints.orbax import OrbaxFolder
-from moejax.checkpoints.plan import leaf_paths, make_plan, parts
-from moejax.checkpoints.safetensors import Entry
+from moejax.checkpoints.plan import LeafPlan, PackedPlan, leaf_paths, make_plan, parts
+from moejax.checkpoints.safetensors import Entry, SafetensorsFolder
+from moejax.checkpoints.tied_head import with_stored_head
 from moejax.errors import ConfigError
 from moejax.models import Decoder, family
 from moejax.ops.packed import FORMATS, is_packed
@@ -41,6 +42,11 @@ class CheckpointReader(Protocol):
         """Shape and dtype of every leaf by its path, in the order of the decoder's tree."""
         ...
 
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]:
+        """The dtypes in which to write tensors that do not have their leaf's, by their keys."""
+        ...
+
     def read(self, part: str) -> dict[str, np.ndarray]:
         """Read the leaves of a part (:func:`moejax.checkpoints.plan.part_of`) to the host, by their paths."""
         ...
@@ -55,6 +61,7 @@ class HuggingFaceReader:
 
     Attributes:
         source: the folder's tensors.
+        dtypes: the dtype of each tensor that is narrower than its leaf's, by its key.
         nonfinite: the number of NaN and infinite values in the parts that were read, by the keys of their tensors.
 
     Raises:
@@ -64,12 +71,13 @@ class HuggingFaceReader:
 
     def __init__(self, folder: ModelFolder, dtype: np.dtype | None = None) -> None:
         self.folder: Path | None = folder.path
-        self.hugging_face: Mapping[str, Any] = folder.hugging_face
         self.source, self._dtype = folder.tensors(), dtype
-        kind = family(self.hugging_face.get("model_type"))
+        kind = family(folder.hugging_face.get("model_type"))
+        self.hugging_face: Mapping[str, Any] = with_stored_head(folder.hugging_face, kind, self.source)
         plans = make_plan(Decoder.abstract(kind.config(self.hugging_face)), kind.keys, self.source.entries)
         self._plans = {plan.path: plan for plan in plans}
         self.leaves: Mapping[str, Entry] = {plan.path: Entry(plan.shape, dtype or plan.dtype) for plan in plans}
+        self.dtypes: Mapping[str, np.dtype] = {} if dtype else _narrower(plans, self.source)
         self.nonfinite: dict[str, int] = {}
 
     def read(self, part: str) -> dict[str, np.ndarray]:
@@ -81,6 +89,13 @@ class HuggingFaceReader:
         """Return the number of bytes that a part's tensors have in the files."""
         keys = [key for path in parts(self.leaves)[part] for key in self._plans[path].keys]
         return sum(self.source.entries[key].nbytes for key in keys)
+
+
+def _narrower(plans: list[LeafPlan | PackedPlan], source: SafetensorsFolder) -> dict[str, np.dtype]:
+    """The dtypes of tensors that differ from their leaf's, by their keys."""
+    whole = [plan for plan in plans if isinstance(plan, LeafPlan)]
+    dtypes = {key: (source.entries[key].dtype, plan.dtype) for plan in whole for key in plan.keys}
+    return {key: stored for key, (stored, of_leaf) in dtypes.items() if stored != of_leaf}
 
 
 class OrbaxReader:
@@ -96,6 +111,7 @@ class OrbaxReader:
         self.folder: Path | None = folder.path
         self.hugging_face: Mapping[str, Any] = folder.hugging_face
         self.leaves: Mapping[str, Entry] = self._stored.leaves
+        self.dtypes: Mapping[str, np.dtype] = {}
 
     def read(self, part: str) -> dict[str, np.ndarray]:
         """Read the leaves of a part."""
@@ -110,6 +126,7 @@ class DecoderReader:
         decoder: the decoder.
         hugging_face: the fields of the Hugging Face config that describes it.
         folder: the folder with its tokenizer, if there is one.
+        dtypes: the dtypes in which to write leaves and tensors, by their paths and keys; by default the leaves' own.
         dequantise: packed matrices are read as their values, in the dtype of the decoder's embedding.
         leaves: shape and dtype of every leaf by its path.
 
@@ -121,6 +138,7 @@ class DecoderReader:
     decoder: Decoder
     hugging_face: Mapping[str, Any]
     folder: Path | None = None
+    dtypes: Mapping[str, np.dtype] = field(default_factory=dict)
     dequantise: bool = False
     leaves: Mapping[str, Entry] = field(init=False)
 
@@ -138,9 +156,9 @@ class DecoderReader:
                 f"experts held as {packed} have lost digits, and no software for this family reads them; "
                 "export(.., dequantise=True) writes what is left of them in full (--dequantise on the command line)."
             )
-        dtype = np.dtype(self.decoder.dtype)
+        whole = np.dtype(self.decoder.dtype)
         leaves = {
-            path: Entry(leaf.shape, dtype if is_packed(leaf) else np.dtype(leaf.dtype))
+            path: Entry(leaf.shape, self.dtypes.get(path, whole if is_packed(leaf) else np.dtype(leaf.dtype)))
             for path, leaf in self._matrices()
         }
         object.__setattr__(self, "leaves", leaves)
@@ -152,11 +170,12 @@ class DecoderReader:
     def read(self, part: str) -> dict[str, np.ndarray]:
         """Copy the leaves of a part to the host."""
         paths, dtype = set(parts(self.leaves)[part]), self.decoder.dtype
-        return {
+        found = {
             path: np.asarray(leaf.unpack(dtype) if is_packed(leaf) else leaf)
             for path, leaf in self._matrices()
             if path in paths
         }
+        return {path: leaf.astype(self.leaves[path].dtype, copy=False) for path, leaf in found.items()}
 
 
 def open_reader(source: Any, *, dequantise: bool = False) -> CheckpointReader:
@@ -177,6 +196,6 @@ def open_reader(source: Any, *, dequantise: bool = False) -> CheckpointReader:
             raise ConfigError(
                 "this model was not loaded from files, so its Hugging Face config is not known; set its hugging_face."
             )
-        return DecoderReader(source.decoder, config, dequantise=dequantise)
+        return DecoderReader(source.decoder, config, dtypes=getattr(source, "stored_dtypes", {}), dequantise=dequantise)
     folder = open_folder(source)
     return OrbaxReader(folder) if folder.is_orbax else HuggingFaceReader(folder)

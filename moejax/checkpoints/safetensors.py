@@ -5,6 +5,7 @@ gigabytes is refused before it is read. The tensors must tile the rest of the fi
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from moejax.checkpoints.files import inside, parse_object, read_object
+from moejax.checkpoints.files import LFS_MARK, LFS_MEND, inside, is_lfs_pointer, parse_object, read_object
 from moejax.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype] = {
@@ -33,6 +34,12 @@ _MAX_HEADER = 100_000_000
 
 _MAX_RANK = 32
 """Most axes of a tensor."""
+
+_WHOLE = "model.safetensors"
+"""The name of the file of a model that is not sharded."""
+
+_INDEX = "model.safetensors.index.json"
+"""The name of the list of shards."""
 
 _PIECE = 16 << 20
 """The number of bytes that are copied at a time."""
@@ -115,7 +122,11 @@ class SafetensorsFile:
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     """Read the header of a file of ``size`` bytes; return it with the position at which the data begins."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if is_lfs_pointer(first + file.read(len(LFS_MARK) - 8)):
+            raise CheckpointError(f"{path}: {LFS_MEND}")
+        file.seek(8)
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header of {length}).")
         if length > _MAX_HEADER:
@@ -173,6 +184,8 @@ def _check_tiling(path: Path, spans: Mapping[str, tuple[int, int]], size: int) -
 class SafetensorsFolder:
     """All tensors of a Hugging Face folder: of one file, or of shards that ``model.safetensors.index.json`` lists.
 
+    If the folder has both, the index is a leftover, and the one file is read.
+
     Attributes:
         paths: the path of each file, by its name.
         entries: shape and dtype of every tensor.
@@ -182,9 +195,13 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        index = read_object(folder, "model.safetensors.index.json", CheckpointError)
+        index = read_object(folder, _INDEX, CheckpointError)
+        if index is not None and inside(folder, _WHOLE) is not None:
+            text = f"{folder} has both {_WHOLE} and {_INDEX}; the one file is read, as transformers does."
+            warnings.warn(text, stacklevel=2)
+            index = None
         weight_map = {} if index is None else _weight_map(folder, index)
-        names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
+        names = sorted(set(weight_map.values())) if weight_map else [_WHOLE]
         self.paths = {name: inside(folder, name) for name in names}
         missing = [name for name, path in self.paths.items() if path is None]
         if missing:
@@ -226,7 +243,12 @@ def _missing(folder: Path, names: list[str]) -> str:
 
 
 def _no_weights(folder: Path) -> str:
-    """Return the error message for a folder without safetensors files, which tells how to convert pickles."""
+    """Return the error message for a folder without safetensors files, which tells what it holds instead."""
+    if (folder / "adapter_config.json").is_file():
+        return adapter_message(folder)
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs:
+        return f"{folder}: only {ggufs[0]}, which is not read; get the model's safetensors files."
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if not pickles:
         return f"{folder}: no model.safetensors and no model.safetensors.index.json."

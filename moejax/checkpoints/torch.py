@@ -27,8 +27,7 @@ class TorchModel:
     """
 
     def __init__(self, model: Any) -> None:
-        tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
-        self._state = {k: v for k, v in model.state_dict().items() if k not in tied}
+        self._state = model.state_dict()
         odd = [f"{k}: {v.dtype}" for k, v in self._state.items() if str(v.dtype) not in _DTYPES]
         if odd:
             raise CheckpointError(f"the torch model has parameters of unsupported dtype: {', '.join(odd[:5])}.")

@@ -17,8 +17,8 @@ from moejax.layers.linear import matmul_f32_accum
 from moejax.lm import LM
 from moejax.models import Decoder, Hidden
 from moejax.relevance.engine import Readout, relevance
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
-from moejax.relevance.result import ExpertRelevance
 from moejax.relevance.seeds import LogitSeeds, TargetValues
 from moejax.rules import Gates, Reading, Rule
 

@@ -133,7 +133,7 @@ def _generate(lm: LM, prompts: EncodedInputs, request: TaskRequest) -> TaskOutco
 
 
 def _stop_reason(tokens: np.ndarray, lengths: np.ndarray, options: dict[str, Any], lm: LM) -> str:
-    ends = options.get("eos_ids", lm.config.eos_ids)
+    ends = options.get("eos_ids", lm.eos_ids)
     if np.isin(tokens[np.arange(len(tokens)), lengths - 1], ends).all():
         return "end of text"
     return "max_new_tokens" if tokens.shape[1] == options["max_new_tokens"] else "max_time"

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,20 @@ from moejax.models import Cache, Decoder, FlatDecoder, unflatten
 from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, max_over_devices, shard_map_data, split
 from moejax.program import Program
 from moejax.rules import Reading
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """Looks at new tokens while they are generated."""
+
+    @property
+    def every(self) -> int:
+        """How many tokens are generated between two looks."""
+        ...
+
+    def __call__(self, tokens: Int[np.ndarray, "B A"]) -> bool:
+        """Look at all new tokens so far; return true to end the generation."""
+        ...
 
 
 class _Call(NamedTuple):
@@ -72,6 +86,7 @@ def generate_tokens(
     reading: Reading = Reading(),
     max_time: float | None = None,
     return_scores: bool = False,
+    watch: Watch | None = None,
 ) -> Generation:
     """Continue each row of left-padded prompts by up to ``max_new_tokens`` tokens.
 
@@ -91,6 +106,7 @@ def generate_tokens(
             become answers). Compiling is not counted. The loop then returns to the host from time to time, and every
             device computes all rows.
         return_scores: return the scores of every token, ``B A V`` numbers, in beam search ``B W A V``.
+        watch: is shown the new tokens while they are generated, and may end the generation. Not with beam search.
 
     Raises:
         MoejaxError: a setting that does not fit the model or another setting, or gates that do not fit the tokens.
@@ -102,11 +118,13 @@ def generate_tokens(
     batch, prompt = tokens.shape
     reading.gates.check(flat.config, np.zeros((batch, prompt + max_new_tokens), np.int32))
     call = _Call(flat, tokens, valid, np.arange(len(tokens), dtype=np.int32), key, sampling, reading)
-    if max_time is None:
-        return _generate(call, options)
-    if not max_time > 0:
+    if watch is not None and sampling.num_beams > 1:
+        raise MoejaxError("beam search has no answer before its end: leave streamer and stop_strings out.")
+    if max_time is not None and not max_time > 0:
         raise MoejaxError(f"max_time={max_time}: a number of seconds above 0, or None for no limit.")
-    return _generate_within(call, options, max_time)
+    if max_time is None and watch is None:
+        return _generate(call, options)
+    return _generate_in_parts(call, options, float("inf") if max_time is None else max_time, watch)
 
 
 def _check_words(sampling: Sampling, flat: Decoder | FlatDecoder) -> None:
@@ -231,18 +249,18 @@ def _generate(call: _Call, options: StaticOptions) -> Generation:
     return shard_map_data(run, batch_mesh(call.flat.config), (call,), (specs,), split(0))
 
 
-# The same as three programs, for a limit of time. _jit_decode overwrites the state that it is given, so that there is
-# only one cache.
+# The same as three programs, for a limit of time and for those who look on. _jit_decode overwrites the state that it is
+# given, so that there is only one cache.
 _jit_prefill = Program(_prefill, static_argnames="options")
 _jit_decode = Program(_decode, static_argnames="options", donate_argnames="state")
 _jit_result = Program(_result, static_argnames="options")
 
 
-def _generate_within(call: _Call, options: StaticOptions, max_time: float) -> Generation:
-    """Generate within ``max_time`` seconds.
+def _generate_in_parts(call: _Call, options: StaticOptions, max_time: float, watch: Watch | None) -> Generation:
+    """Generate within ``max_time`` seconds, while ``watch`` looks on.
 
     Runs the loop in parts. Each part is as many steps as should take half of the time left, so that the limit is
-    exceeded by about one step.
+    exceeded by about one step, and at most as many as ``watch`` wants between two looks.
     """
     limit = options.max_new_tokens
     # until=1 takes no steps: the loop is compiled while the device reads the prompt
@@ -250,12 +268,15 @@ def _generate_within(call: _Call, options: StaticOptions, max_time: float) -> Ge
     end, seconds_per_step = time.monotonic() + max_time, float("inf")
     while not bool(state.choice.finished(call.sampling)) and (num_chosen := int(state.num_chosen)) < limit:
         begun = time.monotonic()
+        if watch is not None and watch(np.asarray(state.choice.written)[:, :num_chosen]):
+            break
         if begun >= end:
             # in a last step running beams become answers, as in transformers
             if call.sampling.num_beams > 1:
                 state = _jit_decode(call, state, options, num_chosen + 1, num_chosen + 1)
             break
-        steps = max(1, int((end - begun) / seconds_per_step / 2))
+        steps = limit if max_time == float("inf") else max(1, int((end - begun) / seconds_per_step / 2))
+        steps = steps if watch is None else min(steps, watch.every)
         state = jax.block_until_ready(_jit_decode(call, state, options, min(num_chosen + steps, limit), limit))
         seconds_per_step = (time.monotonic() - begun) / steps
     return _jit_result(call, state, options)

@@ -1,11 +1,13 @@
-"""Read a Hugging Face ``config.json`` strictly: a field that no code reads is an error, not a silent difference."""
+"""Read a Hugging Face ``config.json`` strictly: no field that may change the model goes unread in silence."""
 
-import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from moejax.errors import ConfigError
-from moejax.ops.rope import Rope, Yarn
+from moejax.hugging_face import declared_fields
+from moejax.models.hf_rope import read_rope
+from moejax.ops.rope import Rope
 
 # Fields that cannot change the forward pass of a released model.
 _WITHOUT_EFFECT = {
@@ -68,18 +70,21 @@ class Fields:
 
         Args:
             name: the name of the field.
-            default: the value if the field is absent.
+            default: the value if the field is absent; if it is not given, the default of transformers' config class.
             alias: the name of the field in other versions of transformers.
 
         Raises:
-            ConfigError: the field is absent, and no default is given.
+            ConfigError: the field is absent, and there is no default.
         """
+        required = default is _REQUIRED
         for key in (name, alias):
             if key is not None:
                 self._read.add(key)
                 if self._config.get(key) is not None:
                     return self._config[key]
         if default is _REQUIRED:
+            default = (declared_fields(str(self._config.get("model_type"))) or {}).get(name)
+        if default is None and required:
             raise ConfigError(f"the model's config has no {name!r}; it is incomplete or belongs to another family.")
         return default
 
@@ -109,33 +114,15 @@ class Fields:
         They come from ``rope_parameters`` (transformers 5), or from ``rope_theta`` and ``rope_scaling`` (version 4).
 
         Raises:
-            ConfigError: they are of a type that is neither plain nor YaRN.
+            ConfigError: they are of a type that is not known here, lack a number, or turn a part of a head only.
         """
         self._read |= {"rope_parameters", "rope_theta", "rope_scaling"}
-        scaling = dict(self._config.get("rope_parameters") or self._config.get("rope_scaling") or {})
-        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-        scaling.pop("type", None)
-        theta = float(scaling.pop("rope_theta", None) or self._config.get("rope_theta") or default_theta)
-        if kind == "yarn":
-            return Rope(theta, self._yarn(scaling))
-        if kind != "default":
-            raise ConfigError(f"rotary positions of type {kind!r} are not supported, only 'default' and 'yarn' are.")
-        return Rope(theta)
-
-    def _yarn(self, scaling: dict[str, Any]) -> Yarn:
-        """Return the parameters of YaRN (Peng et al., arXiv 2309.00071), with the defaults of transformers."""
-        if mscale := [name for name in ("mscale", "mscale_all_dim") if scaling.get(name)]:
-            raise ConfigError(f"YaRN with {' and '.join(mscale)} is not supported.")
-        factor = float(scaling["factor"])
-        attention_factor = scaling.get("attention_factor")
-        return Yarn(
-            factor=factor,
-            original=scaling.get("original_max_position_embeddings") or self("max_position_embeddings"),
-            beta_fast=float(scaling.get("beta_fast") or 32),
-            beta_slow=float(scaling.get("beta_slow") or 1),
-            truncate=scaling.get("truncate", True),
-            attention_factor=0.1 * math.log(factor) + 1 if attention_factor is None else float(attention_factor),
-        )
+        given = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        original = self._config.get("original_max_position_embeddings")
+        if original is not None:
+            self._read.add("original_max_position_embeddings")
+        positions = self("max_position_embeddings", None)
+        return read_rope(given, self._config.get("rope_theta") or default_theta, positions, original)
 
     def head_dim(self, model_dim: int, heads: int) -> int:
         """Return ``head_dim``, by default the model's width divided by the number of heads.
@@ -191,12 +178,32 @@ class Fields:
         return (value,) if isinstance(value, int) else tuple(value)
 
     def finish(self) -> None:
-        """Check that all fields that may change the model were read; unread fields that are ``None`` or false are fine.
+        """Check that all fields that may change the model were read.
+
+        A field that transformers' config class of this ``model_type`` does not declare is a note of some tool: it is
+        named in a warning. A declared field that was not read must have the class's default. If transformers does not
+        know the model type, every field must have been read. Unread fields that are ``None`` or false are fine.
 
         Raises:
             ConfigError: a field that was not read may change the model.
         """
-        unknown = {k: v for k, v in self._config.items() if k not in self._read | _WITHOUT_EFFECT}
-        if unknown := {k: v for k, v in unknown.items() if v is not None and v is not False}:
-            listed = ", ".join(f"{k}={v!r}" for k, v in sorted(unknown.items()))
+        unread = {k: v for k, v in self._config.items() if k not in self._read | _WITHOUT_EFFECT}
+        unread = {k: v for k, v in unread.items() if v is not None and v is not False}
+        if not unread:
+            return
+        declared = declared_fields(str(self._config.get("model_type")))
+        if declared is None:
+            unknown = unread
+        else:
+            unknown = {k: v for k, v in unread.items() if k in declared and _plain(declared[k]) != v}
+            if notes := sorted(unread.keys() - declared.keys()):
+                text = f"the config has fields that change nothing in this family and are kept: {', '.join(notes)}."
+                warnings.warn(text, stacklevel=2)
+        if unknown:
+            listed = ", ".join(f"{k}={v!r:.80}" for k, v in sorted(unknown.items()))
             raise ConfigError(f"this family does not know these config fields, which may change the model: {listed}.")
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -18,7 +18,7 @@ from moejax.relevance.engine import checked_chunk
 from moejax.relevance.question import ResolvedTarget, hidden_per_sequence, read_first_rows_tokens, repeat_rows
 from moejax.relevance.result import Relevance
 from moejax.relevance.seeds import Seeds
-from moejax.relevance.targets import Argmax, Target
+from moejax.relevance.targets import Argmax, TargetLike
 from moejax.rules import Gates, Reading
 from moejax.rules.gates import HOW, check_index
 
@@ -97,7 +97,7 @@ def ablate(
     prompt: Prompt,
     *,
     cells: Sequence[Cell | Sequence[Cell]],
-    target: Target = Argmax(),
+    target: TargetLike = Argmax(),
     how: str = "zero",
     gates: Gates | None = None,
     chunk: int | None = None,
@@ -138,7 +138,7 @@ def ablate(
         values.append(_values(lm.flat, tokens, resolved.seeds, part, held))
     parts = [np.asarray(intact, np.float64) - np.asarray(changed, np.float64) for intact, changed in values]
     changes = np.concatenate([np.zeros((0, len(resolved.terms[0]))), *parts])[: len(interventions)]
-    return changes.sum(-1, keepdims=True) if target.joint else changes
+    return changes.sum(-1, keepdims=True) if resolved.target.joint else changes
 
 
 @jax.tree_util.register_dataclass

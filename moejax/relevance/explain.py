@@ -15,10 +15,11 @@ from moejax.lm import LM, Prompt
 from moejax.ops.memory import free_bytes
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.question import ResolvedTarget
-from moejax.relevance.result import Candidate, ExpertRelevance, Relevance
-from moejax.relevance.targets import Argmax, Target, checked_target
+from moejax.relevance.result import Candidate, Relevance
+from moejax.relevance.targets import Argmax, Target, TargetLike, checked_target
 from moejax.rules import Gates, Rule, by_name
 
 _CANDIDATES = 5
@@ -59,7 +60,7 @@ def explain(
     lm: LM,
     prompt: Prompt,
     *,
-    target: Target = Argmax(),
+    target: TargetLike = Argmax(),
     rule: Rule | str = "attnlrp",
     gates: Gates | None = None,
     nodes: Sequence[str] = (),
@@ -84,7 +85,7 @@ def explain_batch(
     lm: LM,
     prompts: Sequence[Prompt],
     *,
-    target: Target = Argmax(),
+    target: TargetLike = Argmax(),
     rule: Rule | str = "attnlrp",
     gates: Gates | None = None,
     nodes: Sequence[str] = (),
@@ -100,7 +101,7 @@ def explain_batch(
     run one at a time and ``gates`` must fit each of them.
 
     Args:
-        target: what to explain; by default the logit of the most likely next token.
+        target: what to explain, or a token's text or id; by default the logit of the most likely next token.
         rule: how relevance propagates: a rule, or the name of one in ``moejax.rules.RULES``.
         gates: interventions that hold during the pass; they must broadcast over the batch. Tokens are counted from a
             prompt's beginning.
@@ -186,7 +187,7 @@ class _Likely(NamedTuple):
     def candidates(self, lm: LM, row: int, target: int) -> list[Candidate]:
         """Return the tokens at one target, as people read them."""
         ids, logits, probabilities = (array[row, target].tolist() for array in self)
-        return list(map(Candidate, lm.pieces(ids), ids, logits, probabilities))
+        return list(map(Candidate, lm.token_texts(ids), ids, logits, probabilities))
 
 
 @jax.jit
@@ -216,6 +217,8 @@ def _result(resolved: ResolvedTarget, row: int, rule: str, out: Readout, likely:
         prompt=lm.tokenizer.decode(ids) if lm.tokenizer else " ".join(map(str, ids)),
         token_ids=np.array(ids),
         pieces=lm.pieces(ids),
+        # a target may also shorten the sequence
+        prompt_length=min(resolved.prompt_lengths[row], len(ids)),
         labels=resolved.labels(row, out.ids[row]),
         positions=resolved.positions(row),
         layers=layers,

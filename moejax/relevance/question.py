@@ -18,7 +18,7 @@ from moejax.lm import LM, Prompt
 from moejax.models import Decoder, Hidden
 from moejax.models.padding import padded_length, right_pad
 from moejax.relevance.seeds import LogitSeeds, Seeds, TargetValues
-from moejax.relevance.targets import Target, TargetTerms, checked_target
+from moejax.relevance.targets import Target, TargetLike, TargetTerms, checked_target
 from moejax.rules import Gates, Reading
 
 
@@ -29,6 +29,7 @@ class ResolvedTarget:
     Attributes:
         lm, target: the model, and the target as it was asked.
         sequences: token ids of each sequence: the prompt, perhaps continued.
+        prompt_lengths: number of tokens of each prompt.
         terms: the targets of each sequence.
         seeds: the same targets as arrays.
     """
@@ -36,20 +37,23 @@ class ResolvedTarget:
     lm: LM
     target: Target
     sequences: list[list[int]]
+    prompt_lengths: list[int]
     terms: list[list[TargetTerms]]
     seeds: Seeds
 
     @classmethod
-    def of(cls, lm: LM, prompts: Sequence[Prompt], target: Target) -> Self:
+    def of(cls, lm: LM, prompts: Sequence[Prompt], target: TargetLike) -> Self:
         """Resolve ``target`` in each prompt.
 
         Raises:
             PromptError: as in :func:`moejax.explain`.
         """
-        resolved = [checked_target(target).resolve(lm, lm.encode(prompt)) for prompt in prompts]
+        target = checked_target(target)
+        encoded = [lm.encode(prompt) for prompt in prompts]
+        resolved = [target.resolve(lm, ids) for ids in encoded]
         terms = [targets for _, targets in resolved]
         seeds = target.seeds(terms, lm.decoder.accumulation_dtype)
-        return cls(lm, target, [ids for ids, _ in resolved], terms, seeds)
+        return cls(lm, target, [ids for ids, _ in resolved], list(map(len, encoded)), terms, seeds)
 
     @property
     def length(self) -> int:

@@ -1,6 +1,6 @@
 """The result of ``explain``."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moejax.errors import MoejaxError
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
 from moejax.report.schema import SCHEMA, RelevanceReport
 
@@ -20,101 +21,6 @@ class Candidate(NamedTuple):
     id: int
     logit: float
     probability: float
-
-
-@dataclass(frozen=True, repr=False)
-class ExpertRelevance:
-    """Relevance of the experts of one kind, feed-forward or attention.
-
-    Attributes:
-        slots: relevance of each routed slot's weighted output.
-        ids, weights: expert and routing weight of each slot; id -1 in layers that are no mixture.
-        count: number E of experts of a layer.
-    """
-
-    slots: Float[np.ndarray, "N L T K"]
-    ids: Int[np.ndarray, "L T K"]
-    weights: Float[np.ndarray, "L T K"]
-    count: int
-
-    def by_expert(self, how: str = "sum") -> Float[np.ndarray, "N L E"]:
-        """Sum the relevance of each expert of each layer over the tokens routed to it.
-
-        Args:
-            how: ``"sum"`` (signed, as the ledger counts), ``"absolute"`` (sum of absolute values), ``"positive"`` (sum
-                of positive parts), ``"count"`` (number of slots whose weight is not zero), ``"mean"`` (sum over
-                count). They rank experts differently, since frequent experts collect more relevance.
-
-        Raises:
-            MoejaxError: ``how`` is another word.
-        """
-        ways = {
-            "sum": self.slots,
-            "absolute": np.abs(self.slots),
-            "positive": self.slots.clip(0),
-            "count": np.broadcast_to(self.weights != 0, self.slots.shape).astype(self.slots.dtype),
-        }
-        if how == "mean":
-            return self.by_expert() / self.by_expert("count").clip(1)
-        if how not in ways:
-            raise MoejaxError(f"how={how!r} is unknown; choose from {', '.join([*ways, 'mean'])}.")
-        return self._scatter(ways[how], 2)
-
-    def by_token(self) -> Float[np.ndarray, "N L T E"]:
-        """Return the relevance of each expert for each token; zero where it was not selected."""
-        return self._scatter(self.slots, 3)
-
-    def _scatter(self, slots: Float[np.ndarray, "N L T K"], kept: int) -> Float[np.ndarray, "N L *t E"]:
-        """Sum by expert over all axes but the first ``kept``; two slots of a token may have one expert."""
-        shape, places = slots.shape[:kept], self.count + 1
-        rows = np.arange(math.prod(shape)).reshape(*shape, *[1] * (slots.ndim - kept))
-        # id -1 adds to the last place, which belongs to no expert
-        where = rows * places + self.ids % places
-        sums = np.bincount(where.ravel(), slots.ravel(), rows.size * places)
-        return sums.reshape(*shape, places)[..., :-1].astype(slots.dtype)
-
-    def drop_renormalise(self) -> Float[np.ndarray, "N L T K"]:
-        """Estimate to first order what the target loses if a slot's expert is dropped and the other weights make up.
-
-        The estimate is ``(R_k - w_k R) / (1 - w_k)`` with ``R`` the relevance of all slots of the token and ``w`` the
-        weights over their sum. Nothing makes up for a token's only expert; its score is its relevance.
-        """
-        fraction = self._fractions
-        total = self.slots.sum(-1, keepdims=True)
-        scores = (self.slots - fraction * total) / np.where(fraction < 1, 1 - fraction, 1)
-        return np.where(fraction < 1, scores, self.slots)
-
-    def advantage(self) -> Float[np.ndarray, "N L T K"]:
-        """Compare a slot's expert, before its weight, with the mixture that it belongs to.
-
-        The result ``R_k / w_k - R / sum w`` is positive for experts that are better for the target than the mixture;
-        weighted by ``w`` it sums to zero.
-        """
-        weights = np.where(self.weights == 0, 1, self.weights)
-        mixture = self.slots.sum(-1, keepdims=True) / np.where(self._sum == 0, 1, self._sum)
-        return np.where(self.weights == 0, 0, self.slots / weights - mixture)
-
-    def sensitivity(self) -> Float[np.ndarray, "N L T K"]:
-        """Differentiate the target by a selected expert's router logit, with all else held constant.
-
-        The result is ``R_k - w_k R``, where ``w`` are the routing weights themselves, a softmax over the selected
-        experts or over all experts.
-        """
-        return self.slots - self.weights * self.slots.sum(-1, keepdims=True)
-
-    @property
-    def _sum(self) -> np.ndarray:
-        return self.weights.sum(-1, keepdims=True)
-
-    @property
-    def _fractions(self) -> np.ndarray:
-        """Weights over the sum of the token's weights."""
-        return self.weights / np.where(self._sum == 0, 1, self._sum)
-
-    def __repr__(self) -> str:
-        """Sizes."""
-        n, layers, tokens, slots = self.slots.shape
-        return f"ExpertRelevance(N={n}, L={layers}, T={tokens}, K={slots}, E={self.count})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +67,8 @@ class Relevance(Attribution):
     Attributes:
         model, rule, prompt: name of the model, the rule, and the text of the sequence.
         token_ids, pieces, labels, positions: see :class:`Attribution`.
+        prompt_length: number of tokens of the prompt. The rest is the answer that the target appended, without its last
+            token, which no token reads.
         layers: relevance of the residual stream entering each layer; last, the final norm.
         heads: relevance of each attention head's output.
         feed_forward: relevance of the experts of feed-forward layers; ``None`` if no layer has any.
@@ -174,6 +82,7 @@ class Relevance(Attribution):
     model: str
     rule: str
     prompt: str
+    prompt_length: int
     layers: Float[np.ndarray, "N L1 T"]
     heads: Float[np.ndarray, "N L T H"]
     feed_forward: ExpertRelevance | None
@@ -226,6 +135,7 @@ class Relevance(Attribution):
     def to_dict(self) -> RelevanceReport:
         """Return the result as plain data, for JSON and for the reports."""
         ledger, residual = self.ledger, self.ledger.residual
+        edges = {node.removeprefix("edges."): v for node, v in self.vectors.items() if node.startswith("edges.")}
         targets = [
             {
                 "label": self.labels[n],
@@ -243,6 +153,7 @@ class Relevance(Attribution):
                     "residual": float(residual[n]),
                 },
             }
+            | ({"edges": {layer: v[n].tolist() for layer, v in edges.items()}} if edges else {})
             for n in range(len(self.labels))
         ]
         report = {
@@ -250,6 +161,7 @@ class Relevance(Attribution):
             "model": self.model,
             "rule": self.rule,
             "prompt": self.prompt,
+            "prompt_length": self.prompt_length,
             "tokens": self.pieces,
             "token_ids": self.token_ids.tolist(),
             "num_experts": self._mixture.count,
@@ -259,24 +171,85 @@ class Relevance(Attribution):
         }
         return cast(RelevanceReport, report)
 
-    def show(self, target: int = 0, plot: str | None = None, **options: Any) -> Any:
+    def aggregate(self, by: str | Sequence[tuple[int, int]] = "words") -> "Relevance":
+        """Merge tokens into words or spans: the axis T of the result has a column for each of them.
+
+        Relevance of tokens, layers, heads and nodes is summed, so the ledger stays as it is. A merged token has a slot
+        for each expert that any of its tokens was routed to: relevance and routing weights are summed by expert, so
+        that :meth:`by_expert` gives the same sums. Its counts, and sums of absolute values, are then of merged tokens.
+
+        Args:
+            by: ``"words"``, or spans ``(first, behind)`` in order; tokens outside of all spans stay as they are. The
+                id of a merged token is -1. No word or span reaches from the prompt into the answer.
+
+        Raises:
+            MoejaxError: another word; spans that are out of order or range, overlap, or hold tokens of both parts.
+        """
+        from moejax.relevance.merged import checked_spans, merged
+
+        return merged(self, checked_spans(self, by))
+
+    def to_frame(self, kind: str = "tokens") -> Any:
+        """Return the result as a pandas ``DataFrame`` with one row for each number.
+
+        Columns are ``target``, ``label``, ``token``, ``piece``, ``token_id``, ``part`` (``"prompt"`` or ``"answer"``)
+        and ``relevance``; except for tokens ``layer``, where the last of ``"layers"`` is the final norm; and ``head``,
+        or ``slot``, ``expert`` and ``weight``.
+
+        Args:
+            kind: ``"tokens"``, ``"experts"``, ``"heads"`` or ``"layers"``.
+
+        Raises:
+            MoejaxError: pandas is not installed, or there is no such kind.
+        """
+        from moejax.relevance.frame import to_frame
+
+        return to_frame(self, kind)
+
+    def save(self, path: str | Path) -> None:
+        """Write the result into one safetensors file, from which :meth:`load` reads it back bit for bit.
+
+        Raises:
+            MoejaxError: the file cannot be written.
+        """
+        from moejax.relevance.store import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Relevance":
+        """Read a result that :meth:`save` wrote; no model is needed.
+
+        Raises:
+            MoejaxError: the file is missing, damaged, no saved result, or of a newer version.
+        """
+        from moejax.relevance.store import load
+
+        return load(path)
+
+    def show(self, target: int = 0, plot: str | None = None, scale: str = "linear", **options: Any) -> Any:
         """Show a target: as a figure, which displays itself, in a notebook, and as coloured text in a terminal.
+
+        In a notebook, the result itself as the last line of a cell shows the interactive page with all targets.
 
         Args:
             target: index of the target.
             plot: the name of a plot, a key of ``report.PLOTS``; it is drawn in a terminal too, as a figure to save.
+            scale: ``"linear"``, or ``"sqrt"`` for colours by the square root, which show small values beside large.
             options: further arguments of the plot.
 
         Raises:
-            MoejaxError: there is no such plot; the message lists all names.
+            MoejaxError: there is no such plot or scale; the message lists all names.
         """
         from moejax import report
 
+        # a plot from outside need not know of scales
+        options |= {} if scale == "linear" else {"scale": scale}
         if plot is not None:
             return report.plot(plot, self.to_dict(), target, **options)
         if _in_notebook():
-            return report.figure(self.to_dict(), target)
-        return report.render(self.to_dict())
+            return report.figure(self.to_dict(), target, **options)
+        return report.render(self.to_dict(), scale=scale)
 
     def save_html(self, path: str | Path) -> None:
         """Write the report as a self-contained page."""
@@ -294,10 +267,10 @@ class Relevance(Attribution):
         )
 
     def _repr_html_(self) -> str:
-        """Format a small table for notebooks: tokens coloured by relevance, and the top experts of each layer."""
-        from moejax.report.notebook_table import notebook_table
+        """Format the interactive page, in a frame, for a notebook that ends a cell with the result."""
+        from moejax import report
 
-        return notebook_table(self.to_dict())
+        return report.to_notebook(self.to_dict())
 
 
 def _in_notebook() -> bool:

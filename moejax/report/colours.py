@@ -1,8 +1,11 @@
 """The colours of every view: terminal, figures and page. The page's script and style receive them from here."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from moejax.errors import MoejaxError
 
 Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
@@ -62,6 +65,31 @@ PAGE_DARK = {
 """The same in a dark colour scheme."""
 
 
+SCALES = ("linear", "sqrt")
+"""How colours grow with a value: in proportion, or with its square root, which shows small values beside large ones."""
+
+
+def check_scale(scale: str) -> str:
+    """Return ``scale``.
+
+    Raises:
+        MoejaxError: it is none of :data:`SCALES`.
+    """
+    if scale not in SCALES:
+        raise MoejaxError(f"scale={scale!r} is unknown; choose from {', '.join(SCALES)}.")
+    return scale
+
+
+def signed_root(values: Any) -> Any:
+    """Square roots of absolute values, with the signs of the values."""
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def signed_square(values: Any) -> Any:
+    """The inverse of :func:`signed_root`."""
+    return np.sign(values) * np.square(values)
+
+
 def diverging(value: float, scale: float, stops: Sequence[Colour] = DIVERGING) -> Colour:
     """The colour of a signed value: blue at ``-scale``, white at zero, red at ``+scale``; white if not finite."""
     unit = min(1.0, max(-1.0, value / scale)) if np.isfinite(value) else 0.0
@@ -80,9 +108,12 @@ def ink(background: Colour) -> Colour:
 
 
 def page_style() -> str:
-    """The page's colours as style sheet text."""
+    """The page's colours as style sheet text: those of the system's scheme, unless the reader selected one."""
 
-    def rule(variables: dict[str, str]) -> str:
-        return ":root { " + " ".join(f"--{name}: {value};" for name, value in variables.items()) + " }"
+    def rule(where: str, scheme: str, variables: dict[str, str]) -> str:
+        listed = " ".join(f"--{name}: {value};" for name, value in variables.items())
+        return f"{where} {{ color-scheme: {scheme}; {listed} }}"
 
-    return f"{rule(PAGE_LIGHT)}\n@media (prefers-color-scheme: dark) {{ {rule(PAGE_DARK)} }}\n"
+    light, dark = rule(":root", "light", PAGE_LIGHT), rule(':root[data-theme="dark"]', "dark", PAGE_DARK)
+    system = rule(':root:not([data-theme="light"])', "dark", PAGE_DARK)
+    return f"{light}\n@media (prefers-color-scheme: dark) {{ {system} }}\n{dark}\n"

@@ -59,6 +59,8 @@ class TargetEntry(TypedDict):
     heads: Cube
     """[L, T, H]"""
     ledger: LedgerEntry
+    edges: NotRequired[dict[str, Cube]]
+    """For each layer whose attention edges were read, by its number as text: [H, T, T], queries by keys."""
 
 
 class RelevanceReport(TypedDict):
@@ -68,8 +70,12 @@ class RelevanceReport(TypedDict):
     model: str
     rule: str
     prompt: str
+    """Text of the whole sequence, with the answer if there is one."""
+    prompt_length: NotRequired[int]
+    """Number of tokens of the prompt; the rest is the answer, without its last token, which nothing reads."""
     tokens: list[str]
     token_ids: list[int]
+    """[T]; -1 where several tokens were merged."""
     num_experts: int
     expert_ids: list[list[list[int]]]
     """[L, T, K]; -1 in layers without experts."""

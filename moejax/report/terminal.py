@@ -18,7 +18,7 @@ _LEGEND_STEPS = 21
 _STRONGEST = 5
 
 
-def render(report: RelevanceReport, console: Console | None = None, top: int = 3) -> None:
+def render(report: RelevanceReport, console: Console | None = None, top: int = 3, scale: str = "linear") -> None:
     """Print an explanation: coloured tokens, next-token candidates, the top experts of each layer and the ledger.
 
     On a console without colour, the signed relevance follows every token.
@@ -27,24 +27,27 @@ def render(report: RelevanceReport, console: Console | None = None, top: int = 3
         report: the dictionary of ``Relevance.to_dict()``.
         console: where to print; by default standard output.
         top: number of experts to list for each layer.
+        scale: how colours grow with relevance: ``"linear"`` or ``"sqrt"``.
 
     Raises:
         ValueError: the arrays of the report do not fit together.
+        MoejaxError: there is no such scale.
     """
     aggregate.check(report)
+    colours.check_scale(scale)
     console = console or Console()
     targets = report["targets"]
     console.print(_text(console, f"{report['model']}  {report['rule']}", "bold"))
     for index, target in enumerate(targets):
         console.print()
         console.print(_header(console, report, index))
-        console.print(_tokens(console, report, target))
-        console.print(_legend(console, target))
+        console.print(_tokens(console, report, target, scale))
+        console.print(_legend(console, target, scale))
         console.print(_strongest(console, report, target))
         console.print(_candidates(console, target))
         if report["num_experts"]:
             console.print(_labelled(console, "top experts per layer", ["relevance, share of the layer, tokens routed"]))
-            console.print(_experts(report, index, top))
+            console.print(_experts(report, index, top, scale))
         # no wrapping: a pipe gets the equation in one line, and a terminal folds it by itself
         console.print(_text(console, aggregate.summary_line(report, index)), soft_wrap=True)
 
@@ -59,27 +62,27 @@ def _header(console: Console, report: RelevanceReport, index: int) -> Text:
     return line.append_text(_text(console, where))
 
 
-def _tokens(console: Console, report: RelevanceReport, target: TargetEntry) -> Text:
+def _tokens(console: Console, report: RelevanceReport, target: TargetEntry, scale: str) -> Text:
     values = aggregate.floats(target["tokens"])
-    scale = aggregate.scale_of(values)
+    largest = aggregate.scale_of(values)
     plain = not _has_colour(console)
     flow = Text()
     for token, value in zip(report["tokens"], values, strict=True):
-        flow.append_text(_text(console, aggregate.visible(token), _style(value, scale)))
+        flow.append_text(_text(console, aggregate.visible(token), _style(value, largest, scale)))
         if plain:
             flow.append(f"[{value:+.2g}]")
         flow.append("\n" * token.count("\n"))
     return flow
 
 
-def _legend(console: Console, target: TargetEntry) -> Text:
-    scale = aggregate.scale_of(aggregate.floats(target["tokens"]))
+def _legend(console: Console, target: TargetEntry, scale: str) -> Text:
+    largest = aggregate.scale_of(aggregate.floats(target["tokens"]))
     if not _has_colour(console):
-        return Text(f"[signed relevance of each token, largest magnitude {scale:.3g}]")
-    legend = Text(f"{-scale:+.3g} ")
-    for value in np.linspace(-scale, scale, _LEGEND_STEPS):
-        legend.append(" ", _style(float(value), scale))
-    return legend.append(f" {scale:+.3g}")
+        return Text(f"[signed relevance of each token, largest magnitude {largest:.3g}]")
+    legend = Text(f"{-largest:+.3g} ")
+    for value in np.linspace(-largest, largest, _LEGEND_STEPS):
+        legend.append(" ", _style(float(value), largest, scale))
+    return legend.append(f" {largest:+.3g}")
 
 
 def _strongest(console: Console, report: RelevanceReport, target: TargetEntry) -> Text:
@@ -94,9 +97,9 @@ def _candidates(console: Console, target: TargetEntry) -> Text:
     return _labelled(console, "next token", parts or ["no candidates"])
 
 
-def _experts(report: RelevanceReport, index: int, top: int) -> Table:
+def _experts(report: RelevanceReport, index: int, top: int, scale: str) -> Table:
     layers = aggregate.top_experts(report, index, top)
-    scale = aggregate.scale_of(aggregate.expert_map(report, index))
+    largest = aggregate.scale_of(aggregate.expert_map(report, index))
     # numbers of one kind have one width, so that columns align
     uses = [use for layer in layers for use in layer]
     id_width = max((len(str(use.expert)) for use in uses), default=1)
@@ -107,14 +110,17 @@ def _experts(report: RelevanceReport, index: int, top: int) -> Table:
     for rank in range(max((len(layer) for layer in layers), default=0)):
         table.add_column(f"#{rank + 1}", no_wrap=True)
     for number, layer in enumerate(layers):
-        cells = [_expert_cell(use, scale, id_width, number_width, count_width) for use in layer]
+        cells = [
+            _expert_cell(use, _style(use.relevance, largest, scale), id_width, number_width, count_width)
+            for use in layer
+        ]
         table.add_row(Text(str(number)), *cells)
     return table
 
 
-def _expert_cell(use: ExpertUse, scale: float, id_width: int, number_width: int, count_width: int) -> Text:
+def _expert_cell(use: ExpertUse, style: Style, id_width: int, number_width: int, count_width: int) -> Text:
     cell = Text(f"E{use.expert:<{id_width}} ")
-    cell.append(f"{f'{use.relevance:+.3g}':>{number_width}}", _style(use.relevance, scale))
+    cell.append(f"{f'{use.relevance:+.3g}':>{number_width}}", style)
     return cell.append(f" {use.share:4.0%} {use.tokens:>{count_width}}t")
 
 
@@ -122,9 +128,11 @@ def _labelled(console: Console, label: str, parts: list[str]) -> Text:
     return _text(console, f"{label}: ", "bold").append_text(_text(console, "  ".join(parts), ""))
 
 
-def _style(value: float, scale: float) -> Style:
+def _style(value: float, largest: float, scale: str) -> Style:
+    if scale == "sqrt":
+        value, largest = float(colours.signed_root(value)), largest**0.5
     # set both colours, so that the text is readable on dark and light terminals
-    background = colours.diverging(value, scale)
+    background = colours.diverging(value, largest)
     return Style(color=Color.from_rgb(*colours.ink(background)), bgcolor=Color.from_rgb(*background))
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, Integer
 from moejax.errors import MoejaxError
 from moejax.lm import LM
 from moejax.training import Corpus
-from moejax.training.data import find_text, read_texts
+from moejax.training.texts import find_text, read_texts
 
 _MIN_WIDTH = 32
 """Tokens of the narrowest batch. Widths are powers of two, so that few programs are compiled."""
@@ -70,7 +70,7 @@ class Documents:
         path = find_text(path)
         if not path.is_file():
             raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl, a text, or 'sample'.")
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             return cls._of_corpus(path, lm)
         return cls.of(*read_texts(path), lm)
 

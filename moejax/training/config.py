@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from moejax.errors import ConfigError
+from moejax.layers import LAYERS
 from moejax.models import Config, Decoder, family, shard
 from moejax.training.losses import LossWeights
 
@@ -25,7 +26,7 @@ class TrainConfig:
         model: fields of the decoder's config, named as in Hugging Face configs. ``model_type`` is ``moejax`` by
             default (``moejax/models/families/moejax.py`` lists its fields), ``vocab_size`` the tokenizer's size.
         data: file to train on: a corpus (``.npz``) or texts (``.jsonl`` or plain text, see
-            :func:`moejax.training.data.read_texts`). ``"sample"`` names the text that is bundled with moejax.
+            :func:`moejax.training.texts.read_texts`). ``"sample"`` names the text that is bundled with moejax.
         heldout: file for the held-out loss, in the same formats. By default the end of ``data`` is held out.
         heldout_share: how much of ``data`` is held out where ``heldout`` is not given; a fraction of its tokens.
         heldout_tokens: the held-out loss reads at most this many tokens.
@@ -41,8 +42,8 @@ class TrainConfig:
         warmup: steps of linear warm-up, at most a tenth of the run.
         clip: gradients with a larger global norm are scaled down to this norm.
         compute_dtype: dtype of the forward and the backward pass; parameters are kept in float32.
-        balance_loss_coef: ``balance`` of :class:`moejax.training.LossWeights`.
-        router_z_loss_coef: ``z`` of the same.
+        balance_loss_coef, router_z_loss_coef: weights of the two auxiliary losses of every mixture. By default those of
+            :class:`moejax.training.LossWeights`, and for a registered layer its own.
         reduce_layers: ``reduce`` of the same.
         log_every: steps between two rows of metrics.
         save_every: steps between two saved states; each save also computes the held-out loss.
@@ -65,8 +66,8 @@ class TrainConfig:
     warmup: int = 100
     clip: float = 1.0
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    balance_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.001
+    balance_loss_coef: float | None = None
+    router_z_loss_coef: float | None = None
     reduce_layers: Literal["mean", "sum"] = "mean"
     log_every: int = 20
     save_every: int = 200
@@ -126,9 +127,19 @@ class TrainConfig:
 
     def hugging_face(self, vocab_size: int) -> dict[str, Any]:
         """Return the decoder's config with Hugging Face's field names, as it is written beside the weights."""
-        return {"model_type": "moejax", "vocab_size": vocab_size, "max_position_embeddings": 4 * self.length} | dict(
-            self.model
-        )
+        usual = {"model_type": "moejax", "vocab_size": vocab_size, "max_position_embeddings": 4 * self.length}
+        model = usual | dict(self.model)
+        if (name := model.get("moe")) is None or not (coefficients := self._coefficients()):
+            return model
+        settings = LAYERS.find(name).Args
+        for coefficient in coefficients.keys() & {*settings.UNUSED}:
+            raise ConfigError(f"{coefficient} does nothing in the layer {name!r}; leave it out.")
+        return model | {"moe_args": coefficients | dict(model.get("moe_args") or {})}
+
+    def _coefficients(self) -> dict[str, float]:
+        """The weights of auxiliary losses that are set."""
+        names = ("balance_loss_coef", "router_z_loss_coef")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def architecture(self, vocab_size: int) -> Config:
         """Return the decoder's config as moejax reads it.
@@ -144,7 +155,11 @@ class TrainConfig:
 
     def loss_weights(self) -> LossWeights:
         """Return the weights with which auxiliary losses enter the total loss."""
-        return LossWeights(self.balance_loss_coef, self.router_z_loss_coef, self.reduce_layers)
+        balance, z = self.balance_loss_coef, self.router_z_loss_coef
+        usual = LossWeights()
+        return LossWeights(
+            usual.balance if balance is None else balance, usual.z if z is None else z, self.reduce_layers
+        )
 
     def optimiser(self) -> optax.GradientTransformation:
         """Return AdamW with gradient clipping, linear warm-up and cosine decay of the learning rate.

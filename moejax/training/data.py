@@ -1,6 +1,5 @@
-"""Token corpora, texts read from files, and random windows of a corpus."""
+"""Token corpora, and random windows of a corpus."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer, PRNGKeyArray
 
-from moejax.checkpoints.folder import BUNDLED
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import MoejaxError
+from moejax.training.texts import read_texts
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Corpus:
 
     @classmethod
     def from_texts(cls, path: Path, tokenizer: Tokenizer, end: int) -> Self:
-        """Tokenise the texts of a file that :func:`read_texts` reads.
+        """Tokenise the texts of a file that :func:`moejax.training.texts.read_texts` reads.
 
         Labels become domains, numbered in the order in which they appear in the file.
 
@@ -84,49 +83,3 @@ def windows(tokens: Integer[Array, " n"], key: PRNGKeyArray, count: int, length:
     """Draw ``count`` windows of ``length`` tokens, which begin at uniformly random tokens; ``key`` determines them."""
     starts = jax.random.randint(key, (count,), 0, len(tokens) - length + 1)
     return tokens[starts[:, None] + jnp.arange(length)].astype(jnp.int32)
-
-
-def find_text(source: str | Path) -> Path:
-    """Return the path of a text file.
-
-    ``"sample"`` names the text that is bundled with moejax, unless a file of that name exists.
-    """
-    path, bundled = Path(source), BUNDLED / f"{source}.jsonl"
-    return bundled if not path.exists() and bundled.is_file() else path
-
-
-def read_texts(path: Path) -> tuple[list[str], list[str | None]]:
-    """Read the texts of a file and their labels, ``None`` for a text without a label.
-
-    In a ``.jsonl`` file each line is an object with the string ``text`` and, optionally, ``label``; it is one document.
-    Any other file is UTF-8 text and one document.
-
-    Raises:
-        MoejaxError: the file is missing, is not UTF-8, or has a line that is not such an object.
-    """
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise MoejaxError(f"{path}: no such file; give a .npz corpus, a .jsonl, a text, or 'sample'.") from error
-    except UnicodeDecodeError as error:
-        raise MoejaxError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-    return _parse_lines(path, text) if path.suffix == ".jsonl" else ([text], [None])
-
-
-def _parse_lines(path: Path, text: str) -> tuple[list[str], list[str | None]]:
-    """Return texts and labels of the lines of a ``.jsonl`` file; empty lines are skipped."""
-    texts, labels = [], []
-    # not splitlines(): JSON strings may contain other line separators, such as U+2028, but no newline
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except ValueError as error:
-            raise MoejaxError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            raise MoejaxError(f'{path}, line {number}: not an object with a string "text".')
-        label = document.get("label")
-        texts.append(document["text"])
-        labels.append(None if label is None else str(label))
-    return texts, labels

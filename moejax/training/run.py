@@ -19,17 +19,20 @@ from moejax.errors import ConfigError, MoejaxError
 from moejax.models import Decoder
 from moejax.program import Program
 from moejax.training.config import TrainConfig
-from moejax.training.data import Corpus, find_text
+from moejax.training.data import Corpus
 from moejax.training.logs import MetricsLog
 from moejax.training.losses import cross_entropy
 from moejax.training.state_store import StateStore
 from moejax.training.step import TrainState, TrainSteps, make_train_steps
+from moejax.training.texts import find_text
 
 Row = dict[str, Any]
 """Metrics of one or more steps: a number, or a list with one number for each mixture layer."""
 
 _MAY_CHANGE = ("steps", "log_every", "save_every", "mesh")
 """Settings that may change when a run is resumed; a change of any other setting would make it another run."""
+
+_OLD_DEFAULTS = {"balance_loss_coef": 0.01, "router_z_loss_coef": 0.001}
 
 _DEFAULT_TOKENIZER = BUNDLED / "tiny-olmoe"
 
@@ -58,6 +61,8 @@ class Run:
         path = folder / "config.json"
         new = json.loads(text)
         old = json.loads(path.read_text()) if path.exists() else new
+        # versions before 0.2 wrote these numbers where nothing was set
+        old |= {name: None for name, usual in _OLD_DEFAULTS.items() if new[name] is None and old.get(name) == usual}
         if changed := [name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]]:
             raise ConfigError(
                 f"{folder} holds a run with another {', '.join(changed)}; choose another folder for this run."
@@ -83,7 +88,7 @@ class Run:
     @cached_property
     def vocab_size(self) -> int:
         """Number of entries of the tokenizer's vocabulary."""
-        return self.tokenizer.backend.get_vocab_size()
+        return self.tokenizer.vocab_size
 
     @cached_property
     def corpora(self) -> tuple[Corpus, Corpus]:
@@ -170,7 +175,7 @@ class Run:
         """Write the trained model and its tokenizer into ``model/``, in the format of Hugging Face."""
         hugging_face = self.config.hugging_face(self.vocab_size)
         save_folder(decoder, hugging_face, self.folder / "model")
-        self.tokenizer.backend.save(str(self.folder / "model" / "tokenizer.json"))
+        self.tokenizer.save(self.folder / "model")
 
 
 def summarise(metrics: dict[str, np.ndarray], step: int) -> Row:

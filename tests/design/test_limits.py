@@ -23,7 +23,7 @@ KERNEL_LINES = 80
 KERNELS = "moejax/ops/experts/"
 """Folder whose functions may have ``KERNEL_LINES``: bodies of GPU kernels are one sequence of steps."""
 
-COMMON = {"_version", "errors", "program", "registry", "xla"}
+COMMON = {"_version", "errors", "hugging_face", "program", "registry", "xla"}
 """Files that every room may import; they import each other alone."""
 
 FLOORS: dict[str, float] = {
@@ -36,6 +36,7 @@ FLOORS: dict[str, float] = {
     "models": 3,
     "checkpoints": 4,
     "generation": 4,
+    "prompts": 4.4,
     "lm": 4.5,
     "relevance": 5,
     "training": 5,

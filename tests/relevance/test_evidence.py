@@ -32,7 +32,7 @@ from moejax import (
 )
 from moejax.layers import RouterConfig
 from moejax.relevance.engine import relevance
-from moejax.relevance.result import ExpertRelevance
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import RULES, AttnLRP, Plain, Reading
 

@@ -19,7 +19,7 @@ from moejax.report.plots import PLOTS, plot, register_plot
 from moejax.report.plots.routing import routing_figures
 from moejax.report.schema import LayerEntry, RelevanceReport
 
-RELEVANCE = ("overview", "tokens", "experts", "heads", "layers")
+RELEVANCE = ("overview", "tokens", "experts", "heads", "layers", "matrix")
 ROUTING = ("utilisation", "router", "coactivation", "layer_overlap", "labels", "changes")
 
 
@@ -60,13 +60,35 @@ def test_every_plot_is_found_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", RELEVANCE)
-@pytest.mark.parametrize("target", [0, 2])
-def test_plots_of_relevance(name: str, target: int) -> None:
-    data = make_report(tokens=HOSTILE)
-    drawing = report.plot(name, data, target)
+@pytest.mark.parametrize(("target", "scale"), [(0, "linear"), (2, "sqrt")])
+def test_plots_of_relevance(name: str, target: int, scale: str) -> None:
+    data = make_report(tokens=HOSTILE) | {"prompt_length": 9}
+    drawing = report.plot(name, data, target, scale=scale)
     drawing.savefig(io.BytesIO())
     assert isinstance(drawing, Figure)
-    assert data["targets"][target]["label"].strip("'") in drawing.get_suptitle()
+    title = data["model"] if name == "matrix" else data["targets"][target]["label"].strip("'")
+    assert title in drawing.get_suptitle()
+
+
+def test_square_root_colours() -> None:
+    data = make_report()
+    norm = plot("experts", data, 1, scale="sqrt").axes[0].images[0].norm
+    largest = np.abs(brute_force_map(data, 1)).max()
+    np.testing.assert_allclose(
+        norm([-largest, -largest / 4, 0, largest / 4, largest]), [0, 0.25, 0.5, 0.75, 1], atol=1e-12
+    )
+    assert plot("tokens", data, 1, scale="sqrt").axes[0].get_yscale() == "function"
+    with pytest.raises(MoejaxError, match="scale='log' is unknown; choose from linear, sqrt"):
+        plot("layers", data, scale="log")
+
+
+def test_the_matrix_has_all_targets_and_nothing_behind_them() -> None:
+    data = make_report()
+    values = plot("matrix", data).axes[0].images[0].get_array()
+    for row, target in zip(np.ma.filled(values, np.nan), data["targets"], strict=True):
+        end = target["position"] + 1
+        np.testing.assert_allclose(row[:end], target["tokens"][:end])
+        assert np.isnan(row[end:]).all()
 
 
 def test_panels_have_the_numbers() -> None:

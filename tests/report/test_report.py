@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from moejax.errors import MoejaxError
 from moejax.report import aggregate, figure, render, summary_line, to_html
 from moejax.report.colours import DIVERGING
 from moejax.report.schema import SCHEMA
@@ -226,6 +227,17 @@ def test_terminal_colours_the_strongest_token_fully() -> None:
     text = printed(report, colour=True)
     red = ";".join(map(str, DIVERGING[-1]))
     assert re.search(rf"48;2;{red}m word3", text)
+
+
+def test_terminal_by_square_roots() -> None:
+    report = make_report(targets=1)
+    report["targets"][0]["tokens"][3:5] = [64.0, 16.0]
+    stream = io.StringIO()
+    render(report, Console(file=stream, width=2000, force_terminal=True, color_system="truecolor"), scale="sqrt")
+    half = ";".join(map(str, DIVERGING[3]))
+    assert re.search(rf"48;2;{half}m word4", stream.getvalue())
+    with pytest.raises(MoejaxError, match="scale='log' is unknown"):
+        render(report, scale="log")
 
 
 def test_terminal_shows_hostile_tokens_verbatim() -> None:

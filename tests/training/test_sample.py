@@ -9,7 +9,7 @@ import pytest
 from moejax import MoejaxError
 from moejax.checkpoints.folder import BUNDLED
 from moejax.training import Run, TrainConfig
-from moejax.training.data import find_text, read_texts
+from moejax.training.texts import find_text, read_texts
 
 NAMES = {"sotu", "shakespeare", "austen"}
 

@@ -70,6 +70,7 @@ class AttentionConfig(PartConfig):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             window=self.window or 0,
+            couples_sequences=self.rope is not None and self.rope.by_length,
         )
 
     @property

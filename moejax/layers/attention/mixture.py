@@ -73,6 +73,7 @@ class MixtureAttentionConfig(PartConfig):
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            couples_sequences=self.rope is not None and self.rope.by_length,
             packed=self.packed,
         )
 

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -47,6 +47,9 @@ class MoeArgs:
     expert_bias: bool = True
     compat: Literal["libmoe"] | None = None
     key: PRNGKeyArray | None = field(default=None, repr=False, compare=False)
+
+    UNUSED: ClassVar[tuple[str, ...]] = ()
+    """Settings of the base class that a variant does not read, so that setting them would do nothing."""
 
     def __post_init__(self) -> None:
         if self.compat not in (None, "libmoe"):

@@ -6,12 +6,12 @@ from typing import Any
 from moejax.lm import LM, Prompt
 from moejax.relevance.baselines.scores import Scores, register_baseline
 from moejax.relevance.explain import explain
-from moejax.relevance.targets import Argmax, Target
+from moejax.relevance.targets import Argmax, TargetLike
 from moejax.rules import Direct
 
 
 @register_baseline("direct")
-def direct_logit_attribution(lm: LM, prompt: Prompt, *, target: Target = Argmax(), **options: Any) -> Scores:
+def direct_logit_attribution(lm: LM, prompt: Prompt, *, target: TargetLike = Argmax(), **options: Any) -> Scores:
     """Compute each component's output times the target's direction, through the final norm's frozen scale, in logits.
 
     It is the logit lens for components (Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021), and

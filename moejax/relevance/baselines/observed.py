@@ -11,13 +11,13 @@ from moejax.lm import LM, Prompt
 from moejax.relevance.baselines.activations import read_activations
 from moejax.relevance.baselines.scores import Scores, register_baseline
 from moejax.relevance.engine import Slots
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.question import ResolvedTarget
-from moejax.relevance.result import ExpertRelevance
-from moejax.relevance.targets import Argmax, Target
+from moejax.relevance.targets import Argmax, TargetLike
 
 
 @register_baseline("router-weight")
-def router_weight(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
+def router_weight(lm: LM, prompt: Prompt, *, target: TargetLike = Argmax()) -> Scores:
     """Score every slot by its routing weight; the sum over tokens is SEER-MoE's soft count (arXiv 2404.05089).
 
     Raises:
@@ -28,7 +28,7 @@ def router_weight(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Score
 
 
 @register_baseline("frequency")
-def frequency(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
+def frequency(lm: LM, prompt: Prompt, *, target: TargetLike = Argmax()) -> Scores:
     """Score every slot by the share of the sequence's tokens that are routed to its expert.
 
     ``by_expert("mean")`` is that share by expert.
@@ -47,7 +47,7 @@ def frequency(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
 
 
 @register_baseline("reap")
-def reap(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
+def reap(lm: LM, prompt: Prompt, *, target: TargetLike = Argmax()) -> Scores:
     """Score every slot by ``w ||f||``, the norm of its weighted output, as REAP does (arXiv 2510.13999).
 
     ``by_expert("mean")`` is REAP's saliency, an average over the routed tokens.
@@ -60,7 +60,7 @@ def reap(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
 
 
 @register_baseline("activation-norm")
-def activation_norm(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Scores:
+def activation_norm(lm: LM, prompt: Prompt, *, target: TargetLike = Argmax()) -> Scores:
     """Score every slot by ``||f||``, the norm of its output before its weight.
 
     ``by_expert("mean")`` is MAN, ``by_expert("sum")`` is EAN (arXiv 2606.15716).
@@ -80,7 +80,7 @@ def activation_norm(lm: LM, prompt: Prompt, *, target: Target = Argmax()) -> Sco
 def _observed(
     lm: LM,
     prompt: Prompt,
-    target: Target,
+    target: TargetLike,
     method: str,
     unit: str,
     score: Callable[[np.ndarray, ExpertRelevance], np.ndarray],

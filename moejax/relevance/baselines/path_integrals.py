@@ -18,10 +18,10 @@ from moejax.program import Program
 from moejax.relevance.baselines.activations import read_activations
 from moejax.relevance.baselines.scores import Scores, register_baseline, sum_of_joint
 from moejax.relevance.engine import Slots, checked_chunk, refuse_half
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.question import ResolvedTarget, hidden_per_sequence, read_first_rows_tokens, repeat_rows
-from moejax.relevance.result import ExpertRelevance
 from moejax.relevance.seeds import Seeds
-from moejax.relevance.targets import Argmax, Target
+from moejax.relevance.targets import Argmax, TargetLike
 from moejax.rules import Gates, Reading
 from moejax.xla import refuse_wrong_sums
 
@@ -31,7 +31,7 @@ def integrated_gradients(
     lm: LM,
     prompt: Prompt,
     *,
-    target: Target = Argmax(),
+    target: TargetLike = Argmax(),
     steps: int = 20,
     over: str = "embeddings",
     baseline: Any = None,
@@ -78,10 +78,10 @@ def integrated_gradients(
         # without padding
         slopes = {name: slopes[name] + np.asarray(slope, np.float64)[:, :, :length] for name, slope in sums.items()}
         ends, ids = np.asarray(rest[0], np.float64), np.asarray(rest[1])
-    slopes = {name: sum_of_joint(slope, target) for name, slope in slopes.items()}
+    slopes = {name: sum_of_joint(slope, resolved.target) for name, slope in slopes.items()}
     scores = _by_part(resolved, over, slopes)
     answer = Scores.of(resolved, ids, method=f"integrated gradients over {over}", unit="the target's", **scores)
-    return replace(answer, gap=sum_of_joint(ends[0] - ends[1], target) - answer.total())
+    return replace(answer, gap=sum_of_joint(ends[0] - ends[1], resolved.target) - answer.total())
 
 
 def _by_part(resolved: ResolvedTarget, over: str, slopes: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from moejax.errors import ConfigError
 from moejax.lm import LM, Prompt
 from moejax.registry import Registry
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.question import ResolvedTarget
-from moejax.relevance.result import Attribution, ExpertRelevance
-from moejax.relevance.targets import Target
+from moejax.relevance.result import Attribution
+from moejax.relevance.targets import Target, TargetLike
 from moejax.report.schema import SCHEMA, ScoresReport
 
 
@@ -97,7 +98,7 @@ class Scores(Attribution):
 class Baseline(Protocol):
     """A method in the call form of :func:`moejax.explain`."""
 
-    def __call__(self, lm: LM, prompt: Prompt, *, target: Target = ...) -> Scores: ...
+    def __call__(self, lm: LM, prompt: Prompt, *, target: TargetLike = ...) -> Scores: ...
 
 
 Method = TypeVar("Method", bound=Callable[..., Scores])

@@ -1,7 +1,7 @@
 """Targets: logits, differences of logits, log-probabilities, a router's choice, a direction of the stream."""
 
 from moejax.relevance.targets.answers import Continuation, Generated, Span
-from moejax.relevance.targets.base import TARGETS, Target, TargetTerms, checked_target, register_target
+from moejax.relevance.targets.base import TARGETS, Target, TargetLike, TargetTerms, checked_target, register_target
 from moejax.relevance.targets.direction import Direction
 from moejax.relevance.targets.logits import Argmax, Contrast, LogProbability, MeanContrast, Token
 from moejax.relevance.targets.router_choice import RouterChoice
@@ -19,6 +19,7 @@ __all__ = [
     "RouterChoice",
     "Span",
     "Target",
+    "TargetLike",
     "TargetTerms",
     "Token",
     "checked_target",

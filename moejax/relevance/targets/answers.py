@@ -18,7 +18,7 @@ class Continuation(Target):
 
     def resolve(self, lm: LM, prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
         answer = self.answer
-        ids = lm.need_tokenizer().encode(answer, special=False) if isinstance(answer, str) else list(answer)
+        ids = lm.need_tokenizer().continuation(answer) if isinstance(answer, str) else list(answer)
         if not ids:
             raise PromptError("the answer is empty: there is no token to explain.")
         return _teacher_forced(prompt, lm.check(ids).tolist())

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, SupportsIndex, TypeVar, Union
 
 import jax
 import numpy as np
@@ -36,6 +36,10 @@ class TargetTerms:
     rivals: tuple[int, ...] = ()
     mean: float = 0.0
     expected: float = 0.0
+
+
+TargetLike = Union["Target", TokenName]
+"""A target, or a token's text or id, which stands for its logit at the last position."""
 
 
 class Target(ABC):
@@ -80,7 +84,7 @@ class Target(ABC):
         Args:
             ids: the ids of the terms, with the best token filled in.
         """
-        pieces = lm.pieces(ids[: len(terms.terms) + len(terms.rivals)].tolist())
+        pieces = lm.token_texts(ids[: len(terms.terms) + len(terms.rivals)].tolist())
         named = [f"{'-' if sign < 0 else '+'} {p!r}" for p, (_, sign) in zip(pieces, terms.terms, strict=False)]
         if terms.rivals:
             named.append(f"- average of {', '.join(map(repr, pieces[len(terms.terms) :]))}")
@@ -106,14 +110,16 @@ def register_target(name: str) -> Callable[[TargetClass], TargetClass]:
 
 
 def checked_target(target: Any) -> Target:
-    """Return ``target`` if it is one.
+    """Return ``target`` if it is one; a token's text or id stands for :class:`moejax.Token`.
 
     Raises:
         PromptError: it is something else.
     """
+    if isinstance(target, str | int | np.integer) and not isinstance(target, bool):
+        token: Any = TARGETS.find("token")
+        return token(target)
     if not isinstance(target, Target):
-        example = target if isinstance(target, str | int) else " token"
-        raise PromptError(f"target={target!r} is none of moejax's targets, such as moejax.Token({example!r}).")
+        raise PromptError(f"target={target!r:.80} is none of moejax's targets, such as moejax.Token(' token').")
     return target
 
 

@@ -1,10 +1,16 @@
 // Data, numbers, text, elements, colours and the tooltip. html.py joins the scripts into one function.
 
 const data = JSON.parse(document.getElementById('report-data').textContent);
-const L = data.expert_ids.length, T = data.tokens.length, E = data.num_experts;
-const dark = matchMedia('(prefers-color-scheme: dark)');
-const state = {target: 0, token: 0, root: false};
+const N = data.targets.length, L = data.counts.length, E = data.num_experts;
+const systemDark = matchMedia('(prefers-color-scheme: dark)');
+const state = {target: 0, token: 0, root: false, words: false, theme: 'system', top: 'all', layer: null, head: 'sum'};
 const maps = {};
+// Tokens, or the words that they merge into: html.py made both with one function.
+const view = () => (state.words && data.words) || data;
+const count = () => view().tokens.length;
+const entry = n => ({...data.targets[n], ...view().targets[n]});
+const current = () => entry(state.target);
+const isDark = () => state.theme === 'dark' || (state.theme === 'system' && systemDark.matches);
 const byId = id => document.getElementById(id);
 
 // ---------------------------------------------------------------- numbers, text, elements
@@ -49,11 +55,32 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 const fill = (node, ...children) => node.replaceChildren(...children);
+const button = (text, pressed, onclick, title) => el('button', {type: 'button', 'aria-pressed': String(pressed), onclick, title}, text);
+const select = (label, value, options, onchange) => el('label', {class: 'choice'}, label, el('select', {onchange: e => onchange(e.target.value)},
+  ...options.map(([key, text]) => el('option', {value: key, ...(key === value ? {selected: ''} : {})}, text))));
+
+// Later, because what follows may change sizes again.
+const onResize = (box, act) => new ResizeObserver(() => requestAnimationFrame(act)).observe(box);
+
+// A box that scrolls sideways shows a sign of where there is more.
+function signOfMore(box) {
+  const sign = el('span', {class: 'more', 'aria-hidden': 'true'});
+  const update = () => {
+    const left = box.scrollLeft > 3, right = box.scrollWidth - box.clientWidth - box.scrollLeft > 3;
+    sign.textContent = `${left ? '← ' : ''}scroll${right ? ' →' : ''}`;
+    sign.hidden = !left && !right;
+  };
+  box.addEventListener('scroll', update);
+  onResize(box, update);
+  return el('div', {class: 'scroller'}, sign, box);
+}
+const table = (label, tall, ...parts) => signOfMore(el('div', {class: tall ? 'scroll tall' : 'scroll', tabindex: 0, role: 'region',
+  'aria-label': label}, el('table', {}, ...parts)));
 
 // ---------------------------------------------------------------- colours
 
 function colour(value, scale) {
-  const stops = dark.matches ? data.colours.dark : data.colours.light;
+  const stops = isDark() ? data.colours.dark : data.colours.light;
   let unit = Math.max(-1, Math.min(1, (value || 0) / scale));
   if (state.root) unit = Math.sign(unit) * Math.sqrt(Math.abs(unit));
   const place = (unit + 1) / 2 * (stops.length - 1);

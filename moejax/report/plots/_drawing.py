@@ -11,7 +11,7 @@ from moejax.report.aggregate import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
+    from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
     from matplotlib.ft2font import FT2Font
 
@@ -62,16 +62,40 @@ def diverging_map() -> Colormap:
     return colors.LinearSegmentedColormap.from_list("relevance", stops)
 
 
-def draw_map(axes: Axes, values: Floats, title: str, columns: str) -> None:
-    """A map of signed values, layers by ``columns``, white at zero, with its colour bar."""
-    scale = aggregate.scale_of(values)
-    image = axes.imshow(values, cmap=diverging_map(), vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest")
-    axes.set_title(title, loc="left", fontsize=10)
+def color_norm(largest: float, scale: str) -> Normalize:
+    """Map values of -``largest`` to ``largest`` to colours; white at zero.
+
+    Raises:
+        MoejaxError: there is no such scale.
+    """
+    from matplotlib import colors
+
+    if colours.check_scale(scale) == "sqrt":
+        return colors.FuncNorm((colours.signed_root, colours.signed_square), vmin=-largest, vmax=largest)
+    return colors.Normalize(-largest, largest)
+
+
+def ticks_of(largest: float, scale: str) -> list[float]:
+    """Values to mark along a scale of -``largest`` to ``largest``; those of roots lie evenly, not on round numbers."""
+    parts = (0.04, 0.25, 1.0) if scale == "sqrt" else (0.5, 1.0)
+    return [*(-largest * part for part in reversed(parts)), 0.0, *(largest * part for part in parts)]
+
+
+def draw_map(axes: Axes, values: Floats, title: str, columns: str, scale: str, rows: str = "layer") -> None:
+    """A map of signed values, ``rows`` by ``columns``, white at zero, with its colour bar."""
+    largest = aggregate.scale_of(values)
+    norm = color_norm(largest, scale)
+    image = axes.imshow(values, cmap=diverging_map(), norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_title(title + (", square-root colours" if scale == "sqrt" else ""), loc="left", fontsize=10)
     axes.set_xlabel(columns, fontsize=9)
-    axes.set_ylabel("layer", fontsize=9)
+    axes.set_ylabel(rows, fontsize=9)
     axes.tick_params(labelsize=8, length=2)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=12)
     bar.ax.tick_params(labelsize=8)
+    if scale == "sqrt":
+        ticks = ticks_of(largest, scale)
+        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        bar.minorticks_off()
 
 
 def label_layers(axes: Axes, rows: int, final: bool) -> None:

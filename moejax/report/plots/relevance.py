@@ -1,8 +1,9 @@
-"""Plots of an explanation: tokens, experts, heads, layers, and an overview.
+"""Plots of an explanation: tokens, experts, heads, layers, an overview, and the matrix of all targets.
 
-Each takes the dictionary of ``Relevance.to_dict()`` and the index of a target. All raise ValueError if the arrays of
-the dictionary do not fit together. The figures do not use pyplot: they show themselves in a notebook, and ``savefig``
-writes them to a file.
+Each takes the dictionary of ``Relevance.to_dict()``, the index of a target, and a ``scale``: ``"linear"``, or
+``"sqrt"`` for colours (and heights of bars) by the square root. All raise ValueError if the arrays of the dictionary do
+not fit together, and MoejaxError for another scale. The figures do not use pyplot: they show themselves in a notebook,
+and ``savefig`` writes them to a file.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moejax.errors import MoejaxError
-from moejax.report import aggregate
+from moejax.report import aggregate, colours, merge
 from moejax.report.colours import GREY
-from moejax.report.plots._drawing import Fonts, diverging_map, draw_map, label_layers, label_tokens, new_figure
+from moejax.report.plots._drawing import (
+    Fonts,
+    diverging_map,
+    draw_map,
+    label_layers,
+    label_tokens,
+    new_figure,
+    ticks_of,
+)
 from moejax.report.plots._registry import register_plot
 from moejax.report.schema import RelevanceReport
 
@@ -30,7 +39,7 @@ _LABELS = 48
 
 
 @register_plot("overview")
-def figure(report: RelevanceReport, target: int = 0) -> Figure:
+def figure(report: RelevanceReport, target: int = 0, scale: str = "linear") -> Figure:
     """Relevance by token, by layer and expert (by layer and head if there are no experts), and by layer and token."""
     aggregate.check(report)
     has_experts = bool(aggregate.expert_map(report, target).size)
@@ -39,22 +48,22 @@ def figure(report: RelevanceReport, target: int = 0) -> Figure:
     drawing, fonts = new_figure(_WIDTH, sum(heights) + 2.4), Fonts()
     top, middle, bottom = drawing.subplots(3, 1, height_ratios=heights)
     _draw_title(drawing, report, target, fonts)
-    _draw_tokens(top, report, target, fonts)
-    (_draw_experts if has_experts else _draw_heads)(middle, report, target)
-    _draw_layers(bottom, report, target, fonts)
+    _draw_tokens(top, report, target, fonts, scale)
+    (_draw_experts if has_experts else _draw_heads)(middle, report, target, scale)
+    _draw_layers(bottom, report, target, fonts, scale)
     return drawing
 
 
 @register_plot("tokens")
-def tokens(report: RelevanceReport, target: int = 0) -> Figure:
+def tokens(report: RelevanceReport, target: int = 0, scale: str = "linear") -> Figure:
     """Relevance of each input token, as bars."""
     drawing, fonts = _titled(report, target, 2.0)
-    _draw_tokens(drawing.subplots(), report, target, fonts)
+    _draw_tokens(drawing.subplots(), report, target, fonts, scale)
     return drawing
 
 
 @register_plot("experts")
-def experts(report: RelevanceReport, target: int = 0) -> Figure:
+def experts(report: RelevanceReport, target: int = 0, scale: str = "linear") -> Figure:
     """Relevance by layer and expert, summed over the tokens routed to it.
 
     Raises:
@@ -63,12 +72,12 @@ def experts(report: RelevanceReport, target: int = 0) -> Figure:
     drawing, _ = _titled(report, target, _map_height(len(report["expert_ids"])))
     if not report["num_experts"]:
         raise MoejaxError(f"{report['model']} has no experts to plot; plot 'heads' or 'layers'.")
-    _draw_experts(drawing.subplots(), report, target)
+    _draw_experts(drawing.subplots(), report, target, scale)
     return drawing
 
 
 @register_plot("heads")
-def heads(report: RelevanceReport, target: int = 0) -> Figure:
+def heads(report: RelevanceReport, target: int = 0, scale: str = "linear") -> Figure:
     """Relevance by layer and attention head, summed over tokens.
 
     Raises:
@@ -77,16 +86,47 @@ def heads(report: RelevanceReport, target: int = 0) -> Figure:
     drawing, _ = _titled(report, target, _map_height(len(report["expert_ids"])))
     if not aggregate.head_map(report, target).size:
         raise MoejaxError(f"{report['model']} has no attention heads to plot; plot 'layers'.")
-    _draw_heads(drawing.subplots(), report, target)
+    _draw_heads(drawing.subplots(), report, target, scale)
     return drawing
 
 
 @register_plot("layers")
-def layers(report: RelevanceReport, target: int = 0) -> Figure:
+def layers(report: RelevanceReport, target: int = 0, scale: str = "linear") -> Figure:
     """Relevance by layer and token of the residual stream that enters each layer."""
     drawing, fonts = _titled(report, target, _map_height(len(report["expert_ids"]) + 1))
-    _draw_layers(drawing.subplots(), report, target, fonts)
+    _draw_layers(drawing.subplots(), report, target, fonts, scale)
     return drawing
+
+
+@register_plot("matrix")
+def matrix(report: RelevanceReport, target: int = 0, scale: str = "linear") -> Figure:
+    """Relevance of each input token for every target, targets by tokens; blank where a token comes after the target.
+
+    A line stands between prompt and answer. ``target`` is ignored: the plot has them all.
+    """
+    aggregate.check(report)
+    rows = report["targets"]
+    values = np.stack([aggregate.floats(row["tokens"]) for row in rows])
+    after = np.arange(values.shape[1]) > np.array([[row["position"]] for row in rows])
+    values = np.where(after, np.nan, values)
+    drawing, fonts = new_figure(_WIDTH, min(14.0, 0.24 * len(rows) + 2.2)), Fonts()
+    title = f"{report['model']}   {report['rule']}"
+    drawing.suptitle(title, fontsize=12, **fonts.style())
+    axes = drawing.subplots()
+    draw_map(axes, values, "Target by token", "", scale, rows="target")
+    _mark_prompt(axes, report)
+    step = max(1, -(-len(rows) // _LABELS))
+    names = [fonts.drawable(row["label"]) for row in rows[::step]]
+    axes.set_yticks(range(0, len(rows), step), names, fontsize=8, **fonts.style())
+    label_tokens(axes, report["tokens"], np.abs(np.nan_to_num(values)).max(axis=0), fonts, _LABELS)
+    return drawing
+
+
+def _mark_prompt(axes: Axes, report: RelevanceReport) -> None:
+    """A line between prompt and answer."""
+    length = merge.prompt_length(report)
+    if length < len(report["tokens"]):
+        axes.axvline(length - 0.5, color=GREY, linewidth=1.2)
 
 
 def _titled(report: RelevanceReport, target: int, height: float) -> tuple[Figure, Fonts]:
@@ -106,38 +146,47 @@ def _draw_title(drawing: Figure, report: RelevanceReport, target: int, fonts: Fo
     drawing.supxlabel(line, fontsize=8.5, color=GREY, **fonts.style())
 
 
-def _draw_tokens(axes: Axes, report: RelevanceReport, target: int, fonts: Fonts) -> None:
+def _draw_tokens(axes: Axes, report: RelevanceReport, target: int, fonts: Fonts, scale: str) -> None:
     chosen, cmap = report["targets"][target], diverging_map()
     values = aggregate.floats(chosen["tokens"])
-    scale = aggregate.scale_of(values)
+    largest = aggregate.scale_of(values)
     # colours begin a third of the way from white, so that small bars are visible
-    tint = [cmap(0.5 + np.sign(v) * (1 / 6 + abs(v) / scale / 3)) for v in np.nan_to_num(values)]
+    tint = [cmap(0.5 + np.sign(v) * (1 / 6 + abs(v) / largest / 3)) for v in np.nan_to_num(values)]
     axes.bar(np.arange(len(values)), values, color=tint, width=0.82 if len(values) <= 2 * _LABELS else 1.0)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.axvline(chosen["position"], color=GREY, linewidth=0.8, linestyle=":")
-    axes.set_title("Tokens (dotted: where the target is predicted)", loc="left", fontsize=10)
+    _mark_prompt(axes, report)
+    rooted = ", square-root heights" if colours.check_scale(scale) == "sqrt" else ""
+    begins = "; solid: where the answer begins" if merge.prompt_length(report) < len(values) else ""
+    axes.set_title(f"Tokens (dotted: where the target is predicted{begins}){rooted}", loc="left", fontsize=10)
     axes.set_ylabel("relevance", fontsize=9)
+    if rooted:
+        axes.set_yscale("function", functions=(colours.signed_root, colours.signed_square))
+        ticks = [tick for tick in ticks_of(largest, scale) if values.min() <= tick <= values.max()]
+        axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(axis="y", labelsize=8)
     label_tokens(axes, report["tokens"], np.abs(np.nan_to_num(values)), fonts, _LABELS)
 
 
-def _draw_experts(axes: Axes, report: RelevanceReport, target: int) -> None:
+def _draw_experts(axes: Axes, report: RelevanceReport, target: int, scale: str) -> None:
     values = aggregate.expert_map(report, target)
-    draw_map(axes, values, "Layer by expert, summed over tokens", "expert")
+    draw_map(axes, values, "Layer by expert, summed over tokens", "expert", scale)
     label_layers(axes, len(values), final=False)
 
 
-def _draw_heads(axes: Axes, report: RelevanceReport, target: int) -> None:
+def _draw_heads(axes: Axes, report: RelevanceReport, target: int, scale: str) -> None:
     values = aggregate.head_map(report, target)
-    draw_map(axes, values, "Layer by head, summed over tokens", "head")
+    draw_map(axes, values, "Layer by head, summed over tokens", "head", scale)
     label_layers(axes, len(values), final=False)
 
 
-def _draw_layers(axes: Axes, report: RelevanceReport, target: int, fonts: Fonts) -> None:
+def _draw_layers(axes: Axes, report: RelevanceReport, target: int, fonts: Fonts, scale: str) -> None:
     values = aggregate.floats(report["targets"][target]["layers"])
-    draw_map(axes, values, "Layer by token, residual stream entering each layer", "")
+    draw_map(axes, values, "Layer by token, residual stream entering each layer", "", scale)
+    _mark_prompt(axes, report)
     label_layers(axes, len(values), final=True)
     label_tokens(axes, report["tokens"], np.abs(np.nan_to_num(values)).max(axis=0), fonts, _LABELS)
 

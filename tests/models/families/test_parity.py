@@ -111,7 +111,7 @@ def window(extra: int) -> Callable[[Config], Config]:
 
 
 def yarn(**fields) -> Callable[[Config], Config]:
-    return lambda config: with_rope(config, lambda rope: replace(rope, yarn=replace(rope.yarn, **fields)))
+    return lambda config: with_rope(config, lambda rope: replace(rope, scaling=replace(rope.scaling, **fields)))
 
 
 def theta(config: Config) -> Config:

@@ -14,7 +14,7 @@ from moejax.layers import MixtureConfig
 from moejax.lm import _logits
 from moejax.models import FlatDecoder
 from moejax.relevance.engine import relevance
-from moejax.relevance.result import ExpertRelevance
+from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.seeds import LogitSeeds
 from moejax.rules import CPLRP, AttnLRP, Proportional
 

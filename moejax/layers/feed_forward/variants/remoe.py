@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ class ReLUArgs(MoeArgs):
     router_z_loss_coef: float = 0.0
     l1_initial: float = 1e-8
     l1_growth: float = 1.2
+
+    UNUSED: ClassVar[tuple[str, ...]] = ("balance_loss_coef",)
 
 
 @register_moe("remoe")
