@@ -19,6 +19,7 @@ from moejax.checkpoints import Hub, ModelFolder, load_folder, load_torch, open_f
 from moejax.checkpoints.dtypes import check_dtype, widening
 from moejax.checkpoints.plan import leaf_paths
 from moejax.checkpoints.quantise import Quantisation
+from moejax.checkpoints.tied_head import config_as_read
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, generate_tokens
@@ -313,8 +314,8 @@ def load(
     ``transformers`` model in memory.
 
     Weights keep the checkpoint's dtype on accelerators. On CPUs, which compute in float32 anyway, they are float32 if
-    that fits in free memory; :func:`moejax.export` writes the checkpoint's own dtype back. JAX is told to use most of a
-    GPU's memory, where it has not started yet and nothing else is set (:func:`moejax.ops.memory.reserve_memory`).
+    that fits in free memory; :func:`moejax.export` writes the checkpoint's own dtype back. JAX, if it has not started,
+    is told to use most of a GPU's memory (:func:`moejax.ops.memory.reserve_memory`).
 
     Args:
         dtype: cast the weights to it.
@@ -326,14 +327,11 @@ def load(
             ``moejax.EXPERT_TENSOR`` does both. By default as many of them as the mesh has axes for.
         keep_packed: experts that are published as MXFP4 stay packed on the device, at 4.25 bits a value, and are
             unpacked when a step uses them; the same numbers for less memory.
-        experts: ``"int8"`` rounds the matrices of experts, and nothing else, to 8 bits a value with a scale for each
-            output channel: half of bfloat16's memory. Everything that is computed is then that of the rounded model;
-            ``LM.quantisation`` tells the error. ``"mxfp4"`` is ``keep_packed``.
+        experts: ``"int8"`` rounds the experts' matrices alone to 8 bits a value, with a scale for each output channel;
+            results are those of the rounded model. ``"mxfp4"`` is ``keep_packed``.
         tokenizer: a tokenizer of transformers or of the ``tokenizers`` library, or any object with ``encode`` and
             ``decode``, instead of the one that the folder has.
-        revision: branch, tag or commit of a hub id.
-        token: access token for a hub id.
-        cache_dir: folder of the hub's cache.
+        revision, token, cache_dir: branch, tag or commit of a hub id; access token; folder of the hub's cache.
         rules: the earlier name of ``sharding``.
 
     Raises:
@@ -366,7 +364,7 @@ def _load_torch(
     """Load a model of transformers; ``placed`` has the mesh and the sharding rules."""
     errors: dict[str, float] = {}
     decoder = load_torch(model, dtype, experts=experts, errors=errors, **placed)
-    config, quantisation = _as_read(model.config.to_dict(), decoder), Quantisation.of(decoder.config, errors)
+    config, quantisation = config_as_read(model.config.to_dict(), decoder), Quantisation.of(decoder.config, errors)
     stored = getattr(model, "generation_config", None)
     settings = {} if stored is None else dict(stored.to_dict())
     return LM(decoder, tokenizer, model.config.model_type, config, settings, quantisation=quantisation)
@@ -390,18 +388,8 @@ def _load_folder(
     return LM(
         decoder,
         tokenizer or Tokenizer.from_folder(folder.path),
-        hugging_face=_as_read(folder.hugging_face, decoder),
+        hugging_face=config_as_read(folder.hugging_face, decoder),
         generation_config=folder.generation_config,
         stored_dtypes=stored_dtypes,
         quantisation=Quantisation.of(decoder.config, errors),
-    )
-
-
-def _as_read(hugging_face: Mapping[str, Any], decoder: Decoder) -> Mapping[str, Any]:
-    """The config of the files, with the head untied where the files have one of its own."""
-    tied = decoder.config.tied
-    return (
-        hugging_face
-        if tied or not hugging_face.get("tie_word_embeddings")
-        else {**hugging_face, "tie_word_embeddings": False}
     )
