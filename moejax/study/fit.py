@@ -62,9 +62,9 @@ GPUS: Mapping[str, GPU] = {
 }
 """GPUs by the names that ``moejax doctor --gpu`` takes."""
 
-_TRAINED = 20
-"""Bytes of a parameter in training: float32 weights, gradients and AdamW's two moments, and four for the weights in the
-dtype that computes and their gradients."""
+_TRAINED = 18
+"""Bytes of a parameter in training: float32 weights, gradients and AdamW's two moments, and a copy of the weights in
+bfloat16. A small model's program took 16 on a CPU."""
 
 
 @dataclass(frozen=True)
