@@ -8,6 +8,7 @@ from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
 from moejax.layers import MoeArgs, MoeLayer, get_moe, register_moe
 from moejax.lm import LM, load
 from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR, register_family
+from moejax.prompts import Chat
 from moejax.relevance import (
     Argmax,
     Cell,
@@ -18,6 +19,7 @@ from moejax.relevance import (
     LogProbability,
     MeanContrast,
     Relevance,
+    Role,
     RouterChoice,
     Span,
     Token,
@@ -41,6 +43,7 @@ __all__ = [
     "Argmax",
     "Backtrace",
     "Cell",
+    "Chat",
     "CheckpointError",
     "ConfigError",
     "Continuation",
@@ -55,6 +58,7 @@ __all__ = [
     "MoejaxError",
     "PromptError",
     "Relevance",
+    "Role",
     "RouterChoice",
     "Span",
     "Token",

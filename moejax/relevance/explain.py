@@ -218,6 +218,7 @@ def _result(resolved: ResolvedTarget, row: int, rule: str, out: Readout, likely:
         token_ids=np.array(ids),
         pieces=lm.pieces(ids),
         # a target may also shorten the sequence
+        roles=resolved.roles(row),
         prompt_length=min(resolved.prompt_lengths[row], len(ids)),
         labels=resolved.labels(row, out.ids[row]),
         positions=resolved.positions(row),

@@ -17,6 +17,7 @@ from moejax.layers import Aux, BlockAux
 from moejax.lm import LM, Prompt
 from moejax.models import Decoder, Hidden
 from moejax.models.padding import padded_length, right_pad
+from moejax.prompts import EncodedPrompt
 from moejax.relevance.seeds import LogitSeeds, Seeds, TargetValues
 from moejax.relevance.targets import Target, TargetLike, TargetTerms, checked_target
 from moejax.rules import Gates, Reading
@@ -29,7 +30,7 @@ class ResolvedTarget:
     Attributes:
         lm, target: the model, and the target as it was asked.
         sequences: token ids of each sequence: the prompt, perhaps continued.
-        prompt_lengths: number of tokens of each prompt.
+        prompts: each prompt as it was encoded.
         terms: the targets of each sequence.
         seeds: the same targets as arrays.
     """
@@ -37,7 +38,7 @@ class ResolvedTarget:
     lm: LM
     target: Target
     sequences: list[list[int]]
-    prompt_lengths: list[int]
+    prompts: list[EncodedPrompt]
     terms: list[list[TargetTerms]]
     seeds: Seeds
 
@@ -53,7 +54,17 @@ class ResolvedTarget:
         resolved = [target.resolve(lm, ids) for ids in encoded]
         terms = [targets for _, targets in resolved]
         seeds = target.seeds(terms, lm.decoder.accumulation_dtype)
-        return cls(lm, target, [ids for ids, _ in resolved], list(map(len, encoded)), terms, seeds)
+        return cls(lm, target, [ids for ids, _ in resolved], encoded, terms, seeds)
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Number of tokens of each prompt."""
+        return list(map(len, self.prompts))
+
+    def roles(self, row: int) -> list[str]:
+        """Return the role of each token of a sequence; what is behind a chat is the answer. Empty if it is no chat."""
+        roles = self.prompts[row].roles
+        return [] if roles is None else (roles + ["answer"] * len(self.sequences[row]))[: len(self.sequences[row])]
 
     @property
     def length(self) -> int:

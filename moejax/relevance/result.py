@@ -1,7 +1,7 @@
 """The result of ``explain``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -77,6 +77,7 @@ class Relevance(Attribution):
         vectors: relevance of every number at the nodes that were asked for.
         ledger: the explained value, the relevance of the input, and the leaks between them.
         candidates: the most likely next tokens at each target's position.
+        roles: of a chat, the role of each token (:class:`moejax.prompts.EncodedPrompt`); empty for other prompts.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Relevance(Attribution):
     vectors: dict[str, np.ndarray]
     ledger: Ledger
     candidates: list[list[Candidate]]
+    roles: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> Float[np.ndarray, "N T"]:
@@ -179,8 +181,10 @@ class Relevance(Attribution):
         that :meth:`by_expert` gives the same sums. Its counts, and sums of absolute values, are then of merged tokens.
 
         Args:
-            by: ``"words"``, or spans ``(first, behind)`` in order; tokens outside of all spans stay as they are. The
-                id of a merged token is -1. No word or span reaches from the prompt into the answer.
+            by: ``"words"``; or ``"template"``, which makes one token of each run of tokens that a chat template added,
+                so that pictures show what people wrote; or spans ``(first, behind)`` in order, where tokens outside of
+                all spans stay as they are. The id of a merged token is -1. No word or span reaches from the prompt into
+                the answer.
 
         Raises:
             MoejaxError: another word; spans that are out of order or range, overlap, or hold tokens of both parts.

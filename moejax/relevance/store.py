@@ -56,6 +56,7 @@ _TEXTS: dict[str, Any] = {
     "prompt_length": int,
     "pieces": [str],
     "labels": [str],
+    "roles": [str],
 }
 """Fields of a result that are in the header, with their types; a list stands for a list of such."""
 

@@ -42,8 +42,8 @@ def word_spans(pieces: Sequence[str], prompt_length: int) -> list[Span]:
     inner = {at for word in _WORD.finditer(text) for at in range(word.start() + 1, word.end())}
     starts, place = [], 0
     for index, piece in enumerate(pieces):
-        # a token of no text belongs to nothing
-        if place not in inner or index == prompt_length or not piece or not pieces[index - 1]:
+        # a token of no text is the rest of a character that the token before it has
+        if index in (0, prompt_length) or (piece and place not in inner):
             starts.append(index)
         place += len(piece)
     return list(zip(starts, [*starts[1:], len(pieces)], strict=True))

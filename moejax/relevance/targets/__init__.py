@@ -1,6 +1,6 @@
 """Targets: logits, differences of logits, log-probabilities, a router's choice, a direction of the stream."""
 
-from moejax.relevance.targets.answers import Continuation, Generated, Span
+from moejax.relevance.targets.answers import Continuation, Generated, Role, Span
 from moejax.relevance.targets.base import TARGETS, Target, TargetLike, TargetTerms, checked_target, register_target
 from moejax.relevance.targets.direction import Direction
 from moejax.relevance.targets.logits import Argmax, Contrast, LogProbability, MeanContrast, Token
@@ -16,6 +16,7 @@ __all__ = [
     "Generated",
     "LogProbability",
     "MeanContrast",
+    "Role",
     "RouterChoice",
     "Span",
     "Target",

@@ -37,6 +37,24 @@ class Generated(Target):
         return _teacher_forced(prompt, new) if new else Argmax().resolve(lm, prompt)
 
 
+@register_target("role")
+@dataclass(frozen=True)
+class Role(Target):
+    """Every token of a chat with a role, such as the assistant's ``"answer"`` or ``"reasoning"``."""
+
+    role: str = "answer"
+
+    def resolve(self, lm: LM, prompt: list[int]) -> tuple[list[int], list[TargetTerms]]:
+        roles = getattr(prompt, "roles", None)
+        if roles is None:
+            raise PromptError("only a chat has roles: explain messages, or a moejax.Chat.")
+        places = [place for place, role in enumerate(roles) if role == self.role and place]
+        if not places:
+            there = ", ".join(dict.fromkeys(roles))
+            raise PromptError(f"no token of this chat has the role {self.role!r}; there are {there}.")
+        return prompt, [TargetTerms(place - 1, ((prompt[place], 1.0),)) for place in places]
+
+
 @register_target("span")
 @dataclass(frozen=True)
 class Span(Target):
