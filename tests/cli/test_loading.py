@@ -96,4 +96,4 @@ def test_verify_shows_how_far_rounded_experts_are_from_the_original(moejax_comma
     assert report["passed"] is None
     assert 1e-4 < report["relative_rms"] < 0.02
     assert set(report["quantisation"]) == {f"feed_forward.experts.{kind}" for kind in ("gate_up", "down")}
-    assert "experts were rounded" in " ".join(moejax_command("verify", "tiny-olmoe", "--experts", "int8").out.split())
+    assert "unknown" in moejax_command("verify", "tiny-olmoe", "--experts", "int8").out
