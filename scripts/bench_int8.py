@@ -64,7 +64,10 @@ def measure(experts: str, name: str, toy: bool, folder: Path | None, tokens: int
     from moejax.study.bench.cases import forward
 
     device = jax.devices()[0]
-    peak = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+    def peak():
+        return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
     start = time.perf_counter()
     decoder, errors = make(experts, name, toy, folder)
     flat = jax.block_until_ready(FlatDecoder.of(decoder))

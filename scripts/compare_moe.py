@@ -93,7 +93,10 @@ def show(results: list[dict]) -> None:
         "ms/step",
     )
     names = list(dict.fromkeys(row["name"] for row in results))
-    mean = lambda name, key: np.mean([row.get(key, np.nan) for row in results if row["name"] == name])
+
+    def mean(name, key):
+        return np.mean([row.get(key, np.nan) for row in results if row["name"] == name])
+
     for name in sorted(names, key=lambda name: mean(name, "heldout")):
         spread = np.std([row["heldout"] for row in results if row["name"] == name])
         cells = [f"{mean(name, key):.3f}" for key in ("train", "balance_loss", "load_entropy", "largest", "unused")]

@@ -50,9 +50,16 @@ def test_sums_are_checked_without_jit_too() -> None:
 @pytest.mark.skipif(jax.__version_info__ >= _MENDED, reason="this jaxlib adds up rightly")
 def test_sums_are_refused_where_it_is_too_late() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    run = lambda first: subprocess.run(
-        [sys.executable, "-c", SUMS.format(first=first)], env=environment, capture_output=True, text=True, check=False
-    )
+
+    def run(first):
+        return subprocess.run(
+            [sys.executable, "-c", SUMS.format(first=first)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
     late, early = run("jnp.ones(3).sum()"), run("")
     assert early.returncode == 0, early.stderr
     assert "adds up wrongly on CPUs" in late.stderr

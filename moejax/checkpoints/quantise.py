@@ -90,8 +90,11 @@ def _quantise(
             arrays, tree = jax.tree.flatten(packed)
             packed = tree.unflatten(map(jax.lax.with_sharding_constraint, arrays, placed))
         wide = values.astype(jnp.float32)
+
         # rows first: a float32 sum of all values in one go loses digits
-        square = lambda x: (x**2).sum(-1).sum()
+        def square(x):
+            return (x**2).sum(-1).sum()
+
         return packed, square(packed.unpack(jnp.float32) - wide), square(wide)
 
     return jax.jit(run)

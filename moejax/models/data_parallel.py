@@ -125,7 +125,10 @@ def shard_map_data(
         raise MoejaxError(
             f"axes that devices split have lengths {', '.join(map(str, sorted(lengths)))}: give one length, or 1."
         )
-    unsplit_ones = lambda leaf, spec: REPLICATED if spec != REPLICATED and leaf.shape[len(spec) - 1] < count else spec
+
+    def unsplit_ones(leaf, spec):
+        return REPLICATED if spec != REPLICATED and leaf.shape[len(spec) - 1] < count else spec
+
     by_leaf = jax.tree.map(unsplit_ones, arguments, by_leaf)
     filled = -(-count // devices) * devices
     numbers = jnp.minimum(jnp.arange(filled), count - 1)

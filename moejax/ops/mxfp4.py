@@ -60,7 +60,10 @@ class MXFP4(Packed):
 
     def flat(self) -> Self:
         """Merge all axes between the first and the last one; the result is packed too."""
-        merge = lambda a, last_axes: a.reshape(len(a), -1, *a.shape[a.ndim - last_axes :])
+
+        def merge(a, last_axes):
+            return a.reshape(len(a), -1, *a.shape[a.ndim - last_axes :])
+
         return type(self)(merge(self.blocks, 2), merge(self.scales, 1))
 
     def __abs__(self) -> Self:

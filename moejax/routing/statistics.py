@@ -314,7 +314,10 @@ def divergence(counts: Num[Array | np.ndarray, "*b X E"]) -> Float[Array, "*b"]:
     p = shares(counts)
     present = p.sum(-1) > 0
     groups = present.sum(-1)
-    mean = lambda x: x.sum(-1) / jnp.maximum(groups, 1)
+
+    def mean(x):
+        return x.sum(-1) / jnp.maximum(groups, 1)
+
     nats = entropy(p.sum(-2)) - mean(entropy(p))
     largest = jnp.log(jnp.clip(jnp.minimum(groups, counts.shape[-1]), 1))
     return jnp.clip(nats / jnp.where(largest == 0, 1, largest), 0, 1) * (largest > 0)

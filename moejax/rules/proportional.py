@@ -66,8 +66,13 @@ class Proportional(AttnLRP):
     def _seen(self, slope: Slope, y: Array, size: Array) -> tuple[Array, Array]:
         """Return masks of positive and of negative contributions to an activation's input: 1 where they count."""
         positive, negative = 0.5 * (size + y), 0.5 * (size - y)
-        f = lambda gate: gate * slope(gate)
-        equals = lambda part: jnp.abs(f(y) - f(part)) <= self.tolerance * jnp.abs(f(y))
+
+        def f(gate):
+            return gate * slope(gate)
+
+        def equals(part):
+            return jnp.abs(f(y) - f(part)) <= self.tolerance * jnp.abs(f(y))
+
         flat, both = y < _FLAT, (positive > 0) & (negative > 0)
         no_negative = ~flat & both & equals(positive)
         no_positive = flat | (both & ~no_negative & equals(-negative))

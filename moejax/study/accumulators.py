@@ -186,7 +186,10 @@ def _layer(
     counted = batch.valid & sound
     chosen = jnp.where(counted[..., None], s.selections(ids, weights, num_experts), 0)
     routed = chosen.any(-1)
-    total = lambda values, where: jnp.where(where, values, 0).sum()
+
+    def total(values, where):
+        return jnp.where(where, values, 0).sum()
+
     by_row = chosen.sum(1)
     sums = {
         "tokens": counted.sum(dtype=jnp.int32),

@@ -116,7 +116,10 @@ def _accumulated(gradient: Gradient, accumulate: int) -> Gradient:
 
     def mean(decoder: Decoder, batch_windows: Array, key: Array) -> tuple[Decoder, Parts]:
         parts = batch_windows.reshape(accumulate, -1, batch_windows.shape[-1])
-        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(decoder, *part)), None)
+
+        def add(total, part):
+            return (jax.tree.map(jnp.add, total, gradient(decoder, *part)), None)
+
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, decoder, parts[0], key))
         total, _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))
         return jax.tree.map(lambda x: x / accumulate, total)

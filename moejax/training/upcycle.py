@@ -260,7 +260,10 @@ def _errors(dense: Decoder, sparse: Decoder, chosen: Mapping[str, int], tokens: 
     def error(layer: Any, x: Array, expected: Array) -> Array:
         x = x.astype(dense.embedding.dtype)
         y = layer.run(x, Call(valid=valid))[0]
-        size = lambda a: jnp.linalg.norm(jnp.where(valid[..., None], a, 0))
+
+        def size(a):
+            return jnp.linalg.norm(jnp.where(valid[..., None], a, 0))
+
         return size(y.astype(expected.dtype) - expected) / size(expected)
 
     return {

@@ -61,7 +61,10 @@ def fused(tensors: dict[str, np.ndarray], config: dict) -> dict[str, np.ndarray]
     out = {k: v for k, v in tensors.items() if ".experts." not in k}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.mlp.experts."
-        part = lambda e, name, prefix=prefix: tensors[f"{prefix}{e}.{name}_proj.weight"]
+
+        def part(e, name, prefix=prefix):
+            return tensors[f"{prefix}{e}.{name}_proj.weight"]
+
         experts = range(config["num_experts"])
         out[prefix + "gate_up_proj"] = np.stack([np.concatenate([part(e, "gate"), part(e, "up")]) for e in experts])
         out[prefix + "down_proj"] = np.stack([part(e, "down") for e in experts])

@@ -76,7 +76,9 @@ def test_json_is_what_the_library_finds(
 
 
 def test_mistakes_are_one_line(moejax_command: Callable, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    run = lambda *options: moejax_command("analyse", model_folder, *options)
+    def run(*options):
+        return moejax_command("analyse", model_folder, *options)
+
     assert_one_line(run("--data", tmp_path / "none.txt", "--out", tmp_path), "none.txt", "no such file")
     assert_one_line(run("--data", data, "--out", data / "below"), "cannot write")
     assert_one_line(run("--data", data, "--out", tmp_path, "--drop-top", 5), "at most 4")

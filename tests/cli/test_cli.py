@@ -108,7 +108,10 @@ def test_explain_rules(rule: str, moejax_command: Callable, model_folder: Path) 
 
 def test_explain_target_and_contrast(moejax_command: Callable, model_folder: Path) -> None:
     options = ("explain", PROMPT, "-m", model_folder, "--json")
-    value = lambda *extra: json.loads(moejax_command(*options, *extra).out)["targets"][0]["value"]
+
+    def value(*extra):
+        return json.loads(moejax_command(*options, *extra).out)["targets"][0]["value"]
+
     cat, dog = value("--target", " cat"), value("--target", " dog")
     assert value("--target", " cat", "--contrast", " dog") == pytest.approx(cat - dog, abs=1e-4)
 

@@ -355,7 +355,10 @@ def lib_smoe_plus_plus(p: Parameters, x: Array, k: int, mask: Array) -> Found:
     s = softmax(z)
     ids = top(s, k)
     w = over_sum(pick(s, ids))
-    special = lambda i, token: constant(p, 0, token) if i else np.zeros_like(token)
+
+    def special(i, token):
+        return constant(p, 0, token) if i else np.zeros_like(token)
+
     return _lib(mixture(p, x, ids, w, special), z, ids, w, s, mask, np.where(np.arange(s.shape[-1]) == 4, 1.3, 1.0))
 
 

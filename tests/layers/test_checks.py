@@ -73,7 +73,9 @@ SUM_TO_ONE = [case for case in EXACT if case[0] != "xmoe" or case[1]]
 
 @pytest.mark.parametrize(("name", "compat"), [*SUM_TO_ONE, ("xmoe", None), ("smoe_plus_plus", "libmoe")])
 def test_weights_sum_to_one_under_bfloat16(name, compat):
-    half = lambda leaf: jnp.asarray(leaf, jnp.bfloat16)
+    def half(leaf):
+        return jnp.asarray(leaf, jnp.bfloat16)
+
     weights, _, _ = route(jax.tree.map(half, make(name, compat)), half(tokens()))
     assert weights.dtype == jnp.float32
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
@@ -145,7 +147,10 @@ def test_a_call_leaves_the_layer_as_it_was():
 
 def test_info_is_detached_and_the_rest_is_not():
     layer, x = make("smoe"), jnp.asarray(tokens(), jnp.float32)
-    told = lambda layer: sum(v.sum() for v in layer(x, return_id_experts=True)[3].values())
+
+    def told(layer):
+        return sum(v.sum() for v in layer(x, return_id_experts=True)[3].values())
+
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.jit(jax.grad(told))(layer)))
     auxiliary = jax.jit(jax.grad(lambda layer: layer(x)[1]))(layer)
     assert np.asarray(auxiliary.gate_weight).any()

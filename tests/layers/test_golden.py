@@ -112,7 +112,10 @@ def test_nothing_but_padding(name, compat):
 def test_repeated_expert_accumulates(compat, want):
     """Slots +0, -0 and +1 with weights .5, .3 and .2 of equal experts: the later of two survives in LibMoE alone."""
     layer, x = make("smoe_tcmoe", compat), tokens()
-    first = lambda leaf: jnp.asarray(np.broadcast_to(leaf[:1], leaf.shape))
+
+    def first(leaf):
+        return jnp.asarray(np.broadcast_to(leaf[:1], leaf.shape))
+
     layer = layer.replace(experts=jax.tree.map(first, layer.experts))
     ids, weights = np.tile([0, E, 1], (B, T, 1)), np.tile([0.5, 0.3, 0.2], (B, T, 1))
     run = jax.jit(lambda layer, *arrays: layer.compute_moe(*arrays))

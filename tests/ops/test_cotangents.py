@@ -106,7 +106,10 @@ class TestProbe:
 
     def test_entries_add_up(self):
         x, c = normal(B, T), normal(B, T, seed=1)
-        twice = lambda entry: probe(probe(x, entry, 1.0) * 3, entry, -1.0)
+
+        def twice(entry):
+            return probe(probe(x, entry, 1.0) * 3, entry, -1.0)
+
         (entry,) = jax.vjp(twice, jnp.zeros(B))[1](c)
         np.testing.assert_allclose(entry, jnp.zeros(B), atol=1e-5)
 

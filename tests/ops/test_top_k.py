@@ -50,7 +50,9 @@ def taken(monkeypatch) -> list[tuple[int, ...]]:
 
 
 def test_derivatives_are_those_of_the_selected(taken, monkeypatch):
-    kernel = lambda x, *, cuda, default: cuda(x)
+    def kernel(x, *, cuda, default):
+        return cuda(x)
+
     monkeypatch.setattr(top_k.lax, "platform_dependent", kernel)
     scores, weights = (jnp.asarray(a, jnp.float32) for a in np.random.default_rng(0).normal(size=(2, 2, 3, 7)))
     own, plain = (lambda x, f=f: f(x, 3)[0] ** 2 * weights[..., :3] for f in (top_k.top_k, jax.lax.top_k))

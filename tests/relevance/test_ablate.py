@@ -141,7 +141,10 @@ class TestCells:
     def test_parts_of_a_layer(self):
         lm, every = toy(), [(1, t) for t in range(T)]
         got = ablate(lm, PROMPT, cells=[Cell.attention(1), Cell.feed_forward(1), Cell.attention(1, 4)], target=AIM)
-        heads = lambda tokens: {(1, t, h) for t in tokens for h in range(H)}
+
+        def heads(tokens):
+            return {(1, t, h) for t in tokens for h in range(H)}
+
         experts = {(*at, e) for at in every for e in range(E)}
         want = [change(lm, heads=heads(range(T))), change(lm, experts=experts), change(lm, heads=heads([4]))]
         np.testing.assert_allclose(got[:, 0], want, **EXACT)
@@ -326,7 +329,10 @@ class TestRoute:
     def test_closed_after_groups_that_are_left_out(self):
         """Which come first where too few are left in the groups that a token may choose from."""
         logits = jnp.asarray([[3.0, 2.0, 1.0, 0.5]])
-        adjust = lambda scores: jnp.where(jnp.arange(4) < 2, scores, -jnp.inf)
+
+        def adjust(scores):
+            return jnp.where(jnp.arange(4) < 2, scores, -jnp.inf)
+
         found = route(
             logits,
             2,

@@ -110,7 +110,10 @@ class TestWhatExplainAsksFor:
     def asked(self, monkeypatch):
         """The number of layers that run again, of each pass."""
         found, module = [], import_module("moejax.relevance.explain")
-        spy = lambda *args, **options: found.append(options["rematerialised_layers"]) or relevance(*args, **options)
+
+        def spy(*args, **options):
+            return found.append(options["rematerialised_layers"]) or relevance(*args, **options)
+
         monkeypatch.setattr(module, "relevance", spy)
         return found
 
@@ -158,7 +161,10 @@ class TestWhatExplainAsksFor:
 def test_the_first_layers_run_again():
     """Once the way back reaches them, what the others keep is not needed any more."""
     lm = variant_lm("plain", layers=3)
-    run = lambda x: lm.decoder.hidden(jnp.asarray([PROMPT]), rematerialised_layers=1, embedded=x).stream
+
+    def run(x):
+        return lm.decoder.hidden(jnp.asarray([PROMPT]), rematerialised_layers=1, embedded=x).stream
+
     equations = jax.make_jaxpr(run)(jnp.ones((1, len(PROMPT), lm.config.model_dim))).eqns
     # a checkpoint has a policy, a layer that is not in one is a call by name
     layers = ["policy" in e.params for e in equations if "policy" in e.params or e.params.get("name") == "__call__"]
@@ -175,7 +181,9 @@ def kept(again: int, layers: int, tokens: int) -> int:
     config, ids = make_config(layers=layers, sizes=(64, 48, 6, 2, 4, 2, 16)), jnp.zeros((1, tokens), int)
 
     def saved(decoder, gates):
-        run = lambda g: decoder.hidden(ids, reading=Reading(AttnLRP(), g), rematerialised_layers=again).stream
+        def run(g):
+            return decoder.hidden(ids, reading=Reading(AttnLRP(), g), rematerialised_layers=again).stream
+
         return jax.vjp(run, gates)[1]
 
     shapes = jax.eval_shape(saved, Decoder.abstract(config), Gates.readout(config, ids))

@@ -113,7 +113,9 @@ def test_heads_partition_attention(rule, variant):
 
     @jax.jit
     def run(layer, x, heads, probes):
-        forward = lambda x, h, p: layer.run(x, call._replace(reading=Reading(rule, Gates(heads=h), p)))[0]
+        def forward(x, h, p):
+            return layer.run(x, call._replace(reading=Reading(rule, Gates(heads=h), p)))[0]
+
         y, pull = jax.vjp(forward, x, heads, probes)
         return y, *pull(cotangent)
 

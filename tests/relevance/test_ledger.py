@@ -66,7 +66,9 @@ class TestCloses:
     @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(data=st.data())
     def test_random_architectures(self, data):
-        draw = lambda strategy: data.draw(strategy)
+        def draw(strategy):
+            return data.draw(strategy)
+
         groups, experts = draw(st.integers(1, 3)), draw(st.integers(1, 9))
         sizes = (
             draw(st.integers(3, 30)),

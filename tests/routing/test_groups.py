@@ -58,7 +58,10 @@ def test_the_two_papers_differ():
 def test_routing_within_groups(name):
     """Experts come from the best groups; weights come from the unlimited scores."""
     logits = np.random.default_rng(0).normal(size=(T, E)).astype(np.float32)
-    adjust = lambda scores: group_limited(scores, GROUPS, 2, name)
+
+    def adjust(scores):
+        return group_limited(scores, GROUPS, 2, name)
+
     got = route(jnp.asarray(logits), K, score=SCORES["sigmoid"], weigh=WEIGHTS["raw"], adjust=adjust)
     sigmoid = 1 / (1 + np.exp(-logits.astype(np.float64)))
     limited = by_sorting(sigmoid, 2, name)

@@ -62,7 +62,10 @@ def test_gradient_by_finite_differences(loss):
     """The experts' shares are piecewise constant, so that the true slope sees the scores alone."""
     rng, mask = np.random.default_rng(3), jnp.asarray(some_mask())
     logits, step, h = random_logits(), rng.normal(size=(B, T, E)), 1e-6
-    value = lambda x: loss(routed(x), mask)
+
+    def value(x):
+        return loss(routed(x), mask)
+
     slope = (value(logits + h * step) - value(logits - h * step)) / (2 * h)
     np.testing.assert_allclose((jax.grad(value)(jnp.asarray(logits)) * step).sum(), slope, rtol=1e-6)
 

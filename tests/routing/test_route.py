@@ -80,7 +80,9 @@ def test_properties_of_the_weights(logits):
 @settings(max_examples=30, deadline=None)
 @given(arrays(np.float32, (T, E), elements=finite), st.floats(-5, 5, width=32))
 def test_softmax_weights_do_not_see_a_shift(logits, shift):
-    run = lambda x: route(jnp.asarray(x), K, score=SCORES["logits"], weigh=WEIGHTS["softmax"])
+    def run(x):
+        return route(jnp.asarray(x), K, score=SCORES["logits"], weigh=WEIGHTS["softmax"])
+
     here, there = run(logits), run(np.round(logits, 2) + 0)
     np.testing.assert_allclose(np.asarray(here.weights).sum(-1), 1, rtol=1e-5)
     shifted = run((np.round(logits, 2) + 0).astype(np.float64) + shift)
@@ -93,7 +95,10 @@ def test_gradient_of_the_weights(score, weigh):
     """The selection has no gradient; the weights' is that of calculus, by finite differences."""
     rng = np.random.default_rng(2)
     logits, cotangent, step = rng.normal(size=(T, E)), rng.normal(size=(T, K)), rng.normal(size=(T, E))
-    run = lambda x: (route(x, K, score=SCORES[score], weigh=WEIGHTS[weigh]).weights * cotangent).sum()
+
+    def run(x):
+        return (route(x, K, score=SCORES[score], weigh=WEIGHTS[weigh]).weights * cotangent).sum()
+
     h = 1e-6
     slope = (run(jnp.asarray(logits + h * step)) - run(jnp.asarray(logits - h * step))) / (2 * h)
     np.testing.assert_allclose((jax.grad(run)(jnp.asarray(logits)) * step).sum(), slope, rtol=1e-6)

@@ -312,7 +312,10 @@ MASKED = {
 def test_masked_tokens_change_nothing(name):
     mask, inputs = some_mask(), (*ids_and_weights(), np.random.default_rng(8).normal(size=(B, T, K, D)))
     noise = (*ids_and_weights(9), np.full((B, T, K, D), np.nan))
-    run = lambda arrays: MASKED[name](*map(jnp.asarray, arrays), jnp.asarray(mask))
+
+    def run(arrays):
+        return MASKED[name](*map(jnp.asarray, arrays), jnp.asarray(mask))
+
     other = [np.where(mask.reshape(B, T, *[1] * (x.ndim - 2)), x, n) for x, n in zip(inputs, noise, strict=True)]
     assert np.isfinite(run(inputs)).all()
     np.testing.assert_array_equal(run(inputs), run(other))

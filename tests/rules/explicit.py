@@ -154,7 +154,10 @@ def linear_by_size(
             seen = np.ones_like(terms)
             if activation is not None:
                 value = activation(positive - negative)
-                equal = lambda part, value=value: abs(value - activation(part)) <= tolerance * abs(value)
+
+                def equal(part, value=value):
+                    return abs(value - activation(part)) <= tolerance * abs(value)
+
                 if positive - negative < -6:
                     seen[terms > 0] = 0
                 elif positive > 0 and negative > 0 and equal(positive):

@@ -50,7 +50,9 @@ def test_rms_norm_is_the_identity(rule):
 @pytest.mark.parametrize("rule", [*LRP, Gamma(), Proportional()], ids=repr)
 @pytest.mark.parametrize("activation", sorted(SLOPES))
 def test_gated_activation(rule, activation):
-    run = lambda g, u: rule.gated(SLOPES[activation], g, u)
+    def run(g, u):
+        return rule.gated(SLOPES[activation], g, u)
+
     received, passed = relevance(run, normal(T, F, seed=1), normal(T, F, seed=2), normal(T, F, seed=3))
     for ours, want in zip(passed, explicit.swiglu(received), strict=True):
         np.testing.assert_allclose(ours, want, **TOLERANCE)
@@ -203,11 +205,20 @@ def test_saturation_masks_the_gate_alone(tolerance):
     """Inputs small and large, so that every case of the masks occurs."""
     x = normal(60, 5) * np.geomspace(0.01, 12, 60)[:, None]
     weight, cotangent = normal(2, F, 5, seed=1), normal(60, 2, F, seed=2)
-    product = lambda x, w: jnp.einsum("td,bfd->tbf", x, w)
+
+    def product(x, w):
+        return jnp.einsum("td,bfd->tbf", x, w)
+
     rule, slope = Proportional(saturation=True, tolerance=tolerance), SLOPES["silu"]
-    run = lambda x: rule.linear(product, x, jnp.asarray(weight), slope=slope)
+
+    def run(x):
+        return rule.linear(product, x, jnp.asarray(weight), slope=slope)
+
     received, (passed,) = relevance(run, cotangent, x)
-    silu = lambda g: g / (1 + np.exp(-g))
+
+    def silu(g):
+        return g / (1 + np.exp(-g))
+
     want = explicit.linear_by_size(x, weight[0], 0.0, received[:, 0], silu, tolerance)
     unmasked = explicit.linear_by_size(x, weight[0], 0.0, received[:, 0])
     assert (np.abs(want - unmasked).max(-1) > 1e-3).mean() > 0.1, "masks matter here"
@@ -234,8 +245,13 @@ def test_head_and_expert_products(rule):
     np.testing.assert_allclose(passed, explicit.linear(x, weight, 0.0, received), rtol=1e-10, atol=1e-9)
 
     experts, ids = normal(E, F, D, seed=3), np.stack([np.roll(range(E), t)[:K] for t in range(T)])
-    product = lambda x, w: expert_matmul(x, w, assign(jnp.asarray(ids), E))
-    run = lambda x: rule.linear(product, x, jnp.asarray(experts))
+
+    def product(x, w):
+        return expert_matmul(x, w, assign(jnp.asarray(ids), E))
+
+    def run(x):
+        return rule.linear(product, x, jnp.asarray(experts))
+
     received, (passed,) = relevance(run, normal(T, K, F, seed=4), x[:, None])
     want = [
         sum(explicit.linear(x[t : t + 1], experts[ids[t, k]], 0.0, received[t : t + 1, k]) for k in range(K))

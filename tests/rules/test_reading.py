@@ -14,7 +14,10 @@ L, B, T, E = 3, 2, 5, 4
 
 def test_by_layer_is_each_layer_of_the_whole() -> None:
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape))
+
     # of experts one array for all layers
     gates = Gates(tokens=draw(L + 1, B, T), experts=draw(1, B, T, E), attention=draw(L, B, T))
     taps = {"stream.1": draw(B, T), "neurons.0": draw(B, T), "stream.-1": draw(B, T)}

@@ -37,7 +37,10 @@ def test_targets_share_the_factors_of_a_unit(rule):
 @pytest.mark.parametrize(("rule", "products"), [(Direct(), 1), (AttnLRP(), 2)], ids=repr)
 def test_what_a_rule_cuts_is_not_computed(rule, products):
     matrix, unit = jnp.ones((5, 14)), GLU(limit=1.5)
-    run = lambda x: unit((x @ matrix).reshape(1, 2, 7), Reading(rule)).sum()
+
+    def run(x):
+        return unit((x @ matrix).reshape(1, 2, 7), Reading(rule)).sum()
+
     steps = jax.make_jaxpr(jax.grad(run))(jnp.ones(5)).jaxpr.eqns
     assert sum(step.primitive.name == "dot_general" for step in steps) == products
 
@@ -46,7 +49,10 @@ def test_booked_limits_are_limits():
     """What a rule does not conserve at the limits is computed for itself, and changes nothing."""
     branches = jnp.stack([jnp.linspace(-2, 2, 7), jnp.linspace(1, 3, 7)])[None]
     unit, probes = GLU(limit=1.5), {"clamp": jnp.zeros(1)}
-    run = lambda x, probes: unit(x, Reading(probes=probes)).sum()
+
+    def run(x, probes):
+        return unit(x, Reading(probes=probes)).sum()
+
     alone, booked = (jax.value_and_grad(run, argnums=(0, 1))(branches, p) for p in ({}, probes))
     assert alone[0] == booked[0]
     np.testing.assert_array_equal(alone[1][0], booked[1][0])
@@ -111,11 +117,17 @@ class TestValuesToTheBit:
     @every_rule
     def test_every_method(self, dtype, rule):
         rng = np.random.default_rng(0)
-        normal = lambda *shape: jnp.asarray(2 * rng.normal(size=shape), dtype)
+
+        def normal(*shape):
+            return jnp.asarray(2 * rng.normal(size=shape), dtype)
+
         x, y, scale = normal(T, D), normal(T, D), jnp.abs(normal(T, 1)).astype(jnp.float32)
         q, k, v = normal(1, T, H, C), normal(1, T, G, C), normal(1, T, G, C)
         weights, outputs, matrix, halves = normal(T, K), normal(T, K, D), normal(F, D), normal(2, F, D)
-        gated = lambda a, w: jnp.einsum("td,bfd->tbf", a, w)
+
+        def gated(a, w):
+            return jnp.einsum("td,bfd->tbf", a, w)
+
         mask = jnp.ones((1, T, T), bool)
 
         def attend(q, k, v, temperature=1.0):
@@ -143,10 +155,16 @@ class TestPlainIsCalculus:
     @pytest.mark.parametrize("name", ["norm", "gated", "mix", "clamp", "linear", "add"])
     def test_each_method_has_the_gradient_of_its_formula(self, name):
         rng = np.random.default_rng(0)
-        normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+        def normal(*shape):
+            return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
         plain, rms = Plain(), lambda x: jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
         x, y, weights, outputs = normal(T, D), normal(T, D), normal(T, K), normal(T, K, D)
-        matmul = lambda a, w: a @ w.T
+
+        def matmul(a, w):
+            return a @ w.T
+
         ours, formula, inputs = {
             "norm": (lambda x: plain.norm(x, rms(x)), lambda x: x * rms(x), (x,)),
             "gated": (lambda g, u: plain.gated(SLOPES["silu"], g, u), lambda g, u: jax.nn.silu(g) * u, (x, y)),
@@ -155,7 +173,10 @@ class TestPlainIsCalculus:
             "linear": (lambda x: plain.linear(matmul, x, y), lambda x: x @ y.T, (x,)),
             "add": (plain.add, jnp.add, (x, y)),
         }[name]
-        total = lambda f: lambda *a: (f(*a) * jnp.cos(f(*a))).sum()
+
+        def total(f):
+            return lambda *a: (f(*a) * jnp.cos(f(*a))).sum()
+
         wrt = tuple(range(len(inputs)))
         for a, b in zip(jax.grad(total(ours), wrt)(*inputs), jax.grad(total(formula), wrt)(*inputs), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -37,7 +37,9 @@ class TestFloor:
         return floor_ms(decoder, case, 19, DeviceLimits(bandwidth, rate))
 
     def test_bytes_and_products(self):
-        nothing = lambda *_: None
+        def nothing(*_):
+            return None
+
         experts, rest = L * E * 3 * D * F, V * D + D + L * (4 * D * D + 4 * D + E * D)
         total, active = experts + rest, experts * K / E + rest
         assert self.floor(Case("", nothing, 1)) == pytest.approx(2 * total / 1e9 * 1e3)

@@ -23,7 +23,10 @@ def by_whole_passes(lm: LM, windows: Windows, dropped: int, refill: bool) -> flo
     (batch,) = windows
     gate = jnp.ones((L, *batch.tokens.shape, E))
     run = jax.jit(lambda gates: lm.decoder.hidden(batch.tokens, valid=batch.valid, reading=Reading(gates=gates)))
-    interventions = lambda: Gates(selectable=gate) if refill else Gates(routing_weights=gate)
+
+    def interventions():
+        return Gates(selectable=gate) if refill else Gates(routing_weights=gate)
+
     for layer in range(L):
         best = run(interventions()).routing()[layer].ids[..., :dropped]
         gate = gate.at[layer].set(1 - jax.nn.one_hot(best, E).sum(-2))

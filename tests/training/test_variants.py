@@ -37,7 +37,10 @@ def tokens(corpus_folder: Path) -> jax.Array:
 def decoder(moe: str, **fields: Any) -> Decoder:
     config = family("moejax").config({"model_type": "moejax", "vocab_size": 53, **MODEL, "moe": moe, **fields})
     rng = np.random.default_rng(0)
-    fill = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
+
+    def fill(leaf):
+        return jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
+
     return jax.tree.map(fill, Decoder.abstract(config))
 
 

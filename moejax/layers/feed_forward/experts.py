@@ -90,7 +90,10 @@ class Experts(nnx.Module):
         self, x: Float[Array, "B T One D"], assignment: Assignment, reading: Reading
     ) -> Float[Array, "B T K O"]:
         """The output of the expert of every routed slot; zero for unassigned slots."""
-        run = lambda experts, own, psum, x, reading: psum(experts._slots(x, own, reading))
+
+        def run(experts, own, psum, x, reading):
+            return psum(experts._slots(x, own, reading))
+
         return expert_parallel(run, self, assignment, x, reading)
 
     def mixed(
@@ -181,7 +184,10 @@ def _linear(
     slope: Slope | None = None,
 ) -> Float[Array, "P *M"]:
     """``weight[e] x + bias[e]`` for the expert ``e`` of every row; ``slope`` as in :meth:`Rule.linear`."""
-    product = lambda x, weight: grouped_matmul(x, weight, assignment)
+
+    def product(x, weight):
+        return grouped_matmul(x, weight, assignment)
+
     if bias is not None:
         # what has no slot has no expert, whose bias it would move
         bias = bias.at[assignment.row_expert].get(mode="fill", fill_value=0).astype(rows.dtype)
@@ -192,7 +198,10 @@ def _rows(
     x: Float[Array, "B T KorOne D"], assignment: Assignment, reading: Reading, *, copied: bool = True
 ) -> tuple[Array, Reading]:
     """The experts' rows (``copied`` as for :func:`permute`), and the reading whose batch they are."""
-    by_row = lambda slots: permute(slots.reshape(-1, *slots.shape[2:]), assignment)
+
+    def by_row(slots):
+        return permute(slots.reshape(-1, *slots.shape[2:]), assignment)
+
     batch, tokens = x.shape[:2]
     rows = permute(x.reshape(-1, *x.shape[2:]), assignment, copied=copied)
     return rows, reading.rearranged(by_row, (batch, tokens, assignment.ids.shape[1]))

@@ -173,7 +173,10 @@ def test_a_device_computes_its_share() -> None:
 
     def generate(weights: FlatDecoder, sequences: int) -> jax.stages.Lowered:
         prompts = tokens[:sequences]
-        run = lambda t, v: generate_tokens(weights, t, v, jax.random.key(0), max_new_tokens=5)
+
+        def run(t, v):
+            return generate_tokens(weights, t, v, jax.random.key(0), max_new_tokens=5)
+
         return jax.jit(run).lower(prompts, jnp.ones(prompts.shape, bool))
 
     def intervene(weights: FlatDecoder, count: int) -> jax.stages.Lowered:

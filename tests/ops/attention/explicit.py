@@ -22,7 +22,10 @@ def explicit_forward(q, k, v, scale, window):
 def explicit_backward(cotangent, q, k, v, out, statistics, scale, window):
     """From the statistics and the output that it is given, as a kernel does."""
     groups = k.shape[2]
-    by_group = lambda x: x.reshape(*x.shape[:2], groups, -1, x.shape[-1]).sum(3)
+
+    def by_group(x):
+        return x.reshape(*x.shape[:2], groups, -1, x.shape[-1]).sum(3)
+
     pattern = jnp.exp(explicit_scores(q, k, scale, window) - statistics[..., None])
     keys, values = (jnp.repeat(x, q.shape[2] // groups, axis=2) for x in (k, v))
     towards = jnp.einsum("bthc,bshc->bhts", cotangent, values)

@@ -102,7 +102,10 @@ class TestEveryImplementation:
     def test_many_cotangents_equal_single_ones(self, options, dtype):
         q, k, v = (jnp.asarray(a, dtype) for a in operands(queries=T, keys=T))
         mask = jnp.asarray(causal_mask(T, None))
-        pull = lambda c: jax.vjp(lambda *a: attention(*a, mask, scale=0.3, causal=True, **options), q, k, v)[1](c)
+
+        def pull(c):
+            return jax.vjp(lambda *a: attention(*a, mask, scale=0.3, causal=True, **options), q, k, v)[1](c)
+
         received = jnp.asarray(np.random.default_rng(4).normal(size=(5, *q.shape)), dtype)
         together, pull = jax.jit(jax.vmap(pull))(received), jax.jit(pull)
         close = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.03, "atol": 0.03}
@@ -124,7 +127,9 @@ class TestEveryImplementation:
         mask = jnp.asarray(causal_mask(LONG, 11))
 
         def gradients(dtype, **options):
-            run = lambda *a: (attention(*a, mask, scale=0.3, **options).astype(jnp.float32) ** 2).sum()
+            def run(*a):
+                return (attention(*a, mask, scale=0.3, **options).astype(jnp.float32) ** 2).sum()
+
             return jax.jit(jax.grad(run, argnums=(0, 1, 2)))(*(a.astype(dtype) for a in operand))
 
         exact = gradients(jnp.float32, implementation="plain")
@@ -151,7 +156,10 @@ class TestEveryImplementation:
     def test_masked_keys_have_no_influence(self, options):
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands())
         mask = jnp.asarray(some_mask("causal")).at[:, :, 4].set(False)
-        run = lambda k, v: attention(q, k, v, mask, scale=0.3, **options)
+
+        def run(k, v):
+            return attention(q, k, v, mask, scale=0.3, **options)
+
         out, pull = jax.vjp(run, k, v)
         np.testing.assert_array_equal(out, run(k.at[:, 4].set(1e6), v.at[:, 4].set(-1e6)))
         assert not any(np.asarray(g)[:, 4].any() for g in pull(jnp.ones_like(out)))
@@ -174,17 +182,25 @@ class TestBlocks:
 
     def test_keys_out_of_sight_are_skipped(self):
         """With causal ranges, and more with a narrow window."""
-        edges = lambda window: sum((r.stop - r.start) * (r.high - r.low) for r in spans(4096, 4096, 512, True, window))
+
+        def edges(window):
+            return sum((r.stop - r.start) * (r.high - r.low) for r in spans(4096, 4096, 512, True, window))
+
         assert edges(None) == 4096**2 * 5 / 8
         assert edges(128) < 4096**2 * 0.29
 
     def test_scores_of_all_queries_are_never_held(self):
         """The largest array of a compiled backward pass over 2048 tokens, against the plain one's."""
-        shape = lambda heads: jax.ShapeDtypeStruct((1, 2048, heads, C), jnp.float32)
+
+        def shape(heads):
+            return jax.ShapeDtypeStruct((1, 2048, heads, C), jnp.float32)
+
         mask = jax.ShapeDtypeStruct((1, 2048, 2048), bool)
 
         def temporary(**options):
-            run = lambda q, k, v, mask: attention(q, k, v, mask, scale=0.3, causal=True, **options).sum()
+            def run(q, k, v, mask):
+                return attention(q, k, v, mask, scale=0.3, causal=True, **options).sum()
+
             program = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(shape(H), shape(G), shape(G), mask).compile()
             return program.memory_analysis().temp_size_in_bytes
 
@@ -219,13 +235,17 @@ class TestFused:
         sinks = [jnp.linspace(-1, 2, H)] if sunk else []
 
         def both(run):
-            read = lambda q, k, v, *sinks: run(q, k, v, mask, sinks[0] if sinks else None)
+            def read(q, k, v, *sinks):
+                return run(q, k, v, mask, sinks[0] if sinks else None)
+
             out, pull = jax.vjp(read, q, k, v, *sinks)
             return out, pull(received[0]), jax.vmap(pull)(received)
 
-        blocks = lambda q, k, v, mask, sinks: attention(
-            q, k, v, mask, sinks=sinks, scale=0.3, causal=True, window=window, block=8, implementation="blocks"
-        )
+        def blocks(q, k, v, mask, sinks):
+            return attention(
+                q, k, v, mask, sinks=sinks, scale=0.3, causal=True, window=window, block=8, implementation="blocks"
+            )
+
         got = jax.jit(lambda: both(partial(fused, options=CAUSAL._replace(window=window), kernel=EXPLICIT)))()
         want = jax.jit(lambda: both(blocks))()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
@@ -233,7 +253,10 @@ class TestFused:
     def test_queries_alone_in_a_batch(self):
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
         mask = jnp.asarray(causal_mask(8, None, 0))
-        run = lambda q: fused(q, k, v, mask, None, CAUSAL, kernel=EXPLICIT)
+
+        def run(q):
+            return fused(q, k, v, mask, None, CAUSAL, kernel=EXPLICIT)
+
         np.testing.assert_allclose(jax.vmap(run)(jnp.stack([q, 2 * q]))[1], run(2 * q), rtol=1e-5, atol=1e-5)
 
     def test_padding_is_not_left_to_the_kernel(self):
@@ -247,7 +270,10 @@ class TestFused:
     def test_statistics_are_kept(self):
         """The backward pass does not run the forward pass, which alone takes a logarithm, again."""
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
-        run = lambda q: fused(q, k, v, None, None, CAUSAL, kernel=EXPLICIT).sum()
+
+        def run(q):
+            return fused(q, k, v, None, None, CAUSAL, kernel=EXPLICIT).sum()
+
         assert str(jax.make_jaxpr(jax.value_and_grad(run))(q)).count(" log ") == 1
 
     @pytest.mark.parametrize(
@@ -277,7 +303,10 @@ class TestChoice:
     def test_no_branch_without_a_mask(self):
         """Whether all is causal is known when the program is compiled, and not asked again in every layer."""
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands(queries=8, keys=8))
-        run = lambda mask: fused(q, k, v, mask, None, CAUSAL, kernel=EXPLICIT)
+
+        def run(mask):
+            return fused(q, k, v, mask, None, CAUSAL, kernel=EXPLICIT)
+
         assert "cond[" in str(jax.make_jaxpr(run)(jnp.asarray(causal_mask(8, None))))
         assert "cond[" not in str(jax.make_jaxpr(lambda: run(None))())
 
@@ -289,7 +318,10 @@ class TestChoice:
     def test_edges(self):
         q, k, v = (jnp.asarray(a, jnp.float32) for a in operands())
         mask, edges = jnp.asarray(some_mask("random")), jnp.ones((B, H, T, S))
-        run = lambda e: attention(q, k, v, mask, scale=0.3, edges=e)
+
+        def run(e):
+            return attention(q, k, v, mask, scale=0.3, edges=e)
+
         out, pull = jax.vjp(run, edges)
         np.testing.assert_allclose(out, attention(q, k, v, mask, scale=0.3), rtol=1e-6, atol=1e-6)
         received = jnp.asarray(np.random.default_rng(5).normal(size=out.shape), jnp.float32)

@@ -50,19 +50,27 @@ def on_a_cpu(monkeypatch):
 def test_equals_blocks(sunk, window):
     """Values and gradients, of one cotangent and of several."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
     operands = [normal(B, T, heads, C) for heads in (H, G, G)] + [jnp.linspace(-1, 2, H, dtype=jnp.bfloat16)] * sunk
     received = normal(3, B, T, H, C)
 
     def both(run):
-        read = lambda q, k, v, *sinks: run(q, k, v, None, sinks[0] if sinks else None)
+        def read(q, k, v, *sinks):
+            return run(q, k, v, None, sinks[0] if sinks else None)
+
         out, pull = jax.vjp(read, *operands)
         return out, pull(received[0]), jax.vmap(pull)(received)
 
     options = Options(scale=0.3, causal=True, window=window, block=T)
-    blocks = lambda q, k, v, mask, sinks: attention(
-        q, k, v, mask, sinks=sinks, scale=0.3, causal=True, window=window, block=T, implementation="blocks"
-    )
+
+    def blocks(q, k, v, mask, sinks):
+        return attention(
+            q, k, v, mask, sinks=sinks, scale=0.3, causal=True, window=window, block=T, implementation="blocks"
+        )
+
     got = jax.jit(lambda: both(partial(fused, options=options, kernel=CUDNN)))()
     want = jax.jit(lambda: both(blocks))()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -146,7 +146,10 @@ def assign(
         by_expert = ids.size > num_experts // 2
     plain = partial(_assign, num_experts=num_experts, allow_unassigned=allow_unassigned, mesh=mesh, by_expert=by_expert)
     if by_expert and not allow_unassigned and ids.size and takes_triton(mesh) and not in_shard_map():
-        kernel = lambda ids: Assignment(ids, *rank_slots(ids, num_experts), mesh=mesh)
+
+        def kernel(ids):
+            return Assignment(ids, *rank_slots(ids, num_experts), mesh=mesh)
+
         # a program for the CPU may be traced on a machine with a GPU
         return lax.platform_dependent(ids, cuda=kernel, default=plain)
     return plain(ids)

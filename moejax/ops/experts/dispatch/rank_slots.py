@@ -92,7 +92,9 @@ def rank_slots(
         gpu.store(row_to_slot.at[empty], zeros, mask=empty < next_offset)
         group_sizes[expert], group_offsets[expert] = group_size, start
 
-    integers = lambda *shape: jax.ShapeDtypeStruct(shape, int32)
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, int32)
+
     # the name of the kernel in a profile
     body.__name__ = f"rank_slots_{count}_of_{experts}"
     run: Any = pl.pallas_call(

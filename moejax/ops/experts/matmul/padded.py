@@ -60,7 +60,9 @@ def matmul(
         zeros = jnp.zeros((len(x), *width), x.dtype)
         return jax.lax.fori_loop(0, -(-assignment.group_sizes.max() // capacity), update, zeros)
 
-    single_pass = lambda capacity, x, weight: one_pass(capacity, x, weight, 0)
+    def single_pass(capacity, x, weight):
+        return one_pass(capacity, x, weight, 0)
+
     return _with_capacity(single_pass, several_passes, assignment, x, weight)
 
 
@@ -78,11 +80,16 @@ def weight_gradient(
     def single_pass(capacity: int, x: Array, cotangent: Array, start: Array | int = 0) -> Array:
         rows = _buffer_rows(assignment, capacity, start)
         has_slot = start + jnp.arange(capacity) < assignment.group_sizes[:, None]
-        fill = lambda a: jnp.where(has_slot.reshape(*has_slot.shape, *[1] * (a.ndim - 1)), take(a, rows), 0)
+
+        def fill(a):
+            return jnp.where(has_slot.reshape(*has_slot.shape, *[1] * (a.ndim - 1)), take(a, rows), 0)
+
         return jnp.einsum(spec, fill(x), fill(cotangent))
 
     def several_passes(capacity: int, x: Array, cotangent: Array) -> Array:
-        update = lambda i, total: total + single_pass(capacity, x, cotangent, i * capacity)
+        def update(i, total):
+            return total + single_pass(capacity, x, cotangent, i * capacity)
+
         passes = -(-assignment.group_sizes.max() // capacity)
         return jax.lax.fori_loop(0, passes, update, jnp.zeros(weight.shape, x.dtype))
 

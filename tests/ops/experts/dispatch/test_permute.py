@@ -87,7 +87,10 @@ def everything(experts: Experts, x, weights, ids, rule: Rule, limit: int | None)
 def test_rows_without_a_slot_may_hold_anything(monkeypatch, rule, limit):
     """The kernel leaves them as it finds the memory: here they are not numbers, in every product."""
     rng = np.random.default_rng(0)
-    some = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def some(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     experts = Experts(some(E, 2, F, D), some(E, WIDTH, F), some(E, 2, F), some(E, WIDTH), GLU(limit=1.0, offset=1.0))
     x, weights, ids = some(B, T, D), some(B, T, K), jnp.asarray(some_ids(3, 2.0)).reshape(B, T, K)
     want = everything(experts, x, weights, ids, rule, limit)

@@ -153,7 +153,9 @@ def test_gradient_of_the_gradient():
 
     @jax.jit
     def both(x, weight, ids, cotangent):
-        product = lambda x: expert_matmul(x, weight, assign(ids, 40), implementation="padded")
+        def product(x):
+            return expert_matmul(x, weight, assign(ids, 40), implementation="padded")
+
         y, pull = jax.vjp(product, x)
         return y, jax.vjp(lambda c: pull(c)[0], cotangent)[1](x)[0]
 
@@ -210,7 +212,10 @@ def test_cotangent_may_be_a_numpy_array(implementation):
     ids = ids_with_load(7, 2, 6, 5)
     x, weight, cotangents = (np.asarray(a, np.float32) for a in operands(ids, 6, shared=True))
     assignment = assign(jnp.asarray(ids), 6)
-    product = lambda x: expert_matmul(x, jnp.asarray(weight), assignment, implementation=implementation)
+
+    def product(x):
+        return expert_matmul(x, jnp.asarray(weight), assignment, implementation=implementation)
+
     (dx,) = jax.vjp(product, jnp.asarray(x))[1](cotangents[0])
     np.testing.assert_allclose(dx, by_loop(x, weight, ids, cotangents)[1][0], rtol=1e-5, atol=1e-5)
 

@@ -68,7 +68,10 @@ def test_cotangents_share_the_weights():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(N, rows, D)), jnp.bfloat16)
     weight = jnp.asarray(rng.normal(size=(E, D, M)), jnp.bfloat16)
-    product = lambda x: hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter())
+
+    def product(x):
+        return hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter())
+
     together = np.asarray(jax.vmap(product)(x), np.float64)
     for e, (start, count) in enumerate(zip(first, load, strict=True)):
         want = np.asarray(x, np.float64)[:, start : start + count] @ np.asarray(weight[e], np.float64)
@@ -85,9 +88,10 @@ def test_weights_in_a_batch():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(rows, D)), jnp.bfloat16)
     weights = jnp.asarray(rng.normal(size=(2, E, D, M)), jnp.bfloat16)
-    product = lambda weight: hopper.matmul(
-        x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter()
-    )
+
+    def product(weight):
+        return hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, interpreter())
+
     for n, y in enumerate(jax.vmap(product)(weights)):
         want = np.asarray(x, np.float64)[first[3] : first[3] + 18] @ np.asarray(weights[n, 3], np.float64)
         np.testing.assert_allclose(np.asarray(y, np.float64)[first[3] : first[3] + 18], want, rtol=0.01, atol=0.1)

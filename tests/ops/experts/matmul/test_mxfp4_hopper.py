@@ -67,7 +67,9 @@ def lowered(products: int, transpose: bool, rows: int = 128, m: int = M, d: int 
     """Products of one shape one after another, lowered for a GPU."""
 
     def run(x, weight, first, load):
-        product = lambda x: packed.matmul(x, weight, None, first, load, transpose)
+        def product(x):
+            return packed.matmul(x, weight, None, first, load, transpose)
+
         return [(jax.vmap(product) if batch else product)(x + n) for n in range(products)]
 
     shapes = (*batch, rows, m if transpose else d), (E,), (E,)
@@ -167,7 +169,10 @@ def test_against_numpy(load, m, d, transpose):
 def test_table_too_long_to_copy(monkeypatch, transpose):
     load, m, d = np.full(8, 104), 512, 320
     first, weight, x = np.arange(8) * 104, weights(8, m, d), normal(832, m if transpose else d)
-    run = lambda: np.asarray(mxfp4_hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load), transpose))
+
+    def run():
+        return np.asarray(mxfp4_hopper.matmul(x, weight, jnp.asarray(first), jnp.asarray(load), transpose))
+
     copied = run()
     jax.clear_caches()
     monkeypatch.setattr(mxfp4_hopper, "_MAX_COPIED_TILES", 0)

@@ -68,7 +68,10 @@ def test_cotangents_share_the_weights(by_expert):
     first, rows = rows_of(load) if by_expert else (np.arange(3, dtype=np.int32), 3)
     expert = None if by_expert else jnp.array([3, 1, 3])
     x, weight = normal(N, rows, M), weights(E, M, D)
-    product = lambda x: packed.matmul(x, weight, expert, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, True)
+
+    def product(x):
+        return packed.matmul(x, weight, expert, jnp.asarray(first), jnp.asarray(load, jnp.int32), True, True)
+
     together = wide(jax.vmap(product)(x))
     for n, (start, count) in enumerate(zip(first, load, strict=True)):
         matrix = wide(weight)[n if expert is None else int(expert[n])]
@@ -83,7 +86,10 @@ def test_weights_in_a_batch():
     """Nothing here asks for it, but ``vmap`` may: one product after the other."""
     first, rows = rows_of((3, 0, 0, 18))
     x, both = normal(rows, D), weights(2, E, M, D)
-    product = lambda weight: packed.matmul(x, weight, None, jnp.asarray(first), jnp.array([3, 0, 0, 18]), False, True)
+
+    def product(weight):
+        return packed.matmul(x, weight, None, jnp.asarray(first), jnp.array([3, 0, 0, 18]), False, True)
+
     for y, matrices in zip(jax.vmap(product)(both), wide(both), strict=True):
         close(wide(y)[first[3] : first[3] + 18], wide(x)[first[3] : first[3] + 18] @ matrices[3].T)
 
@@ -92,7 +98,10 @@ def test_weights_in_a_batch():
 def test_experts_in_a_batch():
     """Of two tokens that are decoded apart; the matrices are not copied for each."""
     x, weight, expert = normal(2, 1, D), weights(E, M, D), jnp.array([[3], [1]])
-    product = lambda x, expert: packed.matmul(x, weight, expert, jnp.arange(1), jnp.ones(1, int), False, True)
+
+    def product(x, expert):
+        return packed.matmul(x, weight, expert, jnp.arange(1), jnp.ones(1, int), False, True)
+
     for n, y in enumerate(jax.vmap(product)(x, expert)):
         close(wide(y), wide(x)[n] @ wide(weight)[int(expert[n, 0])].T)
     assert f"u8[2,{E}," not in str(jax.make_jaxpr(jax.vmap(product))(x, expert))
