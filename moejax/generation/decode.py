@@ -19,7 +19,7 @@ from moejax.generation.step import DecodeStep, Generation, StaticOptions
 from moejax.models import Cache, Decoder, FlatDecoder, unflatten
 from moejax.models.activations import edit_specs
 from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, max_over_devices, shard_map_data, split
-from moejax.models.nodes import checked_edits
+from moejax.models.node_table import checked_edits
 from moejax.program import Program
 from moejax.rules import Reading
 

@@ -6,7 +6,7 @@ from moejax.models.decoder import Cache, Decoder, Hidden
 from moejax.models.family import FAMILIES, Family, family, register_family
 from moejax.models.flat import FlatDecoder, unflatten
 from moejax.models.hf_config import Fields
-from moejax.models.nodes import NodeTable, nodes
+from moejax.models.node_table import NodeTable, nodes
 from moejax.models.sharding import EXPERT, EXPERT_TENSOR, TENSOR, ShardingRules, exchanging, shard, shardings
 
 __all__ = [

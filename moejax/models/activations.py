@@ -13,7 +13,7 @@ from moejax.errors import PromptError
 from moejax.models.data_parallel import REPLICATED, Placement, batch_mesh, gate_specs, shard_map_data, split
 from moejax.models.decoder import Decoder
 from moejax.models.flat import FlatDecoder, unflatten
-from moejax.models.nodes import checked_edits, node_names
+from moejax.models.node_table import checked_edits, node_names
 from moejax.program import Program
 from moejax.rules import Edits, Gates, Plain, Reading, Rule
 

@@ -13,7 +13,7 @@ from moejax.errors import MoejaxError, PromptError
 from moejax.models import Config, Decoder, FlatDecoder, unflatten
 from moejax.models.activations import edit_specs
 from moejax.models.data_parallel import gate_specs, num_shards, placed, placements, shard_map_data
-from moejax.models.nodes import node_shape
+from moejax.models.node_table import node_shape
 from moejax.program import Program
 from moejax.relevance.seeds import Seeds
 from moejax.routing import Routing

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
 from moejax.lm import LM, Prompt
-from moejax.models.nodes import checked_edits, from_first_token
+from moejax.models.node_table import checked_edits, from_first_token
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, explained_shape, per_device, relevance
 from moejax.relevance.experts import ExpertRelevance

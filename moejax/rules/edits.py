@@ -265,8 +265,9 @@ def edited(
     kind = NODES[edit.node]
     value = edit.value.reshape(*[1] * (x.ndim - edit.value.ndim), *edit.value.shape)
     mask: Bool[Array, "..."] | None = None
-    for what, numbers in edit.where.items():
-        axis, wanted = kind.axis(what), jnp.asarray(numbers, jnp.int32)
+    # tokens first: a value by token and slot is brought to its tokens before their slots are looked up
+    for what in (axis for axis in AXES if axis in edit.where):
+        axis, wanted = kind.axis(what), jnp.asarray(edit.where[what], jnp.int32)
         assert axis is not None
         labels, axes = jnp.arange(x.shape[axis]), (axis,)
         if what == "tokens":

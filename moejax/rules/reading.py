@@ -44,7 +44,7 @@ class Reading:
             other positions than the layers, so they book at the first token.
         taps: ones of a node's full shape, by its name: ``"attention.3"`` is the node of layer 3, ``"attention"`` the
             same after :meth:`for_layer`. The cotangent of a tap is the relevance of every number at the node.
-        edits: changes of values at nodes, by full names as ``moejax.models.nodes.checked_edits`` returns them.
+        edits: changes of values at nodes, by full names as ``moejax.models.node_table.checked_edits`` returns them.
         names: names of the nodes whose values the pass returns (static).
         positions: the number of each token in its sequence, for edits that are limited to tokens; the decoder sets it.
         passed: what has passed the nodes of a layer; the block sets it for its own trace (static).
