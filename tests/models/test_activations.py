@@ -32,10 +32,10 @@ def cached(other: bool = False) -> tuple[Any, dict[str, Any]]:
     return lm().run_with_cache(OTHER if other else PROMPT, names="*")
 
 
-RARE = [pytest.param(family, marks=pytest.mark.slow) for family in ("mixtral", "jetmoe", "llama")]
+RARE = [pytest.param(family, marks=pytest.mark.slow) for family in ("olmoe", "mixtral", "jetmoe", "llama")]
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", *RARE])
+@pytest.mark.parametrize("family", ["qwen3_moe", *RARE])
 def test_streams_and_router_logits_are_those_of_transformers(family: str) -> None:
     import torch
 
@@ -95,36 +95,36 @@ def edited_nodes(names: list[str]) -> list[str]:
 
 
 def check_every_node(model: moejax.LM, row: np.ndarray) -> dict[str, Any]:
-    """Assert that neutral edits and patches from the run itself change no bit, and that each node's edit has an effect.
+    """Assert that an edit at any one node has an effect, and edits that change no number have none.
 
     Returns the values at all nodes.
     """
     logits, values = model.run_with_cache(row, names="*")
     assert set(values) == set(moejax.nodes(model).names)
     names = edited_nodes(list(values))
-    ones, whole = Edits(), Edits()
-    for name in names:
-        ones, whole = ones.scale(name, 1.0).add(name, 0.0, tokens=[2]), whole.patch(values, name)
-    np.testing.assert_array_equal(model(row, edits=ones), logits)
-    np.testing.assert_array_equal(model(row, edits=whole), logits)
 
     def run(factors: Any) -> Any:
         edits = Edits()
         for i, name in enumerate(names):
-            edits = edits.scale(name, factors[i])
+            # not all by one factor, which a norm or renormalised weights take away
+            edits = edits.scale(name, 1 - factors[i] * jnp.linspace(0.2, 0.8, values[name].shape[-1]))
         return moejax.apply(model.decoder, jnp.asarray(row), edits=edits)[0]
 
-    halved = jax.jit(jax.vmap(run))(1 - 0.5 * jnp.eye(len(names)))
-    for name, changed in zip(names, halved, strict=True):
-        # the final norm takes the stream's size away
-        effect = np.abs(changed - logits).max()
-        assert effect > 1e-4 or name == f"stream.{model.config.num_layers}", name
+    neutral, *several = jax.jit(jax.vmap(run))(jnp.eye(len(names) + 1, len(names), -1))
+    close(neutral, logits)
+    for name, changed in zip(names, several, strict=True):
+        assert np.abs(changed - logits).max() > 1e-4, name
     return values
 
 
-def test_neutral_edits_at_every_node_change_nothing() -> None:
-    check_every_node(lm(), np.asarray([PROMPT]))
-    close(lm()(PROMPT, edits=Edits().patch(cached()[1], "edges")), cached()[0])
+def test_edits_and_patches_that_change_no_number_change_no_bit() -> None:
+    logits, values = cached()
+    ones, whole = Edits(), Edits()
+    for name in edited_nodes(list(values)):
+        ones, whole = ones.scale(name, 1.0).add(name, 0.0, tokens=[2]), whole.patch(values, name)
+    np.testing.assert_array_equal(lm()(PROMPT, edits=ones), logits)
+    np.testing.assert_array_equal(lm()(PROMPT, edits=whole), logits)
+    close(lm()(PROMPT, edits=Edits().patch(values, "edges")), logits)
 
 
 def test_patched_streams_are_the_other_run() -> None:
