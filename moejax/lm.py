@@ -3,7 +3,7 @@
 import html
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -14,8 +14,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from moejax.checkpoints import Hub, load_folder, load_torch, open_folder
+from moejax.checkpoints import Hub, ModelFolder, load_folder, load_torch, open_folder
 from moejax.checkpoints.dtypes import check_dtype, widening
+from moejax.checkpoints.plan import leaf_paths
+from moejax.checkpoints.quantise import Quantisation
+from moejax.checkpoints.tied_head import config_as_read
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, generate_tokens
@@ -23,6 +26,7 @@ from moejax.generation.options import GenerateOptions, Watcher
 from moejax.models import Config, Decoder, FlatDecoder, ShardingRules
 from moejax.models.activations import checked_apply
 from moejax.models.padding import left_pad, padded_length
+from moejax.ops.memory import reserve_memory
 from moejax.prompts import Chat, EncodedPrompt, as_prompt, is_single
 from moejax.rules import Edits, Gates, Reading
 from moejax.rules.gates import TokenIds
@@ -46,6 +50,7 @@ class LM:
         generation_config: the fields of its ``generation_config.json``.
         stored_dtypes: the dtypes in which the files have the leaves, by their paths, where they were widened on
             loading; :func:`moejax.export` writes them back.
+        quantisation: by how much loading changed the experts' weights, where it quantised them.
     """
 
     decoder: Decoder
@@ -54,6 +59,7 @@ class LM:
     hugging_face: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     generation_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     stored_dtypes: Mapping[str, np.dtype] = field(default_factory=dict, repr=False, compare=False)
+    quantisation: Quantisation | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         tokenizer = "" if self.tokenizer else ", no tokenizer"
@@ -102,13 +108,12 @@ class LM:
 
         Args:
             prompt: a prompt, several of equal length, or token ids ``[B T]``.
-            names: the nodes to read, of those that ``moejax.nodes(lm)`` lists: full names (``"stream.3"``), names for
-                all layers (``"router_logits"``), or patterns (``"*.3"``).
+            names: nodes that ``moejax.nodes(lm)`` lists: full names (``"stream.3"``), names for all layers
+                (``"router_logits"``), or patterns (``"*.3"``).
             options: ``valid``, ``gates`` and ``edits``, as in calling the model.
 
         Raises:
-            PromptError: the model has no such node; otherwise as in calling the model.
-            MoejaxError: gates or edits that do not fit the model or the tokens.
+            PromptError: the model has no such node; other errors as in calling the model.
         """
         ids = isinstance(prompt, np.ndarray | jax.Array)
         tokens = prompt if ids else [self.encode(p) for p in ([prompt] if is_single(prompt) else prompt)]
@@ -167,8 +172,7 @@ class LM:
                 ``seed``: determines the draw.
                 ``gates``: interventions, as :func:`moejax.generation.generate_tokens` takes them: those for a single
                 token, ``Gates.ones(config, [0])``, hold for all.
-                ``edits``: changes of values at nodes (:class:`moejax.Edits`), for the prompt and all new tokens, or for
-                the ``tokens`` that they name, counted from the prompt's first.
+                ``edits``: :class:`moejax.Edits`, for all tokens or those that they name, from the prompt's first on.
                 ``eos_ids`` (``eos_token_id``): tokens that end an answer. ``pad_id`` (``pad_token_id``): fills answers
                 behind their end.
                 ``stop_strings``: texts that end an answer.
@@ -304,6 +308,7 @@ def load(
     mesh: Mesh | None = None,
     sharding: ShardingRules | None = None,
     keep_packed: bool = False,
+    experts: str | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -314,7 +319,8 @@ def load(
     ``transformers`` model in memory.
 
     Weights keep the checkpoint's dtype on accelerators. On CPUs, which compute in float32 anyway, they are float32 if
-    that fits in free memory; :func:`moejax.export` writes the checkpoint's own dtype back.
+    that fits in free memory; :func:`moejax.export` writes the checkpoint's own dtype back. JAX, if it has not started,
+    is told to use most of a GPU's memory (:func:`moejax.ops.memory.reserve_memory`).
 
     Args:
         dtype: cast the weights to it.
@@ -326,11 +332,11 @@ def load(
             ``moejax.EXPERT_TENSOR`` does both. By default as many of them as the mesh has axes for.
         keep_packed: experts that are published as MXFP4 stay packed on the device, at 4.25 bits a value, and are
             unpacked when a step uses them; the same numbers for less memory.
+        experts: ``"int8"`` rounds the experts' matrices alone to 8 bits a value, with a scale for each output channel;
+            results are those of the rounded model. ``"mxfp4"`` is ``keep_packed``.
         tokenizer: a tokenizer of transformers or of the ``tokenizers`` library, or any object with ``encode`` and
             ``decode``, instead of the one that the folder has.
-        revision: branch, tag or commit of a hub id.
-        token: access token for a hub id.
-        cache_dir: folder of the hub's cache.
+        revision, token, cache_dir: branch, tag or commit of a hub id; access token; folder of the hub's cache.
         rules: the earlier name of ``sharding``.
 
     Raises:
@@ -343,34 +349,52 @@ def load(
         sharding = rules
     if sharding is not None and mesh is None:
         raise ConfigError("sharding lays weights over a mesh; pass mesh=jax.make_mesh(..) too.")
+    reserve_memory()
     if dtype is not None:
         check_dtype(dtype)
     wrapped = None if tokenizer is None else Tokenizer.wrap(tokenizer)
+    placed = {"mesh": mesh, "rules": sharding}
     if hasattr(source, "state_dict"):
         if keep_packed:
             raise ConfigError("a transformers model in memory has unpacked its experts; load its folder instead.")
-        decoder, config = load_torch(source, dtype, mesh=mesh, rules=sharding), source.config.to_dict()
-        stored = getattr(source, "generation_config", None)
-        settings = {} if stored is None else dict(stored.to_dict())
-        return LM(decoder, wrapped, source.config.model_type, _as_read(config, decoder), settings)
+        return _load_torch(source, dtype, experts, placed, wrapped)
     folder = open_folder(source, hub=Hub(revision, token, cache_dir))
-    wide, stored_dtypes = widening(folder, dtype, mesh, keep_packed)
-    decoder = load_folder(folder, wide, mesh=mesh, rules=sharding, keep_packed=keep_packed)
+    lm = _load_folder(folder, dtype, {"keep_packed": keep_packed, "experts": experts}, placed, wrapped)
+    return replace(lm, name=str(source))
+
+
+def _load_torch(
+    model: Any, dtype: DTypeLike | None, experts: str | None, placed: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> LM:
+    """Load a model of transformers; ``placed`` has the mesh and the sharding rules."""
+    errors: dict[str, float] = {}
+    decoder = load_torch(model, dtype, experts=experts, errors=errors, **placed)
+    config, quantisation = config_as_read(model.config.to_dict(), decoder), Quantisation.of(decoder.config, errors)
+    stored = getattr(model, "generation_config", None)
+    settings = {} if stored is None else dict(stored.to_dict())
+    return LM(decoder, tokenizer, model.config.model_type, config, settings, quantisation=quantisation)
+
+
+def _load_folder(
+    folder: ModelFolder,
+    dtype: DTypeLike | None,
+    held: Mapping[str, Any],
+    placed: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+) -> LM:
+    """Load a folder; ``held`` has the options for experts, ``placed`` the mesh and the sharding rules."""
+    errors: dict[str, float] = {}
+    is_kept = held["keep_packed"] or held["experts"] == "mxfp4"
+    wide, stored_dtypes = widening(folder, dtype, placed["mesh"], is_kept)
+    decoder = load_folder(folder, wide, errors=errors, **held, **placed)
+    if decoder.config.is_packed:
+        # the values of rounded experts are written as they are computed with
+        stored_dtypes = {path: stored_dtypes[path] for path, _ in leaf_paths(decoder) if path in stored_dtypes}
     return LM(
         decoder,
-        wrapped or Tokenizer.from_folder(folder.path),
-        str(source),
-        _as_read(folder.hugging_face, decoder),
-        folder.generation_config,
-        stored_dtypes,
-    )
-
-
-def _as_read(hugging_face: Mapping[str, Any], decoder: Decoder) -> Mapping[str, Any]:
-    """The config of the files, with the head untied where the files have one of its own."""
-    tied = decoder.config.tied
-    return (
-        hugging_face
-        if tied or not hugging_face.get("tie_word_embeddings")
-        else {**hugging_face, "tie_word_embeddings": False}
+        tokenizer or Tokenizer.from_folder(folder.path),
+        hugging_face=config_as_read(folder.hugging_face, decoder),
+        generation_config=folder.generation_config,
+        stored_dtypes=stored_dtypes,
+        quantisation=Quantisation.of(decoder.config, errors),
     )

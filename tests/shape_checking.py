@@ -14,6 +14,7 @@ PYTREE_CONSTRUCTORS = {
     "moejax.models.flat.FlatDecoder.__init__",
     "moejax.ops.experts.dispatch.assignment.Assignment.__init__",
     "moejax.models.flat.FlatDecoder.tree_flatten",
+    "moejax.ops.int8.Int8.__init__",
     "moejax.ops.mxfp4.MXFP4.__init__",
     "moejax.relevance.ablate.AblationInputs.__init__",
     "moejax.relevance.ablate.AblationValues.__init__",

@@ -32,6 +32,12 @@ def test_heavy_packages_are_not_imported(module: str) -> None:
     assert out.strip() == "[]"
 
 
+def test_no_backend_is_started() -> None:
+    """So that a model's load can still say how much of a GPU JAX may use."""
+    seen = "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    assert run_fresh(f"import moejax, moejax.cli; {seen}").strip() == "False"
+
+
 def test_import_is_quick() -> None:
     code = "import time; start = time.perf_counter(); import moejax; print(time.perf_counter() - start)"
     seconds = min(float(run_fresh(code)) for _ in range(3))

@@ -14,6 +14,7 @@ from moejax.checkpoints.describe import ModelConfig, architecture
 from moejax.checkpoints.load import pack
 from moejax.checkpoints.memory import estimate
 from moejax.errors import ConfigError
+from moejax.ops.packed import FORMATS
 from moejax.report.schema import SCHEMA, DoctorReport
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "safetensors", "torch", "transformers")
@@ -44,8 +45,9 @@ def examine(model: Any = None, *, dtype: Any = None) -> DoctorReport:
         config = architecture(model)
         dtypes = _DTYPES if dtype is None else (parse_dtype(dtype).name,)
         memory = [estimate(config, parse_dtype(name)).to_dict() for name in dtypes]
-        with contextlib.suppress(ConfigError):  # the model is not published with MXFP4 experts
-            memory.append(estimate(pack(config), parse_dtype(dtypes[-1])).to_dict())
+        for packed in () if config.is_packed else FORMATS:
+            with contextlib.suppress(ConfigError):  # the model has no experts that can be held so
+                memory.append(estimate(pack(config, packed), parse_dtype(dtypes[-1])).to_dict())
         facts |= {"model": str(model), "config": ModelConfig.of(config).to_dict(), "memory": memory}
     return cast(DoctorReport, facts)
 

@@ -36,27 +36,37 @@ def to_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
     return tensors
 
 
-def export(source: Any, destination: Any, *, max_shard_bytes: int = 5_000_000_000, progress: bool = True) -> Conversion:
+def export(
+    source: Any,
+    destination: Any,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    dequantise: bool = False,
+    progress: bool = True,
+) -> Conversion:
     """Write a model as Hugging Face files, which transformers and other software for the family can load.
 
     The folder appears under its name only when it is complete. A folder with MXFP4 experts is written with experts in
     full. A loaded model whose experts are MXFP4 in memory (``load(.., keep_packed=True)``) is written with MXFP4
-    experts.
+    experts. One whose experts were quantised (``load(.., experts="int8")``) is refused, unless ``dequantise`` is given.
 
     Args:
         source: a folder of either kind, a bundled name, a hub id, or a loaded model.
         destination: the folder to make.
         max_shard_bytes: the most bytes of tensors in a file; a single tensor that is larger gets a file of its own.
+        dequantise: write packed experts of a loaded model as their values, in the dtype of its embedding; what
+            quantising lost is not restored.
         progress: show a progress bar on stderr.
 
     Raises:
-        ConfigError: the configuration is not supported, or a loaded model does not have its Hugging Face config.
+        ConfigError: the configuration is not supported, a loaded model does not have its Hugging Face config, or its
+            experts were quantised.
         CheckpointError: the source's files are damaged; or the destination exists.
     """
     start, target = time.perf_counter(), Path(destination)
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
-    reader = open_reader(source)
+    reader = open_reader(source, dequantise=dequantise)
     with staged(target) as partial:
         _write(reader, partial, max_shard_bytes, progress)
         if reader.folder is not None:

@@ -1,6 +1,7 @@
 """Load a published checkpoint, a converted one, or a torch model into a decoder on the device."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from jax.typing import DTypeLike
 from moejax.checkpoints.folder import ModelFolder
 from moejax.checkpoints.orbax import OrbaxFolder
 from moejax.checkpoints.plan import LeafPlan, PackedPlan, make_plan
+from moejax.checkpoints.quantise import Quantiser
 from moejax.checkpoints.safetensors import TensorSource
 from moejax.checkpoints.tied_head import with_stored_head
 from moejax.checkpoints.torch import TorchModel
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models import Config, Decoder, ShardingRules, exchanging, family, shardings
 from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.packed import FORMATS
 
 
 def load_decoder(
@@ -29,6 +32,8 @@ def load_decoder(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     keep_packed: bool = False,
+    experts: str | None = None,
+    errors: dict[str, float] | None = None,
 ) -> Decoder:
     """Build the decoder that ``hugging_face`` describes and fill it with the tensors of ``source``.
 
@@ -41,31 +46,88 @@ def load_decoder(
         mesh: the devices; each is given its part of a leaf, as :func:`moejax.models.shardings` places it. By default
             all leaves go to the default device.
         rules: the sharding rules; by default :func:`moejax.models.shardings` chooses them.
-        keep_packed: keep experts as MXFP4 on the device.
+        keep_packed: keep experts as MXFP4 on the device; the same as ``experts="mxfp4"``.
+        experts: hold the experts' matrices in this packed format (:data:`moejax.ops.packed.FORMATS`). Values that are
+            not published in it are quantised, one leaf at a time.
+        errors: if given, the relative rms errors of :class:`moejax.checkpoints.quantise.Quantisation` are written into
+            it.
 
     Raises:
         ConfigError: the configuration is not supported, or the sharding rules do not fit it or the mesh.
         CheckpointError: the tensors do not fit the configuration.
     """
     kind = family(hugging_face.get("model_type"))
-    config = kind.config(with_stored_head(hugging_face, kind, source))
-    abstract = Decoder.abstract(pack(config) if keep_packed else config)
-    placed = {} if mesh is None else shardings(abstract, mesh, rules)
-    plans = make_plan(abstract, kind.keys, source.entries)
-    leaves = [_read(plan, source, dtype, placed.get(plan.path)) for plan in plans]
-    decoder = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-    return decoder if mesh is None else exchanging(decoder, placed)
+    stored = kind.config(with_stored_head(hugging_face, kind, source))
+    goal = _Goal.of(stored, _packed_format(keep_packed, experts), mesh, rules)
+    plans = make_plan(goal.stored, kind.keys, source.entries)
+    leaves: list[jax.Array] = []
+    for plan in plans:
+        exact = plan.path in goal.quantiser.paths
+        leaf = _read(plan, source, None if exact else dtype, goal.stored_placed.get(plan.path))
+        leaves += jax.tree.leaves(goal.quantiser(plan.path, leaf))
+        del leaf  # frees its memory before the next one is read
+    return goal.filled(leaves, errors)
 
 
-def pack(config: Config) -> Config:
-    """Return ``config`` with experts that are held as MXFP4.
+@dataclass(frozen=True)
+class _Goal:
+    """The decoder to be filled, and as what its leaves are read; the two differ if experts are quantised.
+
+    Attributes:
+        held, stored: the decoder as it is to be and as it is read, with ``jax.ShapeDtypeStruct`` leaves.
+        placed, stored_placed: the sharding of each of their leaves by its path; empty for the default device.
+        quantiser: makes the leaves of ``held`` from those of ``stored``.
+    """
+
+    held: Decoder
+    stored: Decoder
+    placed: Mapping[str, NamedSharding]
+    stored_placed: Mapping[str, NamedSharding]
+    quantiser: Quantiser
+
+    @classmethod
+    def of(cls, config: Config, packed: str, mesh: Mesh | None, rules: ShardingRules | None) -> "_Goal":
+        """Make the decoder of ``config`` with experts in a packed format; "" leaves them as they are."""
+        held = Decoder.abstract(pack(config, packed) if packed else config)
+        quantises = bool(packed) and not FORMATS[packed].is_published
+        stored = Decoder.abstract(config) if quantises else held
+        placed, stored_placed = ({} if mesh is None else shardings(tree, mesh, rules) for tree in (held, stored))
+        return cls(held, stored, placed, stored_placed, Quantiser(held if quantises else stored, placed))
+
+    def filled(self, leaves: list[jax.Array], errors: dict[str, float] | None) -> Decoder:
+        """Make the decoder of its leaves, and write the quantiser's errors into ``errors`` if it is given."""
+        if errors is not None:
+            errors.update(self.quantiser.errors)
+        decoder = jax.tree.unflatten(jax.tree.structure(self.held), leaves)
+        return exchanging(decoder, self.placed) if self.placed else decoder
+
+
+def _packed_format(keep_packed: bool, experts: str | None) -> str:
+    """Return the name of the format that the experts' matrices are to have; "" to leave them as they are read.
 
     Raises:
-        ConfigError: the family is not published with MXFP4 experts.
+        ConfigError: the two options contradict each other, or there is no such format.
     """
-    if not family(config.model_type).has_packed_experts:
+    if experts is None:
+        return "mxfp4" if keep_packed else ""
+    FORMATS.find(experts)
+    if keep_packed and experts != "mxfp4":
+        raise ConfigError(f"keep_packed keeps experts as MXFP4, experts={experts!r} does not; choose one of the two.")
+    return experts
+
+
+def pack(config: Config, packed: str = "mxfp4") -> Config:
+    """Return ``config`` with experts that are held in a packed format.
+
+    Raises:
+        ConfigError: the family is not published with experts in this format, or has none that could be held in it.
+    """
+    if FORMATS.find(packed).is_published and not family(config.model_type).has_packed_experts:
         raise ConfigError(f"{config.model_type} is not published with MXFP4 experts; there is nothing to keep packed.")
-    return config.pack()
+    held = config.pack(packed)
+    if held.packed != packed:
+        raise ConfigError(f"this {config.model_type} has no experts that can be held as {packed}; leave experts= out.")
+    return held
 
 
 def _read(
@@ -117,6 +179,8 @@ def load_folder(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     keep_packed: bool = False,
+    experts: str | None = None,
+    errors: dict[str, float] | None = None,
 ) -> Decoder:
     """Load a folder of Hugging Face files, or one that ``moejax convert`` wrote.
 
@@ -129,20 +193,27 @@ def load_folder(
     opened = folder if isinstance(folder, ModelFolder) else ModelFolder.read(folder)
     if not opened.is_orbax:
         source = opened.tensors()
-        return load_decoder(opened.hugging_face, source, dtype, mesh=mesh, rules=rules, keep_packed=keep_packed)
-    if keep_packed:
+        options = {"mesh": mesh, "rules": rules, "keep_packed": keep_packed, "experts": experts, "errors": errors}
+        return load_decoder(opened.hugging_face, source, dtype, **options)
+    packed = _packed_format(keep_packed, experts)
+    if packed and FORMATS[packed].is_published:
         raise CheckpointError(
             f"{opened.path} was converted, so its experts are stored in full; load the original with keep_packed."
         )
     stored = OrbaxFolder(opened)
-    if mesh is None:
-        return stored.decoder(dtype)
-    placed = shardings(stored.abstract, mesh, rules)
-    return exchanging(stored.decoder(dtype, placed), placed)
+    goal = _Goal.of(stored.abstract.config, packed, mesh, rules)
+    return goal.filled(stored.read(dtype, goal.stored_placed, goal.quantiser.paths, goal.quantiser), errors)
 
 
 def load_torch(
-    model: Any, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None, rules: ShardingRules | None = None
+    model: Any,
+    dtype: DTypeLike | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    experts: str | None = None,
+    errors: dict[str, float] | None = None,
 ) -> Decoder:
     """Load a ``transformers`` model that is in memory; the arguments and errors are as in :func:`load_decoder`."""
-    return load_decoder(model.config.to_dict(), TorchModel(model), dtype, mesh=mesh, rules=rules)
+    options = {"mesh": mesh, "rules": rules, "experts": experts, "errors": errors}
+    return load_decoder(model.config.to_dict(), TorchModel(model), dtype, **options)

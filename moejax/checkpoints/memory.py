@@ -39,7 +39,8 @@ class Memory:
     """The bytes of a model in one dtype.
 
     Attributes:
-        dtype: the dtype of all weights, followed by ``", packed experts"`` if experts stay MXFP4.
+        dtype: the dtype of all weights, followed by ``", packed experts"`` if experts stay MXFP4, or by the name of
+            another format in which they are held, as in ``", int8 experts"``.
         layers: the bytes of each layer.
         outer: the bytes of embedding, final norm and head.
         cache_per_token: the bytes that the keys and values of one token take in the caches of all layers.
@@ -70,7 +71,7 @@ def estimate(config: Config, dtype: np.dtype) -> Memory:
 
     Args:
         config: the config of its decoder.
-        dtype: the dtype of weights and cache; experts that ``config`` holds as MXFP4 stay MXFP4.
+        dtype: the dtype of weights and cache; experts that ``config`` holds packed stay packed.
     """
     abstract = dict(leaf_paths(Decoder.abstract(config, dtype)))
     sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in abstract.items()}
@@ -78,7 +79,8 @@ def estimate(config: Config, dtype: np.dtype) -> Memory:
     layers = tuple(_layer(i, config, {p: sizes[p] for p in grouped[f"layers.{i}"]}) for i in range(config.num_layers))
     outer = sum(sizes.values()) - sum(layer.total for layer in layers)
     first, second = (_cache_bytes(config, positions, dtype) for positions in (1, 2))
-    name = f"{dtype}, packed experts" if config.is_packed else str(dtype)
+    held = "packed" if config.packed == "mxfp4" else config.packed
+    name = f"{dtype}, {held} experts" if held else str(dtype)
     return Memory(name, layers, outer, second - first)
 
 

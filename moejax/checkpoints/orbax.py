@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +156,20 @@ class OrbaxFolder:
         report(problems, f"{self.folder.path} does not fit its config")
         return {path: stored[self._stored_paths[path]] for path in wanted}
 
-    def restore(self, part: str, dtype: np.dtype | None = None, shardings: Shardings | None = None) -> dict[str, Any]:
+    def restore(
+        self,
+        part: str,
+        dtype: np.dtype | None = None,
+        shardings: Shardings | None = None,
+        exact: Container[str] = (),
+    ) -> dict[str, Any]:
         """Read the leaves of a part.
 
         Args:
             part: ``embedding``, one of ``layers.N``, or ``output``.
             dtype: cast every leaf to it; by default each keeps its stored dtype.
             shardings: the leaves that go to devices; the others are NumPy arrays.
+            exact: the leaves that keep their stored dtype in any case.
 
         Returns:
             The leaves by their paths in the decoder.
@@ -173,7 +180,10 @@ class OrbaxFolder:
         import orbax.checkpoint as ocp
 
         names = {path: self._stored_paths[path] for path in parts(self.leaves)[part]}
-        args = {name: self._restore_args(path, dtype, (shardings or {}).get(path)) for path, name in names.items()}
+        args = {
+            name: self._restore_args(path, None if path in exact else dtype, (shardings or {}).get(path))
+            for path, name in names.items()
+        }
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             try:
                 restored = checkpointer.restore(self._part(part).absolute(), ocp.args.PyTreeRestore(restore_args=args))
@@ -198,11 +208,31 @@ class OrbaxFolder:
         Raises:
             CheckpointError: the files are damaged.
         """
+        return jax.tree.unflatten(jax.tree.structure(self.abstract), self.read(dtype, shardings))
+
+    def read(
+        self,
+        dtype: DTypeLike | None = None,
+        shardings: Shardings | None = None,
+        exact: Container[str] = (),
+        change: Callable[[str, jax.Array], Any] = lambda path, leaf: leaf,
+    ) -> list[jax.Array]:
+        """Read all parts, one after the other; return the leaves in the order of the decoder's tree.
+
+        Args:
+            dtype, shardings: as in :meth:`decoder`.
+            exact: the leaves that keep their stored dtype in any case.
+            change: what to do with each leaf, by its path, before the next part is read.
+        """
         dtype = None if dtype is None else np.dtype(dtype)
-        leaves: dict[str, jax.Array] = {}
+        leaves: dict[str, Any] = {}
         for part in parts(self.leaves):
-            leaves |= {path: jnp.asarray(leaf) for path, leaf in self.restore(part, dtype, shardings).items()}
-        return jax.tree.unflatten(jax.tree.structure(self.abstract), [leaves[path] for path in self.leaves])
+            restored = self.restore(part, dtype, shardings, exact)
+            while restored:
+                path, leaf = restored.popitem()
+                leaves[path] = change(path, jnp.asarray(leaf))
+                del leaf
+        return jax.tree.leaves([leaves[path] for path in self.leaves])
 
 
 def _entries(path: Path) -> dict[str, Entry]:

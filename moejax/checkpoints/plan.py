@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -159,9 +159,12 @@ def _count(values: np.ndarray) -> int:
     return int(np.count_nonzero((values.view(np.uint16) & mask) == mask))
 
 
-def leaf_paths(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and the value of every leaf of a decoder's tree, in the tree's order."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the value of every leaf of a decoder's tree, in the tree's order.
+
+    ``is_leaf`` tells of what else is to be yielded as a whole, such as packed matrices.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 

@@ -4,7 +4,7 @@ Conversion and export read from these. A reader differs from a ``TensorSource``,
 keys: a reader has the decoder's leaves under their paths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from moejax.checkpoints.safetensors import Entry, SafetensorsFolder
 from moejax.checkpoints.tied_head import with_stored_head
 from moejax.errors import ConfigError
 from moejax.models import Decoder, family
+from moejax.ops.packed import FORMATS, is_packed
 
 
 @runtime_checkable
@@ -126,45 +127,67 @@ class DecoderReader:
         hugging_face: the fields of the Hugging Face config that describes it.
         folder: the folder with its tokenizer, if there is one.
         dtypes: the dtypes in which to write leaves and tensors, by their paths and keys; by default the leaves' own.
+        dequantise: packed matrices are read as their values, in the dtype of the decoder's embedding.
         leaves: shape and dtype of every leaf by its path.
 
     Raises:
-        ConfigError: the Hugging Face config describes another decoder.
+        ConfigError: the Hugging Face config describes another decoder; or the decoder holds experts in a format that is
+            never published, and ``dequantise`` is not given.
     """
 
     decoder: Decoder
     hugging_face: Mapping[str, Any]
     folder: Path | None = None
     dtypes: Mapping[str, np.dtype] = field(default_factory=dict)
+    dequantise: bool = False
     leaves: Mapping[str, Entry] = field(init=False)
 
     def __post_init__(self) -> None:
         fields = {key: value for key, value in self.hugging_face.items() if key != MARK}
         kind = family(fields.get("model_type"))
         config = kind.config(fields)
-        if (pack(config) if self.decoder.config.is_packed else config) != self.decoder.config.on_mesh(None):
+        packed = self.decoder.config.packed
+        if (pack(config, packed) if packed else config) != self.decoder.config.on_mesh(None):
             raise ConfigError(
                 "the Hugging Face config does not describe this decoder; the written files would not load again."
             )
-        dtypes = {path: self.dtypes.get(path, np.dtype(leaf.dtype)) for path, leaf in leaf_paths(self.decoder)}
-        leaves = {path: Entry(leaf.shape, dtypes[path]) for path, leaf in leaf_paths(self.decoder)}
+        if packed and not self.dequantise and not FORMATS[packed].is_published:
+            raise ConfigError(
+                f"experts held as {packed} have lost digits, and no software for this family reads them; "
+                "export(.., dequantise=True) writes what is left of them in full (--dequantise on the command line)."
+            )
+        whole = np.dtype(self.decoder.dtype)
+        leaves = {
+            path: Entry(leaf.shape, self.dtypes.get(path, whole if is_packed(leaf) else np.dtype(leaf.dtype)))
+            for path, leaf in self._matrices()
+        }
         object.__setattr__(self, "leaves", leaves)
+
+    def _matrices(self) -> Iterator[tuple[str, Any]]:
+        """Yield the leaves by their paths; packed matrices as a whole if they are to be unpacked."""
+        return leaf_paths(self.decoder, is_leaf=is_packed if self.dequantise else None)
 
     def read(self, part: str) -> dict[str, np.ndarray]:
         """Copy the leaves of a part to the host."""
-        paths = set(parts(self.leaves)[part])
-        found = {path: np.asarray(leaf) for path, leaf in leaf_paths(self.decoder) if path in paths}
+        paths, dtype = set(parts(self.leaves)[part]), self.decoder.dtype
+        found = {
+            path: np.asarray(leaf.unpack(dtype) if is_packed(leaf) else leaf)
+            for path, leaf in self._matrices()
+            if path in paths
+        }
         return {path: leaf.astype(self.leaves[path].dtype, copy=False) for path, leaf in found.items()}
 
 
-def open_reader(source: Any) -> CheckpointReader:
+def open_reader(source: Any, *, dequantise: bool = False) -> CheckpointReader:
     """Open a model for reading.
 
     Args:
         source: a folder, a bundled name, a hub id or a loaded model (``moejax.LM``).
+        dequantise: read packed matrices of a loaded model as their values; those of files always are.
 
     Raises:
-        ConfigError: the configuration is not supported, or a loaded model does not have its Hugging Face config.
+        ConfigError: the configuration is not supported, a loaded model does not have its Hugging Face config, or it was
+            quantised and ``dequantise`` is not given.
         CheckpointError: there is no such model, or its weights do not fit its configuration.
     """
     if hasattr(source, "decoder"):
@@ -173,6 +196,6 @@ def open_reader(source: Any) -> CheckpointReader:
             raise ConfigError(
                 "this model was not loaded from files, so its Hugging Face config is not known; set its hugging_face."
             )
-        return DecoderReader(source.decoder, config, dtypes=getattr(source, "stored_dtypes", {}))
+        return DecoderReader(source.decoder, config, dtypes=getattr(source, "stored_dtypes", {}), dequantise=dequantise)
     folder = open_folder(source)
     return OrbaxReader(folder) if folder.is_orbax else HuggingFaceReader(folder)

@@ -14,7 +14,15 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from moejax.checkpoints.files import LFS_MARK, LFS_MEND, inside, is_lfs_pointer, parse_object, read_object
+from moejax.checkpoints.files import (
+    LFS_MARK,
+    LFS_MEND,
+    adapter_message,
+    inside,
+    is_lfs_pointer,
+    parse_object,
+    read_object,
+)
 from moejax.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype] = {

@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.checkpoints.plan import layouts
 from moejax.checkpoints.safetensors import TensorSource
-from moejax.models import Family
+from moejax.models import Decoder, Family
 
 _ROWS = 1024
 """The number of rows that are compared at a time."""
@@ -43,6 +43,13 @@ def with_stored_head(hugging_face: Mapping[str, Any], kind: Family, source: Tens
         f"the config ties the output head to the embedding, but {head[0]} holds other numbers and is used.",
         stacklevel=2,
     )
+    return {**hugging_face, "tie_word_embeddings": False}
+
+
+def config_as_read(hugging_face: Mapping[str, Any], decoder: Decoder) -> Mapping[str, Any]:
+    """Return the config of the files, with the head untied where the files have one of its own."""
+    if decoder.config.tied or not hugging_face.get("tie_word_embeddings"):
+        return hugging_face
     return {**hugging_face, "tie_word_embeddings": False}
 
 

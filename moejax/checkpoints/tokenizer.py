@@ -128,7 +128,8 @@ class Tokenizer:
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each of several tokens that do not follow each other, as it stands within a text."""
-        anchor = next((ids for text in _ANCHORS if len(ids := self.encode(text, special=False)) == 1), [])
+        anchors = (self.encode(text, special=False) for text in _ANCHORS)
+        anchor = next((anchor for anchor in anchors if len(anchor) == 1), [])
         context = self._text(anchor)
         return [self._text([*anchor, i])[len(context) :] for i in ids]
 

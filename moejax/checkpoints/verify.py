@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ class Verification:
         argmax_agreement: the fraction of positions with the same most likely token.
         routing_agreement: for each layer with experts, the fraction of routed slots with the same expert; empty if
             ``transformers`` does not report its routing.
+        quantisation: for each kind of expert matrix that was rounded, the relative rms error of its weights.
         nonfinite: the number of NaN and infinite weights of each leaf that has any, by path.
         versions: the versions of the packages.
     """
@@ -50,15 +51,18 @@ class Verification:
     routing_agreement: tuple[float, ...]
     nonfinite: Mapping[str, int]
     versions: Mapping[str, str]
+    quantisation: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool | None:
         """True if another order of summation explains the difference, and all weights and logits are finite.
 
-        ``None`` if the dtype is too coarse to tell.
+        ``None`` if the dtype is too coarse to tell, or weights were rounded.
         """
         if self.nonfinite or not np.isfinite(self.relative_rms):
             return False
+        if self.quantisation:
+            return None
         return self.relative_rms <= TOLERANCE if self.dtype in ("float32", "float64") else None
 
     def to_dict(self) -> VerificationReport:
@@ -66,7 +70,16 @@ class Verification:
         return cast(VerificationReport, {"schema": SCHEMA} | asdict(self) | {"passed": self.passed})
 
 
-def verify(source: Any, *, dtype: Any = "float32", batch: int = 2, length: int = 48, seed: int = 0) -> Verification:
+def verify(
+    source: Any,
+    *,
+    dtype: Any = "float32",
+    keep_packed: bool = False,
+    experts: str | None = None,
+    batch: int = 2,
+    length: int = 48,
+    seed: int = 0,
+) -> Verification:
     """Compare a model's logits on random tokens with ``transformers``, which uses its plain attention and experts.
 
     A folder of Orbax checkpoints is first exported to a temporary folder for ``transformers`` to read.
@@ -74,6 +87,7 @@ def verify(source: Any, *, dtype: Any = "float32", batch: int = 2, length: int =
     Args:
         source: a folder, a bundled name or a hub id.
         dtype: the dtype in which both compute.
+        keep_packed, experts: how our experts are held, as in :func:`moejax.load`.
         batch: the number of sequences.
         length: their length in tokens; at most the number of positions of the model is used.
         seed: the seed of the random tokens.
@@ -92,7 +106,8 @@ def verify(source: Any, *, dtype: Any = "float32", batch: int = 2, length: int =
     import transformers
 
     folder, name = open_folder(source), jnp.dtype(dtype).name
-    decoder = load_folder(folder, jnp.dtype(dtype))
+    errors: dict[str, float] = {}
+    decoder = load_folder(folder, jnp.dtype(dtype), keep_packed=keep_packed, experts=experts, errors=errors)
     length = min(length, decoder.config.max_positions)
     tokens = np.random.default_rng(seed).integers(0, decoder.config.vocab_size, (batch, length))
     logits, routed = _run_moejax(decoder, tokens)
@@ -111,6 +126,7 @@ def verify(source: Any, *, dtype: Any = "float32", batch: int = 2, length: int =
         routing_agreement=_agreement(routed, scores),
         nonfinite=bad,
         versions={"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        quantisation=errors,
     )
 
 

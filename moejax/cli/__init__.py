@@ -1,6 +1,5 @@
 """The ``moejax`` command: a thin layer over the library, a file for each group of subcommands."""
 
-import os
 import sys
 
 import typer
@@ -21,9 +20,10 @@ for group in (explaining, checkpoints, studying, training):
 def main() -> None:
     """Run the command; an error that a person can mend is one line on stderr and exit code 1."""
     from moejax.errors import MoejaxError
+    from moejax.ops.memory import reserve_memory
 
     # by default JAX leaves a quarter of a GPU's memory to others, and a model of 61 GB no room on 80
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    reserve_memory()
     try:
         app()
     except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moejax.cli.options import AsJson, Plugin, add, shows_bar, use_host_only
+from moejax.cli.options import AsJson, Loading, Plugin, add, shows_bar, use_host_only
 
 Source = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or bundled name.")]
 AnySource = Annotated[str, typer.Argument(help="Hugging Face folder, converted folder, hub id, or bundled name.")]
@@ -42,6 +42,10 @@ def export(
     source: AnySource,
     destination: Destination,
     max_shard_bytes: Annotated[int, typer.Option(help="Most bytes of a file.")] = 5_000_000_000,
+    experts: Annotated[
+        str | None, typer.Option(help="int8: round the experts' weights first, as load does (needs --dequantise).")
+    ] = None,
+    dequantise: Annotated[bool, typer.Option("--dequantise", help="Write experts that were rounded in full.")] = False,
     as_json: AsJson = False,
     plugin: Plugin = None,
 ) -> None:
@@ -49,23 +53,32 @@ def export(
     import moejax
 
     use_host_only()
-    done = moejax.export(source, destination, max_shard_bytes=max_shard_bytes, progress=shows_bar(as_json))
+    model = source if experts is None else Loading(experts=experts).load(source)
+    options = {"max_shard_bytes": max_shard_bytes, "dequantise": dequantise, "progress": shows_bar(as_json)}
+    done = moejax.export(model, destination, **options)
     print(json.dumps(done.to_dict()) if as_json else done)
 
 
 def verify(
     source: AnySource,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype in which both compute; only float32 and float64 can tell.")
-    ] = "float32",
     as_json: AsJson = False,
+    loading: Loading = Loading(),
     plugin: Plugin = None,
 ) -> None:
-    """Compare logits with transformers' logits; exit code 1 if they differ."""
+    """Compare logits with transformers' logits; exit code 1 if they differ.
+
+    Both compute in float32 unless --dtype says otherwise; only float32 and float64 can tell. Of rounded experts, it is
+    shown how far they are from the original.
+    """
+    from moejax.checkpoints.convert import parse_dtype
+    from moejax.checkpoints.describe import architecture
     from moejax.checkpoints.verify import verify as compare
     from moejax.report.checkpoints import verification_table
 
-    result = compare(source, dtype=dtype)
+    options = {"keep_packed": loading.keep_packed, "experts": loading.experts}
+    batch, length, dtype = 2, 48, loading.dtype or "float32"
+    loading.check_forward(architecture(source), batch, length, parse_dtype(dtype).itemsize)
+    result = compare(source, dtype=dtype, **options, batch=batch, length=length)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -81,15 +94,30 @@ def doctor(
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the weights; by default float32 and bfloat16 are shown.")
     ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="Say what fits this GPU, and how: t4, l4, a100-40, h100, ..; may be given several times."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, for --gpu.")] = 512,
+    targets: Annotated[int, typer.Option(min=1, help="Targets of the explanation, for --gpu.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated tokens, for --gpu.")] = 256,
     as_json: AsJson = False,
     plugin: Plugin = None,
 ) -> None:
-    """Show versions and devices, and how much memory a model would take."""
+    """Show versions and devices, how much memory a model would take, and what fits a GPU."""
+    from moejax import MoejaxError
     from moejax.checkpoints.doctor import examine
     from moejax.report.checkpoints import doctor_tables
+    from moejax.report.fit import fit_table
+    from moejax.study.fit import Work, fit
 
+    if gpu and model is None:
+        raise MoejaxError("--gpu says whether a model fits; name the model.")
+    work = Work(tokens, targets, new_tokens)
+    fits = [fit(model, name, dtype=dtype, work=work) for name in gpu or []]
     facts = examine(model, dtype=dtype)
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps(dict(facts) | ({"fit": fits} if fits else {})))
     else:
-        Console().print(*doctor_tables(facts))
+        # of a GPU that is asked for, the answer alone
+        Console().print(*(map(fit_table, fits) if fits else doctor_tables(facts)))

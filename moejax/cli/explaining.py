@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moejax.cli.options import AsJson, Model, Plugin, Seed, add, check_file
+from moejax.cli.options import AsJson, Loading, Model, Plugin, Seed, add, check_file
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -37,6 +37,7 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
     plot: Annotated[str | None, typer.Option(help="Also draw this plot (needs --out): {PLOTS}.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the plot: .png, .svg or .pdf.")] = None,
+    loading: Loading = Loading(),
     plugin: Plugin = None,
 ) -> None:
     """Show which tokens and experts caused the next token."""
@@ -51,12 +52,14 @@ def explain(
     for path in (html, out):
         if path is not None:
             check_file(path)
-    lm = moejax.load(model)
+    lm = loading.load(model)
     if baseline is not None:
+        loading.check_forward(lm.config, 1, len(lm.encode(prompt)), lm.decoder.dtype.itemsize)
         scores = BASELINES.find(baseline)(lm, prompt, target=chosen).to_dict()
         print(json.dumps(scores)) if as_json else render_scores(scores)
         return
-    relevance = moejax.explain(lm, prompt, target=chosen, rule=rule)
+    bound = {} if loading.max_bytes is None else {"max_bytes": loading.max_bytes}
+    relevance = moejax.explain(lm, prompt, target=chosen, rule=rule, **bound)
     if html is not None:
         relevance.save_html(html)
     data = relevance.to_dict()
@@ -74,12 +77,13 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the best tokens up to this probability.")] = 1.0,
     seed: Seed = 0,
     as_json: AsJson = False,
+    loading: Loading = Loading(),
     plugin: Plugin = None,
 ) -> None:
     """Continue a text."""
-    import moejax
-
-    text = moejax.load(model).generate(
+    lm = loading.load(model)
+    loading.check_forward(lm.config, 1, len(lm.encode(prompt)) + max_new_tokens, lm.decoder.dtype.itemsize)
+    text = lm.generate(
         prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     print(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)

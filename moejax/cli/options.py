@@ -1,11 +1,16 @@
 """Options that several subcommands share, and help that lists what is registered."""
 
 import importlib
+import inspect
 import os
+import re
 import runpy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -18,6 +23,14 @@ _REGISTRIES = {
     "PLOTS": ("moejax.report.plots", "PLOTS"),
 }
 """What stands in braces in a help text, and where the registry is whose names take its place."""
+
+
+_UNITS = {"": 1} | {
+    f"{letter}{binary}": (1024 if binary else 1000) ** power
+    for power, letter in enumerate("kmgt", 1)
+    for binary in ("", "i")
+}
+"""Bytes of a unit, without the final b."""
 
 
 class RegistryHelp(TyperCommand):
@@ -62,6 +75,74 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all rando
 AsJson = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
 
 
+def parse_size(text: str) -> int | str:
+    """Return the bytes that a size stands for (``1500000000``, ``12GiB``, ``800MB``), or ``"auto"``.
+
+    Raises:
+        BadParameter: it stands for nothing of the kind.
+    """
+    if text.strip() == "auto":
+        return "auto"
+    parts = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    try:
+        number, unit = parts.groups() if parts else ("", "")
+        return int(float(number) * _UNITS[unit.lower().removesuffix("b")])
+    except (ValueError, KeyError) as error:
+        raise typer.BadParameter(f"{text!r} is no size; write 12GiB, 800MB, a number of bytes, or auto.") from error
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a subcommand loads its model. A parameter of this class stands for an option of each field (:func:`add`)."""
+
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Dtype of the weights: bfloat16, float16, float32 or float64; default: the checkpoint's."),
+    ] = None
+    keep_packed: Annotated[
+        bool, typer.Option("--keep-packed", help="Keep experts that are published as MXFP4 in 4 bits.")
+    ] = False
+    experts: Annotated[
+        str | None, typer.Option(help="int8: round the experts' weights to 8 bits, half of bfloat16's memory.")
+    ] = None
+    max_bytes: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Most memory to take beside the weights: 12GiB, 800MB, or auto, what is free (the default on GPUs).",
+        ),
+    ] = None
+
+    def load(self, source: str) -> Any:
+        """Load a model; if its experts are rounded, say on stderr by how much.
+
+        Raises:
+            MoejaxError: there is no such model, or it cannot be held so.
+        """
+        import moejax
+        from moejax.checkpoints.convert import parse_dtype
+
+        dtype = None if self.dtype is None else parse_dtype(self.dtype)
+        lm = moejax.load(source, dtype=dtype, keep_packed=self.keep_packed, experts=self.experts)
+        if lm.quantisation is not None:
+            print(lm.quantisation, file=sys.stderr)
+        return lm
+
+    def check_forward(self, config: Any, batch: int, tokens: int, itemsize: int) -> None:
+        """Raise ``MoejaxError`` if a forward pass over ``batch`` sequences of ``tokens`` takes more than is allowed."""
+        from moejax import MoejaxError
+        from moejax.study.fit import forward_bytes
+
+        if not isinstance(self.max_bytes, int):
+            return
+        if (need := forward_bytes(config, batch, tokens, itemsize)) > self.max_bytes:
+            raise MoejaxError(
+                f"--max-bytes={self.max_bytes} is too little: {batch} x {tokens} tokens take about {need} bytes beside "
+                "the weights; take fewer tokens at a time."
+            )
+
+
 def shows_bar(as_json: bool) -> bool:
     """True if a progress bar may be shown: a person watches, and no program reads."""
     return not as_json and sys.stderr.isatty()
@@ -94,4 +175,28 @@ def check_folder(path: Path) -> None:
 def add(app: Any, *commands: Any) -> None:
     """Register functions as subcommands under their own names."""
     for command in commands:
-        app.command(cls=RegistryHelp)(command)
+        app.command(cls=RegistryHelp)(with_loading(command))
+
+
+def with_loading(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the subcommand with an option for each field of :class:`Loading` in place of a parameter of that class."""
+    signature = inspect.signature(command)
+    found = [name for name, parameter in signature.parameters.items() if parameter.annotation is Loading]
+    if not found:
+        return command
+    hints = get_type_hints(Loading, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in fields(Loading)]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        loading = Loading(**{option.name: given.pop(option.name) for option in options})
+        command(**given, **{found[0]: loading})
+
+    kept = [p.replace(kind=kind) for name, p in signature.parameters.items() if name != found[0]]
+    parameters = [*kept, *options]
+    # read by typer; the names of plain parameters and of options are its business
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return run

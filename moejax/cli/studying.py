@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moejax.cli.options import AsJson, Plugin, Seed, add, check_folder, shows_bar
+from moejax.cli.options import AsJson, Loading, Plugin, Seed, add, check_folder, shows_bar
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -45,18 +45,19 @@ def analyse(
         ),
     ] = False,
     as_json: AsJson = False,
+    loading: Loading = Loading(),
     plugin: Plugin = None,
 ) -> None:
     """Show how a model's routers use their experts on data, beside its loss."""
-    import moejax
     from moejax import study
     from moejax.report.routing import routing_tables, write_routing
 
     check_folder(out)
-    lm = moejax.load(model)
+    lm = loading.load(model)
     length = length or min(512, lm.config.max_positions)
+    loading.check_forward(lm.config, batch, length, lm.decoder.dtype.itemsize)
     windows = study.Windows(study.Documents.read(data, lm), length, batch, max_tokens, seed)
-    other = None if against is None else moejax.load(against)
+    other = None if against is None else loading.load(against)
     options = {"by_token": by_token, "outputs": outputs, "drop": drop_top, "probe_tokens": probe_tokens}
     statistics = study.analyse(lm, windows, against=other, **options, progress=shows_bar(as_json)).to_dict()
     written = write_routing(statistics, out)
@@ -77,13 +78,15 @@ def bench(
     cases: Annotated[str, typer.Option(help="Only cases with these names or words, separated by commas.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median is shown.")] = 20,
     as_json: AsJson = False,
+    loading: Loading = Loading(),
     plugin: Plugin = None,
 ) -> None:
     """Time forward pass, relevance and decoding on this machine, beside what it could do at best."""
     from moejax.report.bench import heading_lines, row_line
     from moejax.study.bench import bench as measure
 
-    name, decoder = _decoder(model, random)
+    name, decoder = _decoder(model, random, loading)
+    loading.check_forward(decoder.config, 1, max(tokens, long_tokens), decoder.dtype.itemsize)
     words = [word.strip() for word in cases.split(",")]
     # a row is printed as soon as it is measured, with --json as a line of its own
     for part in measure(name, decoder, tokens=tokens, long_tokens=long_tokens, cases=words, repeats=repeats):
@@ -95,14 +98,20 @@ def bench(
         print(*lines, sep="\n", flush=True)
 
 
-def _decoder(model: str, random: bool) -> tuple[str, Any]:
+def _decoder(model: str, random: bool, loading: Loading) -> tuple[str, Any]:
     """The timed model's name and weights."""
     import jax
 
-    import moejax
+    from moejax import MoejaxError
     from moejax.study.bench import published, random_decoder
 
     if not random:
-        return model, moejax.load(model).decoder
+        return model, loading.load(model).decoder
+    if loading.dtype not in (None, "bfloat16"):
+        raise MoejaxError("random weights are bfloat16; leave --dtype out.")
     toy = jax.default_backend() == "cpu"
-    return model + (", made small" if toy else "") + ", random", random_decoder(published(model, toy=toy))
+    packed = loading.experts or ("mxfp4" if loading.keep_packed else "")
+    config = published(model, toy=toy)
+    config = config.pack(packed) if packed else config
+    words = [model, "made small"] if toy else [model]
+    return ", ".join([*words, "random", *([f"experts {packed}"] if packed else [])]), random_decoder(config)

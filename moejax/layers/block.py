@@ -89,9 +89,9 @@ class BlockConfig:
         """The same architecture with its parts told over which devices their weights lie."""
         return self._each(lambda part: part.on_mesh(mesh))
 
-    def pack(self) -> Self:
-        """The same architecture with experts held as MXFP4."""
-        return self._each(lambda part: part.pack())
+    def pack(self, packed: str) -> Self:
+        """The same architecture with experts held in the format ``packed``."""
+        return self._each(lambda part: part.pack(packed))
 
     def _each(self, change: Any) -> Self:
         parts = {name: part for name in HALVES if (part := getattr(self, name)) is not None}

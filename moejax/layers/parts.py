@@ -49,7 +49,7 @@ class Sizes:
         head_dim: width ``C`` of a head's output.
         window: how many tokens back a token sees, itself included; zero for all.
         couples_sequences: the result for one sequence depends on the other sequences of its batch.
-        is_packed: experts are held as MXFP4.
+        packed: the format in which experts are held (:data:`moejax.ops.packed.FORMATS`); empty for plain arrays.
     """
 
     num_experts: int = 0
@@ -66,7 +66,7 @@ class Sizes:
     head_dim: int = 0
     window: int = 0
     couples_sequences: bool = False
-    is_packed: bool = False
+    packed: str = ""
 
 
 NOTHING = Sizes()
@@ -80,11 +80,13 @@ class ActivationSizes(NamedTuple):
         kept: held from the forward to the backward pass, for all tokens.
         largest: the largest temporary of one target in the backward pass.
         unrouted: temporaries of one target for what every token runs through, beside the largest.
+        unpacked: values of packed matrices that are held in full while the part runs, for all targets together.
     """
 
     kept: int = 0
     largest: int = 0
     unrouted: int = 0
+    unpacked: int = 0
 
 
 class Call(NamedTuple):
@@ -193,8 +195,8 @@ class PartConfig(ABC):
         """The same architecture with weights laid over ``mesh``, whose axis ``expert`` may split the experts."""
         return self
 
-    def pack(self) -> Self:
-        """The same architecture with experts held as MXFP4, where the part has experts that can be."""
+    def pack(self, packed: str) -> Self:
+        """The same architecture with experts held in the format ``packed``, where the part has experts that can be."""
         return self
 
 

@@ -129,9 +129,14 @@ class Config:
         return self.feed_forward.couples_sequences or self.attention.couples_sequences
 
     @property
+    def packed(self) -> str:
+        """The packed format in which experts are held (:data:`moejax.ops.packed.FORMATS`); empty for plain arrays."""
+        return self.feed_forward.packed or self.attention.packed
+
+    @property
     def is_packed(self) -> bool:
-        """True if experts are held as MXFP4."""
-        return self.feed_forward.is_packed
+        """True if experts are held in a packed format."""
+        return bool(self.packed)
 
     def axes(self, path: str) -> Axes | None:
         """Logical axes of the leaf at ``path``; ``None`` for a leaf that lies on every device."""
@@ -143,13 +148,13 @@ class Config:
         layer, rest = split_path(path)
         return None if layer is None else self.blocks[layer].roles.get(rest)
 
-    def pack(self) -> Self:
-        """The same architecture with experts held as MXFP4.
+    def pack(self, packed: str = "mxfp4") -> Self:
+        """The same architecture with experts held in the format ``packed``, where they can be.
 
         Raises:
-            ConfigError: a width of the experts is no multiple of 32.
+            ConfigError: there is no such format, or it cannot hold rows of the experts' widths.
         """
-        return replace(self, blocks=tuple(block.pack() for block in self.blocks))
+        return replace(self, blocks=tuple(block.pack(packed) for block in self.blocks))
 
     def on_mesh(self, experts: Mesh | None, data: Mesh | None = None) -> Self:
         """The same architecture over devices.

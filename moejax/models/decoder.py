@@ -15,7 +15,7 @@ from moejax.layers import Block, BlockAux, Call, RMSNorm, Rotary, Rotation
 from moejax.layers.linear import matmul_f32_accum, normal
 from moejax.models.config import Config
 from moejax.ops.cotangents import accumulation_dtype
-from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.packed import is_packed
 from moejax.routing import Routing
 from moejax.rules import Reading
 from moejax.rules.edits import NOWHERE
@@ -89,7 +89,7 @@ class Decoder(nnx.Module):
     @property
     def num_parameters(self) -> int:
         """How many numbers the weights are; of a packed matrix, its values."""
-        return sum(math.prod(matrix.shape) for matrix in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, MXFP4)))
+        return sum(math.prod(matrix.shape) for matrix in jax.tree.leaves(self, is_leaf=is_packed))
 
     @classmethod
     def init(cls, config: Config, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Self:

@@ -108,31 +108,51 @@ class Fields:
         if (value := self(name, expected)) != expected:
             raise ConfigError(f"config field {name}={value!r} is not supported, only {expected!r} is.")
 
-    def rope(self, default_theta: float = 10000.0) -> Rope:
+    def packed_as(self, method: str | None) -> None:
+        """Check how the weights are quantised: by ``method``, or not at all.
+
+        Raises:
+            ConfigError: they are quantised by another method.
+        """
+        given = self("quantization_config", None) or {}
+        name = given.get("quant_method", "an unnamed method") if isinstance(given, Mapping) else given
+        if given and name != method:
+            raise ConfigError(
+                f"the weights are quantised by {name!r}, which is not supported; take the unquantised model, or "
+                "load it in transformers, call dequantize() and save_pretrained(), and load that folder."
+            )
+
+    def rope(self, default_theta: float = 10000.0, default: Mapping[str, Any] | None = None) -> Rope:
         """Return the rotary positions.
 
         They come from ``rope_parameters`` (transformers 5), or from ``rope_theta`` and ``rope_scaling`` (version 4).
+
+        Args:
+            default_theta: the family's default base.
+            default: the family's default of ``rope_parameters``, where the config says nothing of positions.
 
         Raises:
             ConfigError: they are of a type that is not known here, lack a number, or turn a part of a head only.
         """
         self._read |= {"rope_parameters", "rope_theta", "rope_scaling"}
         given = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        if default is not None and not ({"rope_parameters", "rope_theta", "rope_scaling"} & self._config.keys()):
+            given = default
         original = self._config.get("original_max_position_embeddings")
         if original is not None:
             self._read.add("original_max_position_embeddings")
         positions = self("max_position_embeddings", None)
         return read_rope(given, self._config.get("rope_theta") or default_theta, positions, original)
 
-    def head_dim(self, model_dim: int, heads: int) -> int:
-        """Return ``head_dim``, by default the model's width divided by the number of heads.
+    def head_dim(self, model_dim: int, heads: int, default: int | None = None) -> int:
+        """Return ``head_dim``, by default the family's, else the model's width divided by the number of heads.
 
         Raises:
             ConfigError: the field is absent, and the number of heads does not divide the width.
         """
-        if self("head_dim", None) is None and model_dim % heads:
+        if self("head_dim", default) is None and model_dim % heads:
             raise ConfigError(f"hidden_size={model_dim} is not divisible by num_attention_heads={heads}.")
-        return self.size("head_dim", model_dim // heads)
+        return self.size("head_dim", default or model_dim // heads)
 
     def common(self, *, max_positions: int, tied: bool = False) -> dict[str, Any]:
         """Return the fields of ``Config`` that all families read in the same way.
@@ -147,7 +167,7 @@ class Fields:
             "max_positions": self.size("max_position_embeddings", max_positions),
             "eos_ids": self.eos_ids(),
             # some configs have -1, which has no embedding
-            "pad_id": max(self("pad_token_id", 0), 0),
+            "pad_id": max(self._token("pad_token_id") or 0, 0),
         }
 
     def no_window(self) -> None:
@@ -174,8 +194,15 @@ class Fields:
 
     def eos_ids(self) -> tuple[int, ...]:
         """Return ``eos_token_id``, which may be absent, one id or several, as a tuple."""
-        value = self("eos_token_id", ())
-        return (value,) if isinstance(value, int) else tuple(value)
+        value = self._token("eos_token_id")
+        return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+    def _token(self, name: str) -> Any:
+        """Return a field with token ids; one that is absent, not ``None``, has the default of transformers' class."""
+        self._read.add(name)
+        if name in self._config:
+            return self._config[name]
+        return (declared_fields(str(self._config.get("model_type"))) or {}).get(name)
 
     def finish(self) -> None:
         """Check that all fields that may change the model were read.
@@ -187,6 +214,8 @@ class Fields:
         Raises:
             ConfigError: a field that was not read may change the model.
         """
+        if "quantization_config" not in self._read:
+            self.packed_as(None)
         unread = {k: v for k, v in self._config.items() if k not in self._read | _WITHOUT_EFFECT}
         unread = {k: v for k, v in unread.items() if v is not None and v is not False}
         if not unread:

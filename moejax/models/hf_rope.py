@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moejax.errors import ConfigError
-from moejax.ops.rope import Dynamic, Linear, Llama3, LongRope, Rope, Scaling, Yarn
+from moejax.ops.rope import Dynamic, LinearScaling, Llama3, LongRope, Rope, Scaling, Yarn
 
 
 def read_rope(given: Mapping[str, Any], theta: float, positions: int | None, original: int | None = None) -> Rope:
@@ -43,7 +43,7 @@ def read_rope(given: Mapping[str, Any], theta: float, positions: int | None, ori
 
 
 def _linear(given: Mapping[str, Any], original: Any, positions: Any) -> Scaling:
-    return Linear(float(given["factor"]))
+    return LinearScaling(float(given["factor"]))
 
 
 def _dynamic(given: Mapping[str, Any], original: Any, positions: Any) -> Scaling:

@@ -1,6 +1,11 @@
 """Which device a program that is being traced will run on, as far as that is known, and which kernels it can have."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -9,8 +14,29 @@ AXIS = "expert"
 """The mesh axis over which experts are split."""
 
 
-def target(mesh: Mesh | None = None) -> jax.Device:
-    """A device of the mesh; without a mesh, the device that ``jax.default_device`` names, or JAX's first device."""
+_assumed: ContextVar[Any] = ContextVar("assumed device", default=None)
+
+
+@contextmanager
+def assumed_gpu(capability: str) -> Iterator[None]:
+    """A context in which :func:`target` is a GPU of a compute capability ("8.0"), for estimates on other machines.
+
+    Programs must not be traced in it: they would be made for that GPU.
+    """
+    token = _assumed.set(SimpleNamespace(platform="gpu", compute_capability=capability))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def target(mesh: Mesh | None = None) -> Any:
+    """A device of the mesh; without a mesh, the device that ``jax.default_device`` names, or JAX's first device.
+
+    Within :func:`assumed_gpu`, what stands for the GPU.
+    """
+    if (assumed := _assumed.get()) is not None:
+        return assumed
     if isinstance(mesh, Mesh):
         return mesh.devices.flat[0]
     named = getattr(jax.config, "jax_default_device", None)

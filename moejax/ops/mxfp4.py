@@ -5,26 +5,33 @@ their negatives. A scale is a byte ``s`` that stands for ``2 ** (s - 127)``; 255
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, PRNGKeyArray, UInt8
 
+from moejax.errors import ConfigError
+from moejax.ops.packed import Axes, Packed, register_format
+
 BLOCK = 32
 """Number of values that share a scale."""
 
 
+@register_format("mxfp4")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MXFP4:
+class MXFP4(Packed):
     """An array of shape ``[*s, D]`` that stays packed until a step uses it, with 4.25 bits a value.
 
     Attributes:
         blocks: two four-bit floats in each byte, the first one in the low half; ``D = 32 U`` for U blocks.
         scales: the scale of each block.
     """
+
+    value_dtype: ClassVar[Any] = jnp.bfloat16
+    is_published: ClassVar[bool] = True
 
     blocks: UInt8[Array, "*s U 16"]
     scales: UInt8[Array, "*s U"]
@@ -35,19 +42,21 @@ class MXFP4:
         rows = (*shape[:-1], shape[-1] // BLOCK)
         return cls(jax.random.bits(key, (*rows, BLOCK // 2), jnp.uint8), jnp.full(rows, 120, jnp.uint8))
 
+    @classmethod
+    def leaf_axes(cls, axes: Axes) -> dict[str, Axes]:
+        # the blocks of a row stay together, since their number divides less often than the number of values
+        return {"blocks": (*axes[:-1], None, None), "scales": (*axes[:-1], None)}
+
+    @classmethod
+    def check(cls, *widths: int) -> None:
+        """Raise ``ConfigError`` if a width is no multiple of the 32 values of a block."""
+        if any(width % BLOCK for width in widths):
+            sizes = " x ".join(map(str, widths))
+            raise ConfigError(f"experts of {sizes} cannot be MXFP4, whose blocks have {BLOCK} values.")
+
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the unpacked array."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * BLOCK)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the unpacked array."""
-        return self.scales.ndim
-
-    def __getitem__(self, index: Any) -> Self:
-        """Index the leading axes; the result is packed too."""
-        return type(self)(self.blocks[index], self.scales[index])
 
     def flat(self) -> Self:
         """Merge all axes between the first and the last one; the result is packed too."""
@@ -68,18 +77,6 @@ class MXFP4:
             self.blocks, self.scales, cuda=_unpack_by_multiplying, default=_unpack_by_bits
         )
         return values.astype(dtype).reshape(self.shape)
-
-
-def unpack_in_turn(x: Array, weight: Array | MXFP4) -> tuple[Array, Array]:
-    """Return ``x``, and the matrix in the dtype of ``x``, unpacked for this product alone.
-
-    XLA must not unpack before ``x`` has been computed. Otherwise it would unpack all layers at once, or keep the
-    unpacked matrices of the forward pass for the backward pass.
-    """
-    if not isinstance(weight, MXFP4):
-        return x, weight
-    x, packed = jax.lax.optimization_barrier((x, weight))
-    return x, packed.unpack(x.dtype)
 
 
 def _unpack_by_multiplying(blocks: UInt8[Array, "*s U 16"], scales: UInt8[Array, "*s U"]) -> BFloat16[Array, "*s U 32"]:

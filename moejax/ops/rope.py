@@ -42,7 +42,7 @@ def plain_frequencies(theta: Any, width: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Linear(Scaling):
+class LinearScaling(Scaling):
     """All frequencies divided by ``factor``, as if positions were interpolated."""
 
     factor: float

@@ -4,6 +4,7 @@ The estimates count the arrays that take most; compiled programs for an H100 too
 target in the four families at their published sizes.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class Footprint:
         stream: the residual stream that enters a layer.
         target: temporaries of one more target in the backward pass.
         readout: results of one more target.
+        unpacked: the largest layer's packed matrices while they are held in full.
     """
 
     layers: int
@@ -35,6 +37,7 @@ class Footprint:
     stream: int
     target: int
     readout: int
+    unpacked: int = 0
 
     @classmethod
     def of(cls, config: Config, batch: int, tokens: int, itemsize: int) -> "Footprint":
@@ -46,6 +49,7 @@ class Footprint:
         largest, unrouted = (
             max(getattr(p, name) for block in parts for p in block) for name in ("largest", "unrouted")
         )
+        unpacked = max(sum(part.unpacked for part in block) for block in parts)
         slots = c.num_selected + c.num_attention_selected
         return cls(
             layers=c.num_layers,
@@ -53,6 +57,7 @@ class Footprint:
             stream=rows * c.model_dim * itemsize,
             target=itemsize * (largest + unrouted),
             readout=4 * rows * (c.num_layers + 1) * (1 + slots + c.num_heads + c.num_shared),
+            unpacked=unpacked * itemsize,
         )
 
     def kept(self, rematerialised_layers: int) -> int:
@@ -66,10 +71,16 @@ class Footprint:
     def bytes(self, targets: int, arrangement: Arrangement) -> int:
         """Bytes of a pass over that many targets."""
         chunk = min(arrangement.chunk, targets) * self.target
-        return self.kept(arrangement.rematerialised_layers) + chunk + targets * self.readout
+        return self.kept(arrangement.rematerialised_layers) + self.unpacked + chunk + targets * self.readout
 
     def arrange(
-        self, targets: int, max_bytes: int, chunk: int | None = None, rematerialised_layers: int | None = None
+        self,
+        targets: int,
+        max_bytes: int,
+        chunk: int | None = None,
+        rematerialised_layers: int | None = None,
+        *,
+        bound_is_known: bool = True,
     ) -> Arrangement:
         """Choose the arrangement that fits into ``max_bytes`` and runs the fewest layers.
 
@@ -77,6 +88,8 @@ class Footprint:
 
         Args:
             chunk, rematerialised_layers: kept as they are, if they are given.
+            bound_is_known: false if ``max_bytes`` is what seems to be free. If nothing fits, the smallest arrangement
+                is tried all the same, with a warning.
 
         Raises:
             MoejaxError: nothing fits, not even with one target at a time.
@@ -92,8 +105,16 @@ class Footprint:
                 costs.append((-(-targets // size) * (self.layers + count), Arrangement(size, count)))
         if costs:
             return min(costs, key=lambda cost: cost[0])[1]
-        least = min(self.bytes(targets, Arrangement(chunk or 1, count)) for count in choices)
-        raise MoejaxError(
-            f"max_bytes={max_bytes} is too little: with chunk={chunk or 1} a pass takes about {least} bytes beside the "
-            "weights."
+        smallest = min((Arrangement(chunk or 1, count) for count in choices), key=lambda a: self.bytes(targets, a))
+        least = self.bytes(targets, smallest)
+        if bound_is_known:
+            raise MoejaxError(
+                f"max_bytes={max_bytes} is too little: with chunk={chunk or 1} a pass takes about {least} bytes beside "
+                "the weights."
+            )
+        warnings.warn(
+            f"about {least / 2**30:.2f} GiB are needed beside the weights and {max_bytes / 2**30:.2f} GiB are free; "
+            'explain a shorter prompt or fewer targets, or load with experts="int8".',
+            stacklevel=2,
         )
+        return smallest

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from moejax.errors import MoejaxError, PromptError
 from moejax.lm import LM, Prompt
 from moejax.models.node_table import checked_edits, from_first_token
+from moejax.ops.memory import free_bytes
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, explained_shape, per_device, relevance
 from moejax.relevance.experts import ExpertRelevance
@@ -37,7 +38,11 @@ class PassOptions:
     nodes: tuple[str, ...]
     chunk: int | None
     rematerialise: bool | int | None
-    max_bytes: int | None
+    max_bytes: int | str | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_bytes, str) and self.max_bytes != "auto":
+            raise MoejaxError(f"max_bytes={self.max_bytes!r}: a number of bytes, 'auto', or None for no bound.")
 
     def rematerialised_layers(self, layers: int) -> int | None:
         """Return how many of ``layers`` layers to compute again; ``None`` if ``max_bytes`` decides.
@@ -65,7 +70,7 @@ def explain(
     nodes: Sequence[str] = (),
     chunk: int | None = None,
     rematerialise: bool | int | None = None,
-    max_bytes: int | None = None,
+    max_bytes: int | str | None = "auto",
 ) -> Relevance:
     """Compute which tokens, experts, heads and layers caused an output.
 
@@ -91,14 +96,14 @@ def explain_batch(
     nodes: Sequence[str] = (),
     chunk: int | None = None,
     rematerialise: bool | int | None = None,
-    max_bytes: int | None = None,
+    max_bytes: int | str | None = "auto",
 ) -> list[Relevance]:
     """Compute :func:`explain` for several prompts in one batch.
 
     Prompts are padded at their ends, where no token attends to the padding, to one of few lengths, so that most prompts
     find their program compiled (:func:`moejax.models.padding.bucket_length`). They are not padded that far if ``gates``
-    hold for single tokens or ``max_bytes`` is given. If a layer couples sequences (``couples_sequences``), prompts run
-    one at a time and ``gates`` must fit each of them.
+    hold for single tokens or ``max_bytes`` is a number. If a layer couples sequences (``couples_sequences``), prompts
+    run one at a time and ``gates`` must fit each of them.
 
     Args:
         target: what to explain, or a token's text or id; by default the logit of the most likely next token.
@@ -114,7 +119,9 @@ def explain_batch(
             ``True`` for all. Long prompts need less memory then, and up to 40 % more time (OLMoE, 4096 tokens), for the
             same numbers. By default none, unless ``max_bytes`` asks for it.
         max_bytes: how much memory of a device the pass may take beside the weights, by an estimate. ``chunk`` and
-            ``rematerialise``, where they are not given, are chosen to stay below it in the least time.
+            ``rematerialise``, where they are not given, are chosen to stay below it in the least time. By default what
+            is free on the device, less a margin, or no bound where the device does not tell, as CPUs do not, and in
+            several processes. ``None`` is no bound.
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
@@ -137,12 +144,14 @@ def _explain(lm: LM, prompts: Sequence[Prompt], target: Target, options: PassOpt
     resolved = ResolvedTarget.of(lm, prompts, target)
     interventions = resolved.interventions(options.gates)
     # padding would take memory, which max_bytes bounds
-    tokens = resolved.tokens(options.gates, bucket=options.max_bytes is None)
+    tokens = resolved.tokens(options.gates, bucket=not isinstance(options.max_bytes, int))
+    bound_is_known = not isinstance(options.max_bytes, str)
+    max_bytes = options.max_bytes if not isinstance(options.max_bytes, str) else _free_bytes(lm)
     chunk, layers = options.chunk, options.rematerialised_layers(lm.config.num_layers)
-    if options.max_bytes is not None:
+    if max_bytes is not None:
         sequences, seeds = per_device(lm.config, len(tokens), resolved.num_cotangents)
         footprint = _footprint(lm, tokens[:sequences], options.nodes)
-        chunk, layers = footprint.arrange(seeds, options.max_bytes, chunk, layers)
+        chunk, layers = footprint.arrange(seeds, max_bytes, chunk, layers, bound_is_known=bound_is_known)
     out = relevance(
         lm.flat,
         tokens,
@@ -175,6 +184,14 @@ def _edits(resolved: ResolvedTarget, edits: Edits | None) -> Edits:
 def _differs_by_token(edit: Edit) -> bool:
     # sequences are padded behind their ends, where the value would be too short
     return "tokens" not in edit.where and edit.value.shape[1] > 1
+
+
+def _free_bytes(lm: LM) -> int | None:
+    """Return the free memory of the model's devices; ``None`` if it is not known, or processes might disagree on it."""
+    embedding = lm.decoder.embedding
+    if jax.process_count() > 1 or not isinstance(embedding, jax.Array):
+        return None
+    return free_bytes(embedding.devices())
 
 
 def _footprint(lm: LM, tokens: Array, nodes: tuple[str, ...]) -> Footprint:

@@ -20,12 +20,14 @@ def verification_table(report: VerificationReport) -> Table:
         table.add_row(
             "same experts", f"{sum(routing) / len(routing):.2%} (least: {routing[worst]:.2%}, mixture {worst})"
         )
+    for kind, error in report.get("quantisation", {}).items():
+        table.add_row(f"relative rms of rounding {kind}", f"{error:.2%}")
     for path, count in report["nonfinite"].items():
         table.add_row(f"NaN or infinite in {path}", str(count))
     verdicts = {
         True: "[green]the same[/green]",
         False: "[red]not the same[/red]",
-        None: "unknown: the dtype is too coarse",
+        None: "unknown: " + ("experts were rounded" if report.get("quantisation") else "the dtype is too coarse"),
     }
     table.add_row("verdict", verdicts[report["passed"]])
     return table

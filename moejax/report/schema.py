@@ -224,6 +224,7 @@ class VerificationReport(TypedDict):
     routing_agreement: tuple[float, ...]
     nonfinite: dict[str, int]
     versions: dict[str, str]
+    quantisation: NotRequired[dict[str, float]]
     passed: bool | None
 
 

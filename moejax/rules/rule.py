@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from moejax.ops.cotangents import accumulation_dtype, elementwise
 
 Weight = Array | Any
-"""A matrix, a stack of matrices, or an MXFP4 form of either that the product itself unpacks."""
+"""A matrix, a stack of matrices, or either in a packed format that the product itself unpacks."""
 
 MatMul = Callable[[Array, Weight], Array]
 """A product of inputs and a weight, linear in both."""

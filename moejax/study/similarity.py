@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from moejax.layers import Role
 from moejax.layers.parts import leaf_at
 from moejax.models import Decoder
-from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.packed import Packed
 from moejax.routing.statistics import expert_similarity, mean_cosine
 from moejax.study.accumulators import MixtureKind, mixtures
 
@@ -41,7 +41,9 @@ def _similarity(mixture: Any, roles: Mapping[str, Role]) -> Similarity:
     matrices = {role: [] for role in ("expert", "router")}
     for path, role in roles.items():
         leaf = leaf_at(mixture, path)
-        if leaf is not None and not path.endswith("bias") and not path.endswith((".blocks", ".scales")):
+        # an array of a packed matrix is a part of that matrix, which is in the table itself
+        packed = isinstance(leaf_at(mixture, path.rpartition(".")[0]), Packed) if "." in path else False
+        if leaf is not None and not path.endswith("bias") and not packed:
             matrices[role].append(leaf)
     stacked, routers = matrices["expert"], matrices["router"]
     rows = routers[0] if routers else None
@@ -60,9 +62,9 @@ def _finite(value: Float[Array, ""]) -> float | None:
 
 
 @jax.jit
-def _products(stacked: Float[Array, "E *s"] | MXFP4) -> Float[Array, "E E"]:
+def _products(stacked: Float[Array, "E *s"] | Packed) -> Float[Array, "E E"]:
     """Inner products of the experts' flattened matrices, accumulated in float32 without a float32 copy."""
-    values = stacked.unpack(jnp.bfloat16) if isinstance(stacked, MXFP4) else stacked
+    values = stacked.unpack(stacked.value_dtype) if isinstance(stacked, Packed) else stacked
     product = partial(jnp.tensordot, precision="highest", preferred_element_type=jnp.float32)
     axes = list(range(1, values.ndim))
     return product(values, values, axes=(axes, axes))

@@ -135,7 +135,7 @@ def test_doctor(source: Path) -> None:
     assert report["versions"]["moejax"] == moejax.__version__
     assert report["devices"][0]["bytes"] > 0
     assert report["config"]["num_experts"] == 6
-    wide, narrow = report["memory"]
+    wide, narrow, int8 = report["memory"]
     assert (wide["dtype"], narrow["dtype"]) == ("float32", "bfloat16")
     shapes = olmoe_shapes(OLMOE)
     assert wide["total"] == 2 * narrow["total"] == 4 * sum(int(np.prod(shape)) for shape in shapes.values())
@@ -148,6 +148,9 @@ def test_doctor(source: Path) -> None:
         "active": 2 * experts // 3,
         "rest": 2 * (layer - experts),
     }
+    # a byte a value, and a float32 scale for each row
+    assert narrow["total"] / 2 < int8["total"] < narrow["total"]
+    assert int8["layers"][1]["rest"] == narrow["layers"][1]["rest"]
     assert narrow["cache_per_token"] == 3 * 2 * 2 * 6 * 2  # layers, keys and values, heads, their width, bytes
     shown = _RUN.invoke(cli.app, ["doctor", str(source)]).stdout
     assert "largest MoE layer" in shown

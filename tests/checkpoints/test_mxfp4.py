@@ -176,6 +176,19 @@ def test_kept_packed_is_written_as_it_was(packed: Path, tmp_path: Path) -> None:
     assert "quantization_config" in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
+def test_kept_packed_is_written_in_full_on_request(packed: Path, tmp_path: Path) -> None:
+    moejax.export(moejax.load(packed, keep_packed=True), tmp_path / "full", dequantise=True, progress=False)
+    assert same_leaves(moejax.load(tmp_path / "full").decoder, moejax.load(packed).decoder)
+    assert "quantization_config" not in json.loads((tmp_path / "full" / "config.json").read_text())
+
+
+def test_mxfp4_experts_can_be_held_as_int8(packed: Path) -> None:
+    lm = moejax.load(packed, experts="int8")
+    assert lm.config.packed == "int8"
+    assert lm.quantisation is not None
+    assert all(0 < error < 0.02 for error in lm.quantisation.errors.values())
+
+
 def test_experts_are_taken_from_a_packed_array() -> None:
     rng = np.random.default_rng(0)
     codes, scales = rng.integers(0, 256, (5, 2, 8, 16), np.uint8), rng.integers(0, 255, (5, 2, 8), np.uint8)
@@ -203,4 +216,5 @@ def test_doctor_counts_what_stays_packed(packed: Path) -> None:
     assert column["total"] == sum(leaf.nbytes for leaf in jax.tree.leaves(kept.decoder))
     experts = jax.tree.leaves(kept.decoder.layers[0].feed_forward.experts)
     assert column["layers"][0]["experts"] == sum(leaf.nbytes for leaf in experts)
-    assert [column["dtype"] for column in examine("tiny-olmoe")["memory"]] == ["float32", "bfloat16"]
+    names = [column["dtype"] for column in examine("tiny-olmoe")["memory"]]
+    assert names == ["float32", "bfloat16", "bfloat16, int8 experts"]

@@ -1,5 +1,6 @@
 """A bound on memory is kept, by chunks of targets and by computing activations again, and changes no number."""
 
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from tiny.decoders import PROMPT, L, make_config, variant_lm
 
 from moejax import Continuation, MoejaxError, explain
 from moejax.models import Decoder, family
+from moejax.models.padding import bucket_length
 from moejax.relevance.budget import Arrangement, Footprint
 from moejax.relevance.engine import relevance
 from moejax.relevance.seeds import LogitSeeds
@@ -49,6 +51,11 @@ class TestArrange:
             FOOTPRINT.arrange(16, 391, chunk=2)
         with pytest.raises(MoejaxError, match="max_bytes=1081 is too little: with chunk=1 a pass takes about 1082"):
             FOOTPRINT.arrange(16, 1081, rematerialised_layers=0)
+
+    def test_matrices_that_are_unpacked_count(self):
+        packed = replace(FOOTPRINT, unpacked=100)
+        assert packed.arrange(16, 1132 + 16 * 50) == Arrangement(16, 0)
+        assert packed.arrange(16, 1132 + 16 * 50 - 1) == Arrangement(16, 1)
 
     def test_too_little(self):
         with pytest.raises(MoejaxError, match="max_bytes=391 is too little: with chunk=1 a pass takes about 392 bytes"):
@@ -120,6 +127,28 @@ class TestWhatExplainAsksFor:
         explain(lm, PROMPT, max_bytes=found.kept(0) + found.target + found.readout)
         explain(lm, PROMPT, max_bytes=found.kept(0) + found.target + found.readout - 1)
         assert asked == [0, 1]
+
+    def test_as_what_is_free_asks(self, asked, monkeypatch):
+        """By default, where the device tells; a prompt is padded all the same, so that its program is found."""
+        lm = variant_lm("plain")
+        padded = Footprint.of(lm.config, 1, bucket_length(len(PROMPT)), 4)
+        bound = padded.kept(0) + padded.target + padded.readout
+        for free in (bound, bound - 1, None):
+            monkeypatch.setattr(import_module("moejax.relevance.explain"), "free_bytes", lambda _, free=free: free)
+            explain(lm, PROMPT)
+        assert asked == [0, 1, 0]
+
+    def test_a_pass_that_seems_not_to_fit_is_tried(self, asked, monkeypatch):
+        monkeypatch.setattr(import_module("moejax.relevance.explain"), "free_bytes", lambda _: 1000)
+        with pytest.warns(UserWarning, match="GiB are needed beside the weights and 0.00 GiB are free"):
+            explain(variant_lm("plain"), PROMPT)
+        assert asked == [1]
+        explain(variant_lm("plain"), PROMPT, max_bytes=None)
+        assert asked == [1, 0]
+
+    def test_a_word_that_is_no_bound(self):
+        with pytest.raises(MoejaxError, match="max_bytes='most': a number of bytes, 'auto', or None"):
+            explain(variant_lm("plain"), PROMPT, max_bytes="most")
 
     def test_less_than_none(self):
         with pytest.raises(MoejaxError, match="rematerialise=-1: a number of layers"):

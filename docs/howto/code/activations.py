@@ -7,7 +7,7 @@ import numpy as np
 import moejax
 
 lm = moejax.load("tiny-olmoe")
-prompt, other = "And the LORD said unto Moses", "And the LORD said unto David"
+prompt, other = "And Moses said unto the LORD", "And David said unto the LORD"
 
 # which nodes there are
 table = moejax.nodes(lm)
@@ -21,7 +21,7 @@ assert cache["stream.2"].shape == (1, len(lm.encode(prompt)), lm.config.model_di
 last = lm.config.num_layers
 np.testing.assert_allclose(lm.decoder.logits(cache[f"stream.{last}"]), logits, atol=2e-2)  # a logit lens for any layer
 
-# patch the last token's stream from another prompt, at each layer
+# patch the last token's stream from another prompt, at each layer: how much of the difference has arrived there
 theirs, source = lm.run_with_cache(other, names=["stream"])
 for layer in range(last + 1):
     patched = lm(lm.encode(prompt), edits=moejax.Edits().patch(source, [f"stream.{layer}"], tokens=[-1]))
@@ -30,7 +30,7 @@ assert np.allclose(patched[0, -1], theirs[0, -1], atol=1e-3), "the last one is t
 
 # steer: add a vector at a layer, for every new token too
 direction = source["stream.2"][0, -1] - cache["stream.2"][0, -1]
-steer = moejax.Edits().add("stream.2", 4 * direction)
+steer = moejax.Edits().add("stream.2", direction)
 print(lm.generate(prompt, max_new_tokens=8), "|", lm.generate(prompt, max_new_tokens=8, edits=steer))
 
 # intervene on the router: expert 5 of layer 3 wins wherever 9 more suffice; on an expert: its output is halved
@@ -41,14 +41,14 @@ halved = lm(lm.encode(prompt), edits=moejax.Edits().scale("expert_outputs.3", 0.
 
 
 # one function for jit, grad and vmap: the gradient of a logit by a vector that is added at every position, one by one
-tokens = jnp.asarray([lm.encode(prompt)])
+tokens, best = jnp.asarray([lm.encode(prompt)]), int(logits[0, -1].argmax())
 
 
 def logit(vector: jax.Array, position: jax.Array) -> jax.Array:
-    """The most likely token's logit at the end if ``vector`` is added to the stream at ``position``."""
+    """The logit of the most likely next token if ``vector`` is added to the stream at ``position``."""
     edits = moejax.Edits().add("stream.1", vector, tokens=position)
     found, _ = moejax.apply(lm.decoder, tokens, edits=edits)
-    return found[0, -1, int(logits[0, -1].argmax())]
+    return found[0, -1, best]
 
 
 positions = jnp.arange(tokens.shape[1])

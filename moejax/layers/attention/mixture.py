@@ -16,11 +16,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.attention.grouped_query import KeyValue, attend, attention_activations
-from moejax.layers.feed_forward.experts import buffer_rows, combine, expert_linear
+from moejax.layers.feed_forward.experts import (
+    buffer_rows,
+    combine,
+    expert_linear,
+    random_matrices,
+    unpacked_values,
+)
 from moejax.layers.feed_forward.router import Router, RouterConfig
-from moejax.layers.linear import Linear, normal
-from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Role, Sizes
+from moejax.layers.linear import Linear
+from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes
 from moejax.layers.rotary import Rotary
+from moejax.ops.packed import FORMATS, Packed, with_packed_axes
 from moejax.ops.rope import Rope
 
 
@@ -33,6 +40,10 @@ class MixtureAttentionConfig(PartConfig):
         num_kv_heads, head_dim: key/value heads ``G`` and their width ``C``.
         router: which experts a token takes.
         rope: frequencies of the rotary positions; ``None`` for a layer without positions.
+        packed: the format in which the experts' matrices are held; empty for plain arrays.
+
+    Raises:
+        ConfigError: there is no such format, or it cannot hold rows of the experts' widths.
     """
 
     model_dim: int
@@ -40,6 +51,11 @@ class MixtureAttentionConfig(PartConfig):
     head_dim: int
     router: RouterConfig
     rope: Rope | None = None
+    packed: str = ""
+
+    def __post_init__(self) -> None:
+        if self.packed:
+            FORMATS.find(self.packed).check(self.model_dim, self.num_kv_heads * self.head_dim)
 
     @property
     def num_heads(self) -> int:
@@ -58,6 +74,7 @@ class MixtureAttentionConfig(PartConfig):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             couples_sequences=self.rope is not None and self.rope.by_length,
+            packed=self.packed,
         )
 
     @property
@@ -69,16 +86,11 @@ class MixtureAttentionConfig(PartConfig):
         return {
             "router.weight": (None, "model"),
             "router.bias": (None,),
-            "query": ("expert", "kv_heads", "model"),
-            "output": ("expert", "model", "kv_heads"),
+            **with_packed_axes({"query": ("expert", "kv_heads", "model"), "output": ("expert", "model", "kv_heads")}),
             # rows of keys stand before rows of values, so no contiguous part holds whole heads
             "key_value.weight": (None, "model"),
             "bias": (None,),
         }
-
-    @property
-    def roles(self) -> Mapping[str, Role]:
-        return {"router.weight": "router", "router.bias": "router", "query": "expert", "output": "expert"}
 
     def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> "MixtureAttention":
         return MixtureAttention.init(key, self, dtype)
@@ -91,10 +103,14 @@ class MixtureAttentionConfig(PartConfig):
         rows, slots, width = batch * tokens, self.router.num_selected, self.num_kv_heads * self.head_dim
         buffers = buffer_rows(rows, slots, self.router.num_experts, itemsize, self.model_dim, width)
         largest = (buffers + rows * slots) * (self.model_dim + width)
-        return of_attention._replace(largest=max(of_attention.largest, largest))
+        unpacked = unpacked_values(self.packed, self.router.num_experts, *2 * [(width, self.model_dim)])
+        return of_attention._replace(largest=max(of_attention.largest, largest), unpacked=unpacked)
 
     def on_mesh(self, mesh: Mesh | None) -> Self:
         return replace(self, router=replace(self.router, mesh=mesh))
+
+    def pack(self, packed: str) -> Self:
+        return replace(self, packed=packed)
 
 
 @nnx.dataclass
@@ -102,8 +118,8 @@ class MixtureAttention(nnx.Module):
     """Head ``h`` belongs to slot ``h // G`` and reads key/value head ``h % G``."""
 
     router: Router = nnx.data()
-    query: Float[Array, "E GC D"] = nnx.data()
-    output: Float[Array, "E D GC"] = nnx.data()
+    query: Float[Array, "E GC D"] | Packed = nnx.data()
+    output: Float[Array, "E D GC"] | Packed = nnx.data()
     key_value: Linear = nnx.data()
     bias: Float[Array, " D"] = nnx.data()
     config: MixtureAttentionConfig = nnx.static()
@@ -112,11 +128,11 @@ class MixtureAttention(nnx.Module):
     def init(cls, key: PRNGKeyArray, config: MixtureAttentionConfig, dtype: DTypeLike) -> Self:
         """Random weights, zero bias."""
         c, (k1, k2, k3, k4) = config, jax.random.split(key, 4)
-        width = c.num_kv_heads * c.head_dim
+        width, matrices = c.num_kv_heads * c.head_dim, random_matrices(c.packed, dtype)
         return cls(
             Router.init(k1, c.router, c.model_dim, dtype),
-            normal(k2, (c.router.num_experts, width, c.model_dim), dtype),
-            normal(k3, (c.router.num_experts, c.model_dim, width), dtype),
+            matrices(k2, (c.router.num_experts, width, c.model_dim)),
+            matrices(k3, (c.router.num_experts, c.model_dim, width)),
             Linear.init(k4, c.model_dim, 2 * width, bias=False, dtype=dtype),
             jnp.zeros(c.model_dim, dtype),
             c,

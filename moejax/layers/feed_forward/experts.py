@@ -8,7 +8,7 @@ Three things are passed in as functions here, each so that a step is written onc
 - ``reading.book`` and ``reading.linear`` are given an operation, so that the ledger sees its inputs and outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import jax
@@ -22,6 +22,7 @@ from moejax.layers.feed_forward.activation import HiddenActivation
 from moejax.layers.feed_forward.dense import DOWN_AXES, MLP, UP_AXES
 from moejax.layers.linear import normal
 from moejax.layers.parts import Axes
+from moejax.ops.device import takes_triton
 from moejax.ops.experts import (
     Assignment,
     Psum,
@@ -34,21 +35,16 @@ from moejax.ops.experts import (
     unpermute,
 )
 from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.packed import FORMATS, Packed, with_packed_axes
 from moejax.rules import Reading
 from moejax.rules.rule import Slope
 
 EXPERT_AXES: Mapping[str, Axes] = {
-    "experts.gate_up": ("expert", *UP_AXES),
-    "experts.down": ("expert", *DOWN_AXES),
-    # MXFP4: the blocks of a row stay together, since their number divides less often than the number of values
-    "experts.gate_up.blocks": ("expert", *UP_AXES, None),
-    "experts.gate_up.scales": ("expert", *UP_AXES),
-    "experts.down.blocks": ("expert", "model", None, None),
-    "experts.down.scales": ("expert", "model", None),
+    **with_packed_axes({"experts.gate_up": ("expert", *UP_AXES), "experts.down": ("expert", *DOWN_AXES)}),
     "experts.gate_up_bias": ("expert", None, "hidden"),
     "experts.down_bias": ("expert", None),
 }
-"""Logical axes of the leaves, by their paths in the mixture."""
+"""Logical axes of the leaves, by their paths in the mixture; of matrices in each format that they may have."""
 
 
 @nnx.dataclass
@@ -61,8 +57,8 @@ class Experts(nnx.Module):
         unit: from the first product to the hidden units.
     """
 
-    gate_up: Float[Array, "E M F D"] | MXFP4 = nnx.data()
-    down: Float[Array, "E O F"] | MXFP4 = nnx.data()
+    gate_up: Float[Array, "E M F D"] | Packed = nnx.data()
+    down: Float[Array, "E O F"] | Packed = nnx.data()
     gate_up_bias: Float[Array, "E M F"] | None = nnx.data()
     down_bias: Float[Array, "E O"] | None = nnx.data()
     unit: HiddenActivation = nnx.static()
@@ -77,11 +73,11 @@ class Experts(nnx.Module):
         unit: HiddenActivation,
         *,
         bias: bool,
-        packed: bool,
+        packed: str,
         dtype: DTypeLike,
     ) -> Self:
-        """Random matrices, one key for each stack, and zero biases."""
-        matrices = MXFP4.random if packed else lambda key, shape: normal(key, shape, dtype)
+        """Random matrices, one key for each stack, and zero biases; ``packed`` names the format of the matrices."""
+        matrices = random_matrices(packed, dtype)
         return cls(
             matrices(keys[0], (experts, unit.branches, hidden, dim)),
             matrices(keys[1], (experts, dim, hidden)),
@@ -132,7 +128,7 @@ class Experts(nnx.Module):
 
     def _hidden(self, x: Array, assignment: Assignment, reading: Reading) -> tuple[Float[Array, "P F"], Reading]:
         """Hidden units by row, and the reading of rows."""
-        # packed matrices are multiplied with rows in another order: one copy for XLA
+        # kernels for MXFP4 take rows in another order: one copy for XLA
         rows, in_rows = _rows(x, assignment, reading, copied=not isinstance(self.gate_up, MXFP4))
         branches = _linear(rows, self.gate_up, self.gate_up_bias, assignment, in_rows, self.unit.slope)
         return self.unit(branches, in_rows), in_rows
@@ -145,7 +141,7 @@ class Experts(nnx.Module):
             return psum(_by_token(unpermute(hidden, own), x))
 
         def second(experts: Experts, own: Assignment, psum: Psum, hidden: Array, reading: Reading) -> Array:
-            rows, in_rows = _rows(hidden, own, reading)
+            rows, in_rows = _rows(hidden, own, reading, copied=not isinstance(experts.down, MXFP4))
             outputs = _linear(rows, experts.down, experts.down_bias, own, in_rows)
             return psum(_by_token(unpermute(outputs, own), hidden))
 
@@ -154,15 +150,22 @@ class Experts(nnx.Module):
         return expert_parallel(second, self, assignment, hidden, reading)
 
 
+def random_matrices(
+    packed: str, dtype: DTypeLike
+) -> Callable[[PRNGKeyArray, tuple[int, ...]], Float[Array, "..."] | Packed]:
+    """Return a function that draws matrices of a key and a shape in the packed format, or in ``dtype`` if it is ""."""
+    return FORMATS.find(packed).random if packed else lambda key, shape: normal(key, shape, dtype)
+
+
 def expert_linear(
     x: Float[Array, "B T KorOne D"],
-    weight: Float[Array, "E M D"],
+    weight: Float[Array, "E M D"] | Packed,
     assignment: Assignment,
     reading: Reading,
 ) -> Float[Array, "B T K M"]:
     """``weight[e] x`` for the expert ``e`` of every routed slot; zero for unassigned slots."""
 
-    def run(weight: Array, own: Assignment, psum: Psum, x: Array, reading: Reading) -> Array:
+    def run(weight: Array | Packed, own: Assignment, psum: Psum, x: Array, reading: Reading) -> Array:
         rows, in_rows = _rows(x, own, reading)
         return psum(_by_token(unpermute(_linear(rows, weight, None, own, in_rows), own), x))
 
@@ -197,7 +200,7 @@ def combine(
 
 def _linear(
     rows: Float[Array, "P D"],
-    weight: Float[Array, "E *M D"] | MXFP4,
+    weight: Float[Array, "E *M D"] | Packed,
     bias: Float[Array, "E *M"] | None,
     assignment: Assignment,
     reading: Reading,
@@ -233,6 +236,16 @@ def buffer_rows(rows: int, slots: int, experts: int, itemsize: int, *widths: int
     if supports_shapes(itemsize, *widths):
         return padded_rows(rows * slots, experts) - rows * slots
     return experts * capacities(rows, slots, experts)[-1]
+
+
+def unpacked_values(packed: str, experts: int, *matrices: tuple[int, int]) -> int:
+    """Values of the experts' packed matrices that a layer unpacks, for estimates of memory; ``packed`` as in a config.
+
+    They are those of the whole layer, or none where a kernel multiplies with packed matrices.
+    """
+    if not packed or (FORMATS.find(packed) is MXFP4 and takes_triton()):
+        return 0
+    return experts * sum(rows * width for rows, width in matrices)
 
 
 def stack_experts(expert: MLP | Sequence[MLP], count: int, inputs: int, outputs: int) -> Experts:

@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moejax.errors import ConfigError
 from moejax.layers.feed_forward.activation import GLU, HiddenActivation
-from moejax.layers.feed_forward.experts import EXPERT_AXES, Experts, buffer_rows
+from moejax.layers.feed_forward.experts import EXPERT_AXES, Experts, buffer_rows, unpacked_values
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.feed_forward.shared import SHARED_AXES, SharedConfig, SharedExpert
 from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes
-from moejax.ops.mxfp4 import BLOCK
+from moejax.ops.packed import FORMATS
 
 MIXTURE_AXES: Mapping[str, Axes] = {
     # a router split like the experts would send scores around three times a layer to find the best of them
@@ -47,10 +46,11 @@ class MixtureConfig(PartConfig):
         expert_bias: both products of an expert have biases.
         output_bias: one bias is added after the sum over experts.
         shared: what every token takes beside its experts; by default nothing.
-        packed: the experts' matrices are held as MXFP4, for inference and explanation only.
+        packed: the format in which the experts' matrices are held (:data:`moejax.ops.packed.FORMATS`), for inference
+            and explanation only; empty for plain arrays.
 
     Raises:
-        ConfigError: ``packed``, and a width is no multiple of the 32 values of a block.
+        ConfigError: there is no such format, or it cannot hold rows of the experts' widths.
     """
 
     model_dim: int
@@ -60,13 +60,11 @@ class MixtureConfig(PartConfig):
     expert_bias: bool = False
     output_bias: bool = False
     shared: SharedConfig | None = None
-    packed: bool = False
+    packed: str = ""
 
     def __post_init__(self) -> None:
-        if self.packed and (self.model_dim % BLOCK or self.expert_dim % BLOCK):
-            raise ConfigError(
-                f"experts of {self.model_dim} x {self.expert_dim} cannot be MXFP4, whose blocks have {BLOCK} values."
-            )
+        if self.packed:
+            FORMATS.find(self.packed).check(self.model_dim, self.expert_dim)
 
     @property
     def sizes(self) -> Sizes:
@@ -79,7 +77,7 @@ class MixtureConfig(PartConfig):
             num_shared=int(self.shared is not None),
             expert_dim=self.expert_dim,
             shared_dim=0 if self.shared is None else self.shared.hidden_dim,
-            is_packed=self.packed,
+            packed=self.packed,
         )
 
     @property
@@ -90,13 +88,16 @@ class MixtureConfig(PartConfig):
         return Mixture.init(key, self, dtype)
 
     def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
-        return mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
+        estimate = mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
+        wide, dim = self.unit.branches * self.expert_dim, self.model_dim
+        matrices = (wide, dim), (dim, self.expert_dim)
+        return estimate._replace(unpacked=unpacked_values(self.packed, self.router.num_experts, *matrices))
 
     def on_mesh(self, mesh: Mesh | None) -> Self:
         return replace(self, router=replace(self.router, mesh=mesh))
 
-    def pack(self) -> Self:
-        return replace(self, packed=True)
+    def pack(self, packed: str) -> Self:
+        return replace(self, packed=packed)
 
 
 def mixture_activations(sizes: Sizes, model_dim: int, rows: int, itemsize: int) -> ActivationSizes:

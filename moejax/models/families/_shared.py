@@ -1,5 +1,6 @@
 """What several families publish alike."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from moejax.layers import AttentionConfig, RouterConfig
@@ -42,13 +43,22 @@ DENSE: KeyTable = {
 
 
 def grouped_query(
-    fields: Fields, eps: float, *, kv_heads: int | None = None, theta: float = 10000.0, **differences: Any
+    fields: Fields,
+    eps: float,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    theta: float = 10000.0,
+    scaling: Mapping[str, Any] | None = None,
+    **differences: Any,
 ) -> AttentionConfig:
     """Attention with the sizes under their usual names; by default as many key heads as query heads.
 
     Args:
         kv_heads: default of ``num_key_value_heads``.
+        head_dim: default of ``head_dim``; by default the width over the heads.
         theta: default base of the rotary frequencies.
+        scaling: default of ``rope_parameters``.
         differences: other fields of :class:`AttentionConfig`.
     """
     dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
@@ -56,9 +66,9 @@ def grouped_query(
         model_dim=dim,
         num_heads=heads,
         num_kv_heads=fields.size("num_key_value_heads", kv_heads or heads),
-        head_dim=fields.head_dim(dim, heads),
+        head_dim=fields.head_dim(dim, heads, head_dim),
         norm_eps=eps,
-        rope=fields.rope(theta),
+        rope=fields.rope(theta, scaling),
         **differences,
     )
 

@@ -11,6 +11,14 @@ from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, interleaved, interleaved_rows, transposed, whole
 
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 _EXPERTS = MLP + "experts."
 _MOE = "layers.{layer}.feed_forward."
 
@@ -38,7 +46,7 @@ def config(fields: Fields) -> Config:
     """Map the fields of ``GptOssConfig``."""
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
     eps, bias = fields("rms_norm_eps", 1e-5), fields("attention_bias", True)
-    fields("quantization_config", None)  # the tensors say themselves whether they are packed
+    fields.packed_as("mxfp4")  # the tensors say themselves whether they are
     fields("initial_context_length", None)  # as in the rotary parameters
     fields("experts_per_token", None)  # as num_experts_per_tok
     fields.must_be("hidden_act", "silu")
@@ -47,10 +55,21 @@ def config(fields: Fields) -> Config:
 
     def attention(kind: str) -> AttentionConfig:
         seen = window if kind == "sliding_attention" else None
-        return grouped_query(fields, eps, theta=150000.0, bias=bias, output_bias=bias, window=seen, sinks=True)
+        return grouped_query(
+            fields,
+            eps,
+            kv_heads=8,
+            head_dim=64,
+            theta=150000.0,
+            scaling=_YARN,
+            bias=bias,
+            output_bias=bias,
+            window=seen,
+            sinks=True,
+        )
 
     router = RouterConfig(
-        num_experts=fields.size("num_local_experts"),
+        num_experts=fields.size("num_local_experts", 128),
         num_selected=fields.size("num_experts_per_tok", 4),
         score="logits",
         weigh="softmax",

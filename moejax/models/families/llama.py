@@ -1,7 +1,6 @@
 """Llama (Touvron et al., arXiv 2302.13971; ``modeling_llama.py`` of transformers) and models of its architecture.
 
-Every layer is dense. Biases of attention, output projection included, and of the feed-forward part are optional; the
-rotary scaling of Llama 3.1 is refused.
+Every layer is dense. Biases of attention, output projection included, and of the feed-forward part are optional.
 """
 
 from moejax.layers import GLU, BlockConfig, MLPConfig

@@ -1,13 +1,16 @@
 """Published architectures, and decoders of their shapes with random weights."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, PRNGKeyArray
 
 from moejax.checkpoints.plan import leaf_paths
 from moejax.errors import MoejaxError
 from moejax.models import Config, Decoder, family
+from moejax.ops.packed import is_packed
 
 OLMOE_1B_7B = {
     "model_type": "olmoe",
@@ -94,27 +97,30 @@ def published(name: str, *, toy: bool = False) -> Config:
 
 
 def random_decoder(config: Config) -> Decoder:
-    """A decoder with random weights in bfloat16, drawn leaf by leaf to save memory.
+    """A decoder with random weights in bfloat16 and in packed formats, drawn leaf by leaf to save memory.
 
     An embedding of unit variance and small output projections keep the residual streams of different tokens apart, so
     that routers spread them as a trained model's routers do; otherwise a few experts would get nearly every token.
     """
     abstract = Decoder.abstract(config, jnp.bfloat16)
-    make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
-    filled = []
-    for i, (path, leaf) in enumerate(leaf_paths(abstract)):
-        is_output = path.endswith(("attention.output.weight", ".down"))
-        bias = path.endswith("bias")
-        if (
-            bias or leaf.ndim == 1
-        ):  # norms are ones; biases are zeros, since they would add the same vector to all tokens
-            filled.append(jnp.full(leaf.shape, 0 if bias else 1, leaf.dtype))
-            continue
-        scale = 1.0 if path == "embedding" else 0.02 / (2 * config.num_layers) ** 0.5 if is_output else 0.02
-        if leaf.dtype == jnp.uint8:  # MXFP4 experts: random codes, scales of 2^-7
-            code = jax.random.bits(jax.random.key(i), leaf.shape, jnp.uint8)
-            filled.append(code if path.endswith("blocks") else jnp.full(leaf.shape, 120, jnp.uint8))
-            continue
-        random = make(jax.random.fold_in(jax.random.key(0), i), leaf.shape)
-        filled.append(random * scale)
+    filled: list[jax.Array] = []
+    for i, (path, leaf) in enumerate(leaf_paths(abstract, is_leaf=is_packed)):
+        filled += jax.tree.leaves(random_leaf(config, i, path, leaf))
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)
+
+
+def random_leaf(config: Config, number: int, path: str, leaf: Any) -> Any:
+    """The leaf of :func:`random_decoder` at ``path``, the one of that number; packed matrices as a whole."""
+    if is_packed(leaf):
+        return type(leaf).random(jax.random.key(number), leaf.shape)
+    bias = path.endswith("bias")
+    if bias or leaf.ndim == 1:  # norms are ones; biases are zeros, since they would add the same vector to all tokens
+        return jnp.full(leaf.shape, 0 if bias else 1, leaf.dtype)
+    is_output = path.endswith(("attention.output.weight", ".down"))
+    scale = 1.0 if path == "embedding" else 0.02 / (2 * config.num_layers) ** 0.5 if is_output else 0.02
+    return _normal(jax.random.fold_in(jax.random.key(0), number), leaf.shape) * scale
+
+
+@partial(jax.jit, static_argnums=1)
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> BFloat16[Array, "..."]:
+    return jax.random.normal(key, shape, jnp.bfloat16)

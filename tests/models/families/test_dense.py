@@ -49,8 +49,7 @@ def test_config() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "'llama3' are not supp"),
-        ({"sliding_window": 5}, "sliding_window=5"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "'llama3' need 'low_freq"),
         ({"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
     ],
 )

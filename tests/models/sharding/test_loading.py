@@ -16,7 +16,7 @@ from tiny.compare import close
 from tiny.four_devices import FAMILIES, LAYOUTS, decoder, hugging_face, mesh, random_decoder, single
 
 from models.sharding.placement import check_parts
-from moejax import load
+from moejax import explain, load
 from moejax.checkpoints import save_folder
 from moejax.checkpoints.load import load_decoder
 from moejax.checkpoints.plan import LeafPlan, leaf_paths, make_plan
@@ -184,3 +184,27 @@ def test_experts_that_stay_packed_are_split_as_their_values_are(layout: str, tmp
         if ".gate_up." in path:
             assert leaf.addressable_shards[0].data.size == leaf.size // 4, path
     close(spread(TOKENS), alone(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("olmoe", "both"),
+        *(pytest.param("olmoe", layout, marks=pytest.mark.slow) for layout in ("expert", "tensor")),
+        *(pytest.param(name, layout, marks=pytest.mark.slow) for name in ("gpt_oss", "jetmoe") for layout in LAYOUTS),
+    ],
+)
+def test_int8_experts_are_split_and_compute_the_same(name: str, layout: str, tmp_path: Path) -> None:
+    folder, layout_of = published(name, tmp_path), {"mesh": mesh(layout), "sharding": LAYOUTS[layout][1]}
+    alone, spread = (load(folder, experts="int8", **over) for over in ({}, layout_of))
+    for (path, leaf), other in zip(leaf_paths(spread.decoder), jax.tree.leaves(alone.decoder), strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other), err_msg=path)
+        if path.endswith(".codes"):
+            assert leaf.addressable_shards[0].data.size == leaf.size // 4, path
+    assert alone.quantisation is not None
+    assert spread.quantisation is not None
+    assert spread.quantisation.errors == pytest.approx(alone.quantisation.errors)
+    close(spread(TOKENS), alone(TOKENS))
+    if layout == "expert":
+        ours, theirs = (explain(lm, TOKENS.tolist()) for lm in (spread, alone))
+        close(ours.layers, theirs.layers)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import jax
@@ -30,6 +31,7 @@ from moejax.checkpoints.plan import leaf_paths
 from moejax.layers import MixtureConfig
 from moejax.models import Decoder, ShardingRules, family, shard, shardings
 from moejax.ops.experts.matmul import hopper
+from moejax.ops.packed import FORMATS
 
 SIZES = {
     "expert": {EXPERTS},
@@ -60,7 +62,7 @@ def test_every_axis_of_every_leaf_is_what_its_name_says(family: str) -> None:
 
 def test_every_entry_of_the_parts_is_some_leaf() -> None:
     """But for biases that no family of these publishes."""
-    trees = [*map(decoder, FAMILIES), packed_decoder()]
+    trees = [*map(decoder, FAMILIES), *(packed_decoder(*which) for which in product(("gpt_oss", "jetmoe"), FORMATS))]
     paths = {path.split(".", 2)[-1] for tree in trees for path, _ in leaf_paths(tree) if path.startswith("layers.")}
     entries = {path for tree in trees for block in tree.config.blocks for path in block.axes}
     shared = {f"feed_forward.shared.mlp.{name}_bias" for name in ("gate_up", "down")}
@@ -68,10 +70,10 @@ def test_every_entry_of_the_parts_is_some_leaf() -> None:
     assert entries - paths == unpublished
 
 
-def packed_decoder() -> Decoder:
-    """GPT-OSS with experts that stay packed, abstract."""
-    sizes = {"hidden_size": 96, "intermediate_size": 64}
-    return Decoder.abstract(family("gpt_oss").config(hugging_face("gpt_oss") | sizes).pack())
+def packed_decoder(name: str = "gpt_oss", packed: str = "mxfp4") -> Decoder:
+    """A decoder with experts in a packed format, abstract."""
+    sizes = {"hidden_size": 96, "intermediate_size": 64} | ({"kv_channels": 8} if name == "jetmoe" else {})
+    return Decoder.abstract(family(name).config(hugging_face(name) | sizes).pack(packed))
 
 
 def test_packed_experts_are_split() -> None:
@@ -80,6 +82,16 @@ def test_packed_experts_are_split() -> None:
         if ".gate_up." in path or ".down." in path:
             parts = leaf.size // math.prod(placed[path].shard_shape(leaf.shape))
             assert parts == (4 if "gate_up" in path else 2), path
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "jetmoe"])
+def test_int8_experts_are_split_as_their_values_are(name: str) -> None:
+    """But for the scales of rows that are themselves split: every part of a row has its scale."""
+    placed = shardings(packed_decoder(name, "int8"), jax.make_mesh((2, 2), ("expert", "tensor")))
+    for path, leaf in leaf_paths(packed_decoder(name, "int8")):
+        if path.endswith((".codes", ".row_scales")):
+            parts = leaf.size // math.prod(placed[path].shard_shape(leaf.shape))
+            assert parts == (2 if path.endswith(("down.row_scales", "output.row_scales")) else 4), path
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

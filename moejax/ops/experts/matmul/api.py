@@ -33,14 +33,14 @@ from jaxtyping import Array, Float
 from moejax.ops.experts.dispatch.assignment import Assignment
 from moejax.ops.experts.matmul import gather, padded
 from moejax.ops.experts.matmul.registry import MATMULS, register_matmul
-from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.packed import Packed
 
 __all__ = ["grouped_matmul", "register_matmul"]
 
 
 def grouped_matmul(
     x: Float[Array, "P D"],
-    weight: Float[Array, "E *O D"] | MXFP4,
+    weight: Float[Array, "E *O D"] | Packed,
     assignment: Assignment,
     *,
     implementation: str | None = None,
@@ -54,8 +54,8 @@ def grouped_matmul(
         x: rows in the order of ``assignment``.
         weight: one matrix for each expert, ``[out, in]``. The outputs may have several axes: if they were merged
             beforehand and one of them is split over devices, XLA would move weights between devices. All
-            implementations but ``"packed"`` unpack matrices in MXFP4 first, one layer at a time (``"gather"``: the
-            rows' experts alone).
+            implementations but ``"packed"`` unpack packed matrices first, one layer at a time (``"gather"``: the rows'
+            experts alone).
         assignment: the expert of each row.
         implementation: ``"gather"`` copies the matrix of each row. It is the plain reference, best for decoding, and
             takes rows that are ordered as the slots are. ``"padded"`` takes rows by expert and multiplies equal buffers
@@ -71,14 +71,15 @@ def grouped_matmul(
     if implementation is None:
         implementation = _default_implementation(x, weight, assignment)
     entry = MATMULS.find(implementation)
-    if entry.mxfp4_only and not isinstance(weight, MXFP4):
-        raise ValueError(f"implementation={implementation!r} is for matrices kept in MXFP4, not in {weight.dtype}.")
+    if (needed := entry.packed_format) is not None and not isinstance(weight, needed):
+        have = type(weight).__name__ if isinstance(weight, Packed) else weight.dtype
+        raise ValueError(f"implementation={implementation!r} is for matrices kept in {needed.__name__}, not in {have}.")
     if not entry.accepts(weight, assignment):
         raise ValueError(f"implementation={implementation!r} is not for rows with by_expert={assignment.by_expert}.")
     return _grouped_matmul(implementation, False, x, weight, assignment)
 
 
-def _default_implementation(x: Array, weight: Array | MXFP4, assignment: Assignment) -> str:
+def _default_implementation(x: Array, weight: Array | Packed, assignment: Assignment) -> str:
     for name, entry in sorted(MATMULS.items(), key=lambda item: -item[1].priority):
         if entry.accepts(weight, assignment) and entry.supports(x, weight, assignment):
             return name
@@ -87,15 +88,15 @@ def _default_implementation(x: Array, weight: Array | MXFP4, assignment: Assignm
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 @jax.named_scope("grouped_matmul")
-def _grouped_matmul(name: str, transpose: bool, x: ArrayLike, weight: Array | MXFP4, assignment: Assignment) -> Array:
+def _grouped_matmul(name: str, transpose: bool, x: ArrayLike, weight: Array | Packed, assignment: Assignment) -> Array:
     return MATMULS[name].product(jnp.asarray(x), weight, assignment, transpose)
 
 
 def _forward(name, transpose, *primals):
     trained = any(p.perturbed for p in jax.tree.leaves(primals[1]))
     x, weight, assignment = jax.tree.map(lambda p: p.value, primals)
-    # weights in MXFP4 cannot be trained
-    saved_x = x if trained and not isinstance(weight, MXFP4) else None
+    # packed weights cannot be trained
+    saved_x = x if trained and not isinstance(weight, Packed) else None
     return _grouped_matmul(name, transpose, x, weight, assignment), (saved_x, weight, assignment)
 
 

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float
 
 from moejax.ops.experts.dispatch.assignment import Assignment
 from moejax.ops.experts.matmul.registry import register_matmul
-from moejax.ops.mxfp4 import MXFP4, unpack_in_turn
+from moejax.ops.packed import Packed, unpack_in_turn
 
 
 @register_matmul("gather", priority=10, by_expert=False)
 def matmul(
-    x: Float[Array, "P *I"], weight: Float[Array, "E *O D"] | MXFP4, assignment: Assignment, transpose: bool
+    x: Float[Array, "P *I"], weight: Float[Array, "E *O D"] | Packed, assignment: Assignment, transpose: bool
 ) -> Float[Array, "P *Z"]:
     """Each row times the matrix of its expert, or times the transposed matrix (``registry.Product``)."""
     # an elementwise product and a sum, for which XLA reads the matrices in place; for a matmul it would copy them first
@@ -41,6 +41,6 @@ def weight_gradient(
     return jnp.einsum(spec, *operands).astype(weight.dtype)
 
 
-def output_letters(weight: Float[Array, "E *O D"] | MXFP4) -> str:
+def output_letters(weight: Float[Array, "E *O D"] | Packed) -> str:
     """A letter for each output axis of an expert's matrix, for ``einsum``."""
     return "mno"[: weight.ndim - 2]

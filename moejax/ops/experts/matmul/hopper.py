@@ -15,7 +15,7 @@ from moejax.ops.experts.dispatch.assignment import Assignment
 from moejax.ops.experts.dispatch.rank_slots import ALIGNMENT
 from moejax.ops.experts.matmul.registry import register_matmul
 from moejax.ops.experts.matmul.tile_table import batch_as_rows, tile_table
-from moejax.ops.mxfp4 import MXFP4, unpack_in_turn
+from moejax.ops.packed import Packed, unpack_in_turn
 
 _SWIZZLED_NUMBERS = 64
 """Widths must be multiples of this: so many 16-bit numbers are 128 bytes, a line that the copy engine swizzles."""
@@ -51,9 +51,9 @@ def supports_shapes(itemsize: int, *widths: int, mesh: Mesh | None = None) -> bo
     return fit and only_experts_split(mesh) and compute_capability(target(mesh)) == 9
 
 
-def supports(x: Float[Array, "P D"], weight: Float[Array, "E *O D"] | MXFP4, assignment: Assignment) -> bool:
+def supports(x: Float[Array, "P D"], weight: Float[Array, "E *O D"] | Packed, assignment: Assignment) -> bool:
     """Return whether the kernel takes these operands, for the product and the transposed product."""
-    same_dtype = isinstance(weight, MXFP4) or weight.dtype == x.dtype
+    same_dtype = isinstance(weight, Packed) or weight.dtype == x.dtype
     widths = weight.shape[-1], math.prod(weight.shape[1:-1])
     fits = supports_shapes(x.dtype.itemsize, *widths, mesh=assignment.mesh)
     return assignment.by_expert and same_dtype and fits
@@ -61,7 +61,7 @@ def supports(x: Float[Array, "P D"], weight: Float[Array, "E *O D"] | MXFP4, ass
 
 @register_matmul("hopper", priority=20, by_expert=True, supports=supports)
 def product(
-    x: Float[Array, "P *I"], weight: Float[Array, "E *O D"] | MXFP4, assignment: Assignment, transpose: bool
+    x: Float[Array, "P *I"], weight: Float[Array, "E *O D"] | Packed, assignment: Assignment, transpose: bool
 ) -> Float[Array, "P *Z"]:
     """Each row times the matrix of its expert, or times the transposed matrix (``registry.Product``)."""
     x, weight = unpack_in_turn(x, weight)

@@ -25,13 +25,14 @@ from moejax.ops.experts.dispatch.assignment import Assignment
 from moejax.ops.experts.matmul import hopper, mxfp4_hopper, mxfp4_triton
 from moejax.ops.experts.matmul.registry import register_matmul
 from moejax.ops.experts.matmul.tile_table import batch_as_rows
-from moejax.ops.mxfp4 import MXFP4, unpack_in_turn
+from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.packed import Packed, unpack_in_turn
 
 _MANY_ROWS = 2048
 """Mean rows of a group from which on unpacking the matrices once takes less time than unpacking them in every tile."""
 
 
-def supports(x: Float[Array, "P D"], weight: Float[Array, "E *O D"] | MXFP4, assignment: Assignment) -> bool:
+def supports(x: Float[Array, "P D"], weight: Float[Array, "E *O D"] | Packed, assignment: Assignment) -> bool:
     """Return whether there is a GPU for one of the kernels, and it takes these operands for both products."""
     if not isinstance(weight, MXFP4) or x.dtype != jnp.bfloat16 or not only_experts_split(assignment.mesh):
         return False
@@ -43,9 +44,9 @@ def supports(x: Float[Array, "P D"], weight: Float[Array, "E *O D"] | MXFP4, ass
     return small and takes_triton(assignment.mesh)
 
 
-@register_matmul("packed", priority=30, mxfp4_only=True, supports=supports)
+@register_matmul("packed", priority=30, packed_format=MXFP4, supports=supports)
 def product(
-    x: Float[Array, "P *I"], weight: Float[Array, "E *O D"] | MXFP4, assignment: Assignment, transpose: bool
+    x: Float[Array, "P *I"], weight: Float[Array, "E *O D"] | Packed, assignment: Assignment, transpose: bool
 ) -> Float[Array, "P *Z"]:
     """Each row times the matrix of its expert, or times the transposed matrix (``registry.Product``)."""
     assert isinstance(weight, MXFP4)

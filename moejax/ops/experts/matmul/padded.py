@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from moejax.ops.experts.dispatch.assignment import Assignment, take
 from moejax.ops.experts.matmul.gather import output_letters
 from moejax.ops.experts.matmul.registry import register_matmul
-from moejax.ops.mxfp4 import MXFP4, unpack_in_turn
+from moejax.ops.packed import Packed, unpack_in_turn
 
 
 def capacities(tokens: int, slots: int, experts: int) -> list[int]:
@@ -38,7 +38,7 @@ def capacities(tokens: int, slots: int, experts: int) -> list[int]:
 
 @register_matmul("padded", priority=10, by_expert=True)
 def matmul(
-    x: Float[Array, "P *I"], weight: Float[Array, "E *O D"] | MXFP4, assignment: Assignment, transpose: bool
+    x: Float[Array, "P *I"], weight: Float[Array, "E *O D"] | Packed, assignment: Assignment, transpose: bool
 ) -> Float[Array, "P *Z"]:
     """Each row times the matrix of its expert, or times the transposed matrix (``registry.Product``)."""
     x, weight = unpack_in_turn(x, weight)

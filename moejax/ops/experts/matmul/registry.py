@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float
 
 from moejax.ops.experts.dispatch.assignment import Assignment
-from moejax.ops.mxfp4 import MXFP4
+from moejax.ops.packed import Packed
 from moejax.registry import Registry
 
-Product = Callable[[Float[Array, "P *I"], Float[Array, "E *O D"] | MXFP4, Assignment, bool], Float[Array, "P *Z"]]
+Product = Callable[[Float[Array, "P *I"], Float[Array, "E *O D"] | Packed, Assignment, bool], Float[Array, "P *Z"]]
 """``product(x, weight, assignment, transpose)``: each row times the matrix of its expert.
 
 Without ``transpose``, rows ``[P, D]`` become ``[P, *O]``: ``y[p] = W[e] x[p]``. With it, rows ``[P, *O]`` become ``[P,
 D]``: ``y[p] = W[e]^T x[p]``, which is the gradient in ``x`` of the former. Rows without a slot may become anything.
 """
 
-Supports = Callable[[Float[Array, "P D"], Float[Array, "E *O D"] | MXFP4, Assignment], bool]
+Supports = Callable[[Float[Array, "P D"], Float[Array, "E *O D"] | Packed, Assignment], bool]
 
 
 @dataclass
@@ -37,19 +37,20 @@ class MatmulImplementation:
             for both products.
         priority: the default choice asks implementations of higher priority first.
         by_expert: the order of rows that it is written for (``Assignment.by_expert``); ``None`` for either order.
-        mxfp4_only: True if it multiplies with matrices in MXFP4 alone.
+        packed_format: the format of matrices that it is written for; ``None`` for plain arrays, and for all formats,
+            which it unpacks (:func:`moejax.ops.packed.unpack_in_turn`).
     """
 
     product: Product
     supports: Supports
     priority: int
     by_expert: bool | None
-    mxfp4_only: bool
+    packed_format: type[Packed] | None
 
-    def accepts(self, weight: Float[Array, "E *O D"] | MXFP4, assignment: Assignment) -> bool:
+    def accepts(self, weight: Float[Array, "E *O D"] | Packed, assignment: Assignment) -> bool:
         """Return whether the kind of the matrices and the order of the rows are those that it is written for."""
         in_order = self.by_expert is None or self.by_expert == assignment.by_expert
-        return in_order and (isinstance(weight, MXFP4) or not self.mxfp4_only)
+        return in_order and (self.packed_format is None or isinstance(weight, self.packed_format))
 
 
 MATMULS: Registry[MatmulImplementation] = Registry("grouped matmul implementation", package=__package__)
@@ -61,7 +62,7 @@ def register_matmul(
     priority: int,
     supports: Supports = lambda x, weight, assignment: True,
     by_expert: bool | None = None,
-    mxfp4_only: bool = False,
+    packed_format: type[Packed] | None = None,
 ) -> Callable[[Product], Product]:
     """Decorator that enters a product as an implementation of :func:`grouped_matmul`.
 
@@ -70,14 +71,14 @@ def register_matmul(
         priority: the package's own implementations have 10 (plain references), 20 and 30 (kernels).
         supports: as in :class:`MatmulImplementation`; by default it supports all that it accepts.
         by_expert: as in :class:`MatmulImplementation`.
-        mxfp4_only: as in :class:`MatmulImplementation`.
+        packed_format: as in :class:`MatmulImplementation`.
 
     Raises:
         ConfigError: another function has the name.
     """
 
     def enter(product: Product) -> Product:
-        entry = MatmulImplementation(product, supports, priority, by_expert, mxfp4_only)
+        entry = MatmulImplementation(product, supports, priority, by_expert, packed_format)
         MATMULS.add(name, entry, origin=product)
         return product
 
