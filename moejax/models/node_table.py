@@ -187,10 +187,10 @@ def _checked(config: Config, edit: Edit, batch: tuple[int, int], generates: bool
         selected = [1 if letter in growing else n for letter, n in zip(kind.axes, selected, strict=True)]
     own = (*[1] * (len(shape) - value.ndim), *value.shape)
     if len(own) != len(shape) or any(m not in (1, n) for m, n in zip(own, selected, strict=True)):
-        hint = " name the tokens (tokens=)," if generates or "tokens" not in edit.where else ""
+        hint = "name its tokens (tokens=), or " if generates or "tokens" not in edit.where else ""
         raise MoejaxError(
             f"the edit of {edit.node!r} has a value of shape {list(value.shape)}, which does not broadcast to "
-            f"{selected} ([{kind.letters}]):{hint} or give another shape."
+            f"{selected} ([{kind.letters}]): {hint}give another shape."
         )
     return replace(edit, value=value.reshape(own))
 
