@@ -7,7 +7,7 @@ from moejax.dlbacktrace import Backtrace
 from moejax.errors import CheckpointError, ConfigError, MoejaxError, PromptError
 from moejax.layers import MoeArgs, MoeLayer, get_moe, register_moe
 from moejax.lm import LM, load
-from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR, register_family
+from moejax.models import EXPERT, EXPERT_TENSOR, TENSOR, apply, nodes, register_family
 from moejax.prompts import Chat
 from moejax.relevance import (
     Argmax,
@@ -31,7 +31,7 @@ from moejax.relevance import (
     register_target,
 )
 from moejax.report import register_plot
-from moejax.rules import Gates, register_rule
+from moejax.rules import Edits, Gates, register_rule
 
 xla.without_library_sums()
 
@@ -49,6 +49,7 @@ __all__ = [
     "Continuation",
     "Contrast",
     "Direction",
+    "Edits",
     "Gates",
     "Generated",
     "LogProbability",
@@ -63,6 +64,7 @@ __all__ = [
     "Span",
     "Token",
     "ablate",
+    "apply",
     "baselines",
     "convert",
     "explain",
@@ -72,6 +74,7 @@ __all__ = [
     "get_moe",
     "list_supported_models",
     "load",
+    "nodes",
     "register_baseline",
     "register_family",
     "register_moe",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -24,13 +23,12 @@ from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, generate_tokens
 from moejax.generation.options import GenerateOptions, Watcher
-from moejax.models import Config, Decoder, FlatDecoder, ShardingRules, unflatten
-from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, shard_map_data, split
+from moejax.models import Config, Decoder, FlatDecoder, ShardingRules
+from moejax.models.activations import checked_apply
 from moejax.models.padding import left_pad, padded_length
 from moejax.ops.memory import reserve_memory
-from moejax.program import Program
 from moejax.prompts import Chat, EncodedPrompt, as_prompt, is_single
-from moejax.rules import Gates, Reading
+from moejax.rules import Edits, Gates, Reading
 from moejax.rules.gates import TokenIds
 
 Prompt = Any
@@ -38,15 +36,6 @@ Prompt = Any
 
 Prompts = Any
 """A sequence of prompts, or token ids of shape [B T]."""
-
-
-@Program
-def _logits(weights: FlatDecoder, tokens: Array, valid: Array | None, gates: Gates) -> Array:
-    def run(weights: FlatDecoder, tokens: Array, valid: Array | None, gates: Gates) -> Array:
-        return unflatten(weights)(tokens, valid=valid, reading=Reading(gates=gates))
-
-    placed = REPLICATED, split(0), split(0), gate_specs(gates)
-    return shard_map_data(run, batch_mesh(weights.config), (weights, tokens, valid, gates), placed, split(0))
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,25 +84,40 @@ class LM:
         *,
         valid: Bool[Array | np.ndarray, "*B T"] | None = None,
         gates: Gates | None = None,
+        edits: Edits | None = None,
     ) -> Float[Array, "B T V"]:
         """Next-token logits, float32. One row without a batch axis is taken as a batch of one.
 
-        Tokens are checked on the host: within ``jax.jit`` and the like call ``decoder``.
+        Tokens are checked on the host: within ``jax.jit`` and the like call :func:`moejax.apply`.
 
         Args:
             valid: tokens that are not padding; a single row holds for all.
             gates: interventions.
+            edits: changes of values at nodes (:class:`moejax.Edits`).
 
         Raises:
             PromptError: no tokens, an id outside the vocabulary, or ``valid`` of another shape.
-            MoejaxError: gates that do not fit the model or the tokens.
+            MoejaxError: gates or edits that do not fit the model or the tokens.
         """
-        tokens = jnp.atleast_2d(self.check(tokens))
-        valid = None if valid is None else jnp.atleast_2d(jnp.asarray(valid, bool))
-        if tokens.ndim != 2 or (valid is not None and valid.shape not in (tokens.shape, (1, tokens.shape[1]))):
-            shapes = tokens.shape if valid is None else f"{tokens.shape} with `valid` of shape {valid.shape}"
-            raise PromptError(f"token ids of shape {shapes}: both are [B T].")
-        return _logits(self.flat, tokens, valid, Gates() if gates is None else gates.check(self.config, tokens))
+        return checked_apply(self.flat, self.check(tokens), valid=valid, gates=gates, edits=edits)[0]
+
+    def run_with_cache(
+        self, prompt: Prompt | Prompts, *, names: str | Sequence[str], **options: Any
+    ) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+        """Logits, and the values at nodes by their full names, such as ``cache["stream.3"]``.
+
+        Args:
+            prompt: a prompt, several of equal length, or token ids ``[B T]``.
+            names: nodes that ``moejax.nodes(lm)`` lists: full names (``"stream.3"``), names for all layers
+                (``"router_logits"``), or patterns (``"*.3"``).
+            options: ``valid``, ``gates`` and ``edits``, as in calling the model.
+
+        Raises:
+            PromptError: the model has no such node; other errors as in calling the model.
+        """
+        ids = isinstance(prompt, np.ndarray | jax.Array)
+        tokens = prompt if ids else [self.encode(p) for p in ([prompt] if is_single(prompt) else prompt)]
+        return checked_apply(self.flat, self.check(tokens), names=names, **options)
 
     @overload
     def generate(self, prompt: list[str], **options: Any) -> list[str]: ...
@@ -147,8 +151,8 @@ class LM:
         """
         if len(prompts) == 0:
             return []
-        rows, asked, gates = self._asked(prompts, options)
-        found, watcher = self._generate(rows, asked, gates, return_scores=False)
+        rows, asked, reading = self._asked(prompts, options)
+        found, watcher = self._generate(rows, asked, reading, return_scores=False)
         tokens, lengths = np.asarray(found.tokens).tolist(), np.asarray(found.lengths).tolist()
         return [watcher.cut(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
 
@@ -168,6 +172,7 @@ class LM:
                 ``seed``: determines the draw.
                 ``gates``: interventions, as :func:`moejax.generation.generate_tokens` takes them: those for a single
                 token, ``Gates.ones(config, [0])``, hold for all.
+                ``edits``: :class:`moejax.Edits`, for all tokens or those that they name, from the prompt's first on.
                 ``eos_ids`` (``eos_token_id``): tokens that end an answer. ``pad_id`` (``pad_token_id``): fills answers
                 behind their end.
                 ``stop_strings``: texts that end an answer.
@@ -183,13 +188,13 @@ class LM:
             raise PromptError("one text is no list of prompts; put it in one, or call generate.")
         if len(prompts) == 0:
             raise PromptError("there are no prompts to continue.")
-        rows, asked, gates = self._asked(prompts, options)
-        return self._generate(rows, asked, gates, return_scores=return_scores)[0]
+        rows, asked, reading = self._asked(prompts, options)
+        return self._generate(rows, asked, reading, return_scores=return_scores)[0]
 
-    def _asked(self, prompts: Prompts, given: dict[str, Any]) -> tuple[list[list[int]], GenerateOptions, Gates | None]:
-        """Token ids of the prompts, the options of a generation, and its gates."""
+    def _asked(self, prompts: Prompts, given: dict[str, Any]) -> tuple[list[list[int]], GenerateOptions, Reading]:
+        """Token ids of the prompts, the options of a generation, and its gates and edits."""
         options = dict(given)
-        gates = options.pop("gates", None)
+        reading = Reading(gates=options.pop("gates", None) or Gates(), edits=options.pop("edits", None) or Edits())
         rows: list[list[int]] = [self.encode(prompt) for prompt in prompts]
         words = options.get("bad_words", options.get("bad_words_ids"))
         if words is not None and any(isinstance(word, str) for word in words):
@@ -197,16 +202,16 @@ class LM:
             tokenizer = self.need_tokenizer()
             options["bad_words"] = [tokenizer.continuation(w) if isinstance(w, str) else w for w in words]
         defaults = {"eos_ids": self.config.eos_ids, "pad_id": self.config.pad_id}
-        return rows, GenerateOptions.read(options, self.generation_config, defaults, max(map(len, rows))), gates
+        return rows, GenerateOptions.read(options, self.generation_config, defaults, max(map(len, rows))), reading
 
     def _generate(
-        self, rows: list[list[int]], options: GenerateOptions, gates: Gates | None, *, return_scores: bool
+        self, rows: list[list[int]], options: GenerateOptions, reading: Reading, *, return_scores: bool
     ) -> tuple[Generation, Watcher]:
         watched = options.streamer is not None or bool(options.stop_strings)
         decode = self.need_tokenizer().decode if watched else None
         watcher = Watcher(decode, options.eos_ids, options.stop_strings, options.streamer)
         watcher.begin(rows)
-        width = padded_length(self.config, max(map(len, rows)), gates)
+        width = padded_length(self.config, max(map(len, rows)), reading.gates)
         tokens, valid = left_pad(rows, width, options.pad_id)
         found = generate_tokens(
             self.flat,
@@ -217,7 +222,7 @@ class LM:
             sampling=options.sampling,
             eos_ids=options.eos_ids,
             pad_id=options.pad_id,
-            reading=Reading(gates=gates or Gates()),
+            reading=reading,
             max_time=options.max_time,
             return_scores=return_scores,
             watch=watcher if watched else None,

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from moejax.dlbacktrace.nodes import EMBEDDINGS, HEAD, NORM, PARTS
-from moejax.models import Decoder, FlatDecoder, record, unflatten
+from moejax.models import Decoder, FlatDecoder, unflatten
+from moejax.models.activations import widened
 from moejax.program import Program
 from moejax.rules import Reading
 
@@ -16,9 +17,11 @@ def node_values(flat: Decoder | FlatDecoder, tokens: Int[Array, "B W"], valid: B
     """Values at each of the engine's nodes, after the final norm (``"norm"``), and the logits (``"head"``)."""
     decoder = unflatten(flat)
     layers, dtype = decoder.config.num_layers, jnp.promote_types(decoder.embedding.dtype, jnp.float32)
-    recorded, stream = record(decoder, tokens, valid, [f"{node}.{i}" for node in PARTS for i in range(layers)])
+    reading = Reading(names=tuple(f"{node}.{i}" for node in PARTS for i in range(layers)))
+    hidden = decoder.hidden(tokens, valid=valid, reading=reading)
+    stream = hidden.stream
     norm, head = decoder.norm(stream, Reading()), decoder.logits(stream)
-    return recorded | {f"stream.{layers}": stream.astype(dtype), "norm": norm.astype(dtype), "head": head}
+    return widened(hidden.nodes) | {f"stream.{layers}": stream.astype(dtype), "norm": norm.astype(dtype), "head": head}
 
 
 def by_node(values: dict[str, Any], ids: Any, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:

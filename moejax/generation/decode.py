@@ -17,7 +17,9 @@ from moejax.generation.sampled_rows import SampledRows
 from moejax.generation.sampling import Sampling
 from moejax.generation.step import DecodeStep, Generation, StaticOptions
 from moejax.models import Cache, Decoder, FlatDecoder, unflatten
+from moejax.models.activations import edit_specs
 from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, max_over_devices, shard_map_data, split
+from moejax.models.node_table import checked_edits
 from moejax.program import Program
 from moejax.rules import Reading
 
@@ -46,7 +48,7 @@ class _Call(NamedTuple):
         prompt_index: index of each prompt in the batch; a device of a mesh holds some of the prompts only.
         key: random key from which the keys of all steps and rows are folded.
         sampling: how tokens are chosen.
-        reading: the gates, for the prompt and all new tokens.
+        reading: gates and edits, for the prompt and all new tokens.
     """
 
     flat: Decoder | FlatDecoder
@@ -100,8 +102,9 @@ def generate_tokens(
         valid: True at the tokens of the prompts, False at padding.
         key: random key of the draws.
         sampling: how tokens are chosen.
-        reading: gates and rule. The gates' axis of tokens is 1, and then they apply to all tokens, or
-            ``T + max_new_tokens``.
+        reading: gates, edits and rule. The gates' axis of tokens is 1, and then they apply to all tokens, or
+            ``T + max_new_tokens``. Edits apply to all tokens, or to those that they name, counted from the first real
+            token of each prompt.
         max_time: seconds after which no further token is begun (beam search takes one last step, in which running beams
             become answers). Compiling is not counted. The loop then returns to the host from time to time, and every
             device computes all rows.
@@ -117,6 +120,8 @@ def generate_tokens(
     _check_words(sampling, flat)
     batch, prompt = tokens.shape
     reading.gates.check(flat.config, np.zeros((batch, prompt + max_new_tokens), np.int32))
+    edits = checked_edits(flat.config, reading.edits, (batch, prompt + max_new_tokens), generates=True)
+    reading = replace(reading, edits=edits.as_data())
     call = _Call(flat, tokens, valid, np.arange(len(tokens), dtype=np.int32), key, sampling, reading)
     if watch is not None and sampling.num_beams > 1:
         raise MoejaxError("beam search has no answer before its end: leave streamer and stop_strings out.")
@@ -155,9 +160,10 @@ def _decode(
     """Choose tokens until each row has ``until`` of them or no row can go on; at ``limit`` tokens every row ends."""
     decoder, rows = unflatten(call.flat), call.sampling.rows_per_prompt
     prompt = call.tokens.shape[1]
-    # gates that differ by prompt apply to each of its rows
+    # gates and edits that differ by prompt apply to each of its rows
     gates = jax.tree.map(lambda g: g if g.shape[1] == 1 else jnp.repeat(g, rows, axis=1), call.reading.gates)
-    reading = replace(call.reading, gates=gates)
+    edits = call.reading.edits.with_values(lambda v: v if v.shape[0] == 1 else jnp.repeat(v, rows, axis=0))
+    reading = replace(call.reading, gates=gates, edits=edits)
 
     def unfinished(state: _State) -> Array:
         more = (state.num_chosen < until) & ~state.choice.finished(call.sampling)
@@ -244,7 +250,8 @@ def _generate(call: _Call, options: StaticOptions) -> Generation:
         limit = options.max_new_tokens
         return _result(call, _decode(call, _prefill(call, options), options, limit, limit), options)
 
-    reading = replace(jax.tree.map(lambda _: REPLICATED, call.reading), gates=gate_specs(call.reading.gates))
+    gates, edits = gate_specs(call.reading.gates), edit_specs(call.reading.edits)
+    reading = replace(jax.tree.map(lambda _: REPLICATED, call.reading), gates=gates, edits=edits)
     specs = _Call(REPLICATED, split(0), split(0), split(0), REPLICATED, REPLICATED, reading)
     return shard_map_data(run, batch_mesh(call.flat.config), (call,), (specs,), split(0))
 

@@ -103,10 +103,16 @@ def _prefixed(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class BlockAux(NamedTuple):
-    """What the parts of one block told beside their outputs."""
+    """What one block told beside its output.
+
+    Attributes:
+        attention, feed_forward: what its parts told.
+        nodes: the values at the nodes that the reading names.
+    """
 
     attention: Aux = Aux()
     feed_forward: Aux = Aux()
+    nodes: Mapping[str, Array] = {}
 
 
 @nnx.dataclass
@@ -143,18 +149,20 @@ class Block(nnx.Module):
             call: what both parts are given; its reading is this layer's.
             cache: what :meth:`BlockConfig.init_cache` made, or ``None``.
         """
-        reading = call.reading
+        reading = call.reading.passing()
+        call = call._replace(reading=reading)
         add = reading.rule.add
-        x = reading.tap("stream", reading.gate("tokens", x))
+        x = reading.gate("tokens", x)
         held = (None, None) if cache is None else cache
         attended, stored, attention_aux = self._branch("attention", x, call, held[0])
-        middle = reading.tap("middle", _sum(add, x, attended))
+        middle = reading.node("middle", _sum(add, x, attended))
         read = x if self.config.parallel else middle
         written, stored_too, aux = self._branch("feed_forward", read, call, held[1])
         x = _sum(add, middle, written)
         if self.layer_factor is not None:
             x = x * self.layer_factor.astype(x.dtype)
-        return x, (stored, stored_too), BlockAux(attention_aux, aux)
+        nodes = reading.passed_values({"attention_": attention_aux.routing, "": aux.routing})
+        return x, (stored, stored_too), BlockAux(attention_aux, aux, nodes)
 
     def _branch(self, name: str, x: Array, call: Call, cache: Cache) -> tuple[Array | None, Cache, Aux]:
         """What one half writes, from the stream that it reads; ``None`` if the half is missing."""
@@ -163,11 +171,11 @@ class Block(nnx.Module):
             return None, cache, Aux()
         reading = call.reading
         before, after = getattr(self, _BEFORE.format(name)), getattr(self, _AFTER.format(name))
-        normed = reading.tap(f"{name}_norm", x if before is None else before(x, reading))
+        normed = reading.node(f"{name}_norm", x if before is None else before(x, reading))
         y, stored, aux = part.run(normed, call, cache)
         y = y if after is None else after(y, reading)
         y = y if self.config.branch_factor == 1 else y * self.config.branch_factor
-        return reading.tap(name, reading.gate(name, y)), stored, aux
+        return reading.gate(name, y), stored, aux
 
 
 def _sum(add: Any, stream: Array, branch: Array | None) -> Array:

@@ -1,6 +1,8 @@
 """The only decoder: embedding, blocks, final norm, head."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -16,6 +18,7 @@ from moejax.ops.cotangents import accumulation_dtype
 from moejax.ops.packed import is_packed
 from moejax.routing import Routing
 from moejax.rules import Reading
+from moejax.rules.edits import NOWHERE
 
 
 class Cache(NamedTuple):
@@ -40,12 +43,14 @@ class Hidden(NamedTuple):
         cache: the given cache with this pass's tokens in it, or ``None``.
         entering: residual stream entering each layer.
         aux: what each layer's parts told beside their outputs, their routing above all.
+        nodes: the values at the nodes that the reading names.
     """
 
     stream: Float[Array, "B T D"]
     cache: Cache | None
     entering: list[Float[Array, "B T D"]]
     aux: list[BlockAux]
+    nodes: Mapping[str, Array] = {}
 
     def routing(self, half: str = "feed_forward") -> list[Routing | None]:
         """Where each layer's ``"feed_forward"`` or ``"attention"`` part sent tokens; ``None`` without experts."""
@@ -136,6 +141,10 @@ class Decoder(nnx.Module):
         """
         call, cache, rotations = self._call(tokens.shape, valid, cache)
         x = self.embedding[tokens] if embedded is None else embedded
+        if reading.edits:
+            assert call.valid is not None
+            assert call.positions is not None
+            reading = replace(reading, positions=jnp.where(call.valid, call.positions, NOWHERE))
         *readings, last = reading.by_layer(len(self.layers))
         stored, told, entering, carry = [], [], [], None
         for i, layer in enumerate(self.layers):
@@ -148,8 +157,11 @@ class Decoder(nnx.Module):
             carry = aux.feed_forward.carry
             stored.append(kept)
             told.append(aux)
-        x = last.tap("stream", last.gate("tokens", x))
-        return Hidden(x, cache and cache._replace(layers=stored), entering, told)
+        last = last.passing()
+        x = last.gate("tokens", x)
+        by_layer = [*(aux.nodes for aux in told), last.passed_values({})]
+        nodes = {f"{name}.{i}": value for i, values in enumerate(by_layer) for name, value in values.items()}
+        return Hidden(x, cache and cache._replace(layers=stored), entering, told, nodes)
 
     def logits(
         self,

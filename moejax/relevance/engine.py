@@ -11,11 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
 from moejax.models import Config, Decoder, FlatDecoder, unflatten
+from moejax.models.activations import edit_specs
 from moejax.models.data_parallel import gate_specs, num_shards, placed, placements, shard_map_data
+from moejax.models.node_table import node_shape
 from moejax.program import Program
 from moejax.relevance.seeds import Seeds
 from moejax.routing import Routing
-from moejax.rules import Gates, Reading, Rule
+from moejax.rules import NODES as EVERY_NODE
+from moejax.rules import Edits, Gates, Reading, Rule
 from moejax.xla import refuse_wrong_sums
 
 Pulled = tuple[Any, Any, Any]
@@ -42,6 +45,7 @@ class PassInputs:
         valid: true where a token is no padding; ``None`` if there is no padding.
         seeds: the targets.
         interventions: gates that hold during the pass.
+        edits: checked edits that hold during the pass.
         seed_numbers: numbers of the seeds whose cotangents the pass propagates; ``None`` for all.
     """
 
@@ -50,6 +54,7 @@ class PassInputs:
     valid: Bool[Array, "B T"] | None = placed(sequences=0)
     seeds: Seeds = placed(sequences=0)
     interventions: Gates = placed(sequences=gate_specs)
+    edits: Edits = placed(sequences=edit_specs)
     seed_numbers: Int[Array, " N"] | None = placed(seeds=0)
 
 
@@ -102,6 +107,7 @@ def relevance(
     valid: Bool[Array, "B T"] | None,
     seeds: Seeds,
     interventions: Gates,
+    edits: Edits = Edits(),
     *,
     rule: Rule,
     chunk: int | None = None,
@@ -117,6 +123,7 @@ def relevance(
     Args:
         valid: true where a token is no padding. ``None`` means that there is none, which saves time.
         interventions: gates that hold during the pass.
+        edits: checked edits that hold during the pass; what they add or set enters the ledger under ``edits``.
         chunk: how many seeds at most a device propagates at a time, over one and the same forward pass; by default all.
         nodes: names of the nodes at which to read the relevance of every number (:data:`NODES`): ``"attention.3"``.
         joint: propagate the sum of a sequence's seeds, one cotangent instead of N.
@@ -132,7 +139,7 @@ def relevance(
     config, numbers = weights.config, None
     if num_shards(config.mesh) > 1:
         numbers = jnp.arange(1 if joint else seeds.num_targets, dtype=jnp.int32)
-    inputs = PassInputs(weights, tokens, valid, seeds, interventions, numbers)
+    inputs = PassInputs(weights, tokens, valid, seeds, interventions, edits, numbers)
     by_sequence = numbers is None or _splits_sequences(config, len(tokens), len(numbers))
     over = "sequences" if by_sequence else "seeds"
     return shard_map_data(read, config.mesh, (inputs,), (placements(inputs, over),), placements(Readout, over))
@@ -168,12 +175,12 @@ def _read(
     dtype = decoder.accumulation_dtype
     # probes keep the axis of tokens, and one sum over it ends the pass: a sum at each operation costs two kernels there
     entries = (decoder.config.num_layers + 1, *tokens.shape)
-    probes = {name: jnp.zeros(entries, dtype) for name in sorted(rule.leaks)}
+    probes = {name: jnp.zeros(entries, dtype) for name in sorted(rule.leaks | ({"edits"} if inputs.edits else set()))}
     readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
-    taps = {node: jnp.ones(node_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
+    taps = {node: jnp.ones(explained_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
 
     def targets(gates: Gates, probes: dict[str, Array], taps: dict[str, Array]) -> tuple[Array, tuple]:
-        reading = Reading(rule, gates.times(inputs.interventions), probes, _final_stream_last(taps, decoder.config))
+        reading = Reading(rule, gates.times(inputs.interventions), probes, taps, inputs.edits)
         hidden = decoder.hidden(
             tokens, valid=inputs.valid, reading=reading, rematerialised_layers=rematerialised_layers
         )
@@ -222,47 +229,24 @@ def refuse_half(decoder: Decoder) -> None:
         )
 
 
-NODES = {
-    "stream": "residual stream entering the layer; for the number of layers, the stream entering the final norm",
-    "attention_norm": "input of attention, after its norm",
-    "edges": "weighted value that each query reads from each key, for each head [H T S]",
-    "attention": "output of attention",
-    "middle": "residual stream between attention and feed-forward part",
-    "feed_forward_norm": "input of the feed-forward part, after its norm",
-    "neurons": "hidden units of the routed experts [T K F]",
-    "feed_forward": "output of the feed-forward part",
-}
-"""Nodes of a layer, with what stands there. Their shape is [T D] where no other is given."""
+NODES = {name: f"{kind.meaning} [{kind.letters}]" for name, kind in EVERY_NODE.items() if kind.is_explained}
+"""Nodes at which relevance can be read, with what stands there; ``moejax.nodes(lm)`` lists those that a model has."""
 
 
-def node_shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the numbers at a node.
+def explained_shape(config: Config, node: str, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the numbers at a node, whose relevance can be read.
 
     Args:
         node: name and layer, as in ``"attention.3"``.
         batch: the shape ``(B, T)`` of the token ids.
 
     Raises:
-        PromptError: there is no such node.
+        PromptError: there is no such node, or it lies inside of a router.
     """
-    name, _, index = node.rpartition(".")
-    layers = config.num_layers + (name == "stream")
-    if name not in NODES or index not in map(str, range(layers)):
-        example = f"attention.{config.num_layers - 1}"
-        raise PromptError(f"there is no node {node!r}: name {', '.join(NODES)} and a layer, as {example!r}.")
-    if name == "edges":
-        return (batch[0], config.blocks[int(index)].half("attention").sizes.num_heads, batch[1], batch[1])
-    if name == "neurons":
-        sizes = config.blocks[int(index)].half("feed_forward").sizes
-        if not sizes.num_experts:
-            raise PromptError(f"there is no node {node!r}: that layer has no experts.")
-        return (*batch, sizes.num_selected, sizes.expert_dim)
-    return (*batch, config.model_dim)
-
-
-def _final_stream_last(taps: dict[str, Array], config: Config) -> dict[str, Array]:
-    """Rename the tap on the stream behind the last layer to layer -1, as :class:`Reading` counts."""
-    return {"stream.-1" if name == f"stream.{config.num_layers}" else name: tap for name, tap in taps.items()}
+    shape = node_shape(config, node, batch)
+    if (name := node.rpartition(".")[0]) not in NODES:
+        raise PromptError(f"relevance is not read inside of a router ({name}): name {', '.join(NODES)}.")
+    return shape
 
 
 def _stack(routing: Sequence[Routing | None]) -> Slots | None:

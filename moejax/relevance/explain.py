@@ -12,15 +12,17 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
 from moejax.lm import LM, Prompt
+from moejax.models.node_table import checked_edits, from_first_token
 from moejax.ops.memory import free_bytes
 from moejax.relevance.budget import Footprint
-from moejax.relevance.engine import Readout, Slots, checked_chunk, node_shape, per_device, relevance
+from moejax.relevance.engine import Readout, Slots, checked_chunk, explained_shape, per_device, relevance
 from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.question import ResolvedTarget
 from moejax.relevance.result import Candidate, Relevance
 from moejax.relevance.targets import Argmax, Target, TargetLike, checked_target
-from moejax.rules import Gates, Rule, by_name
+from moejax.rules import Edits, Gates, Rule, by_name
+from moejax.rules.edits import Edit
 
 _CANDIDATES = 5
 """Number of likely next tokens that a result lists."""
@@ -32,6 +34,7 @@ class PassOptions:
 
     rule: Rule
     gates: Gates | None
+    edits: Edits | None
     nodes: tuple[str, ...]
     chunk: int | None
     rematerialise: bool | int | None
@@ -63,6 +66,7 @@ def explain(
     target: TargetLike = Argmax(),
     rule: Rule | str = "attnlrp",
     gates: Gates | None = None,
+    edits: Edits | None = None,
     nodes: Sequence[str] = (),
     chunk: int | None = None,
     rematerialise: bool | int | None = None,
@@ -75,9 +79,9 @@ def explain(
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
-        MoejaxError: an unknown rule, gates of another model, weights in float16.
+        MoejaxError: an unknown rule, gates or edits of another model, weights in float16.
     """
-    options = PassOptions(by_name(rule), gates, tuple(nodes), checked_chunk(chunk), rematerialise, max_bytes)
+    options = PassOptions(by_name(rule), gates, edits, tuple(nodes), checked_chunk(chunk), rematerialise, max_bytes)
     return _explain(lm, [prompt], checked_target(target), options)[0]
 
 
@@ -88,6 +92,7 @@ def explain_batch(
     target: TargetLike = Argmax(),
     rule: Rule | str = "attnlrp",
     gates: Gates | None = None,
+    edits: Edits | None = None,
     nodes: Sequence[str] = (),
     chunk: int | None = None,
     rematerialise: bool | int | None = None,
@@ -105,6 +110,8 @@ def explain_batch(
         rule: how relevance propagates: a rule, or the name of one in ``moejax.rules.RULES``.
         gates: interventions that hold during the pass; they must broadcast over the batch. Tokens are counted from a
             prompt's beginning.
+        edits: changes of values at nodes that hold during the pass. What they add or set is no relevance of the tokens:
+            the ledger has it under ``edits``, within routers under ``router``.
         nodes: where to read the relevance of every number: ``"feed_forward.3"`` or ``"neurons.0"``, a name in
             ``moejax.relevance.NODES`` and a layer. The result has it in ``vectors``.
         chunk: how many targets a device propagates at a time, to bound memory; by default all.
@@ -118,14 +125,14 @@ def explain_batch(
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
-        MoejaxError: an unknown rule, gates of another model, weights in float16, ``max_bytes`` too little for a target,
-            a negative ``rematerialise``, a ``chunk`` that is not positive.
+        MoejaxError: an unknown rule, gates or edits of another model, weights in float16, ``max_bytes`` too little for
+            a target, a negative ``rematerialise``, a ``chunk`` that is not positive.
     """
     if len(prompts) == 0:
         return []
     if isinstance(prompts, str):
         raise PromptError("one text is no list of prompts; put it in one, or call explain.")
-    options = PassOptions(by_name(rule), gates, tuple(nodes), checked_chunk(chunk), rematerialise, max_bytes)
+    options = PassOptions(by_name(rule), gates, edits, tuple(nodes), checked_chunk(chunk), rematerialise, max_bytes)
     target = checked_target(target)
     if lm.config.couples_sequences:
         return [result for prompt in prompts for result in _explain(lm, [prompt], target, options)]
@@ -151,6 +158,7 @@ def _explain(lm: LM, prompts: Sequence[Prompt], target: Target, options: PassOpt
         None,
         resolved.seeds,
         interventions,
+        _edits(resolved, options.edits),
         rule=options.rule,
         chunk=chunk,
         nodes=options.nodes,
@@ -159,6 +167,23 @@ def _explain(lm: LM, prompts: Sequence[Prompt], target: Target, options: PassOpt
     )
     out, likely = jax.device_get((replace(out, logits=None), _likely(out.logits)))
     return [_result(resolved, row, repr(options.rule), out, likely) for row in range(len(prompts))]
+
+
+def _edits(resolved: ResolvedTarget, edits: Edits | None) -> Edits:
+    """Return edits that fit the sequences, whose tokens count from the first, as data."""
+    if edits is None:
+        return Edits()
+    checked = checked_edits(resolved.lm.config, edits, (len(resolved.sequences), resolved.length))
+    if any(edit.node.startswith("edges.") for edit in checked.edits):
+        raise MoejaxError("a pattern that is edited has no relevance: edit heads, or switch them off by gates.")
+    if not resolved.lm.config.couples_sequences and any(_differs_by_token(edit) for edit in checked.edits):
+        raise MoejaxError("an edit whose value differs by token names its tokens (tokens=) in explain.")
+    return from_first_token(checked, [len(ids) for ids in resolved.sequences]).as_data()
+
+
+def _differs_by_token(edit: Edit) -> bool:
+    # sequences are padded behind their ends, where the value would be too short
+    return "tokens" not in edit.where and edit.value.shape[1] > 1
 
 
 def _free_bytes(lm: LM) -> int | None:
@@ -173,7 +198,7 @@ def _footprint(lm: LM, tokens: Array, nodes: tuple[str, ...]) -> Footprint:
     """Estimate the memory of a pass that reads ``nodes`` too."""
     batch, length = tokens.shape
     footprint = Footprint.of(lm.config, batch, length, lm.decoder.embedding.dtype.itemsize)
-    numbers = sum(math.prod(node_shape(lm.config, node, tokens.shape)) for node in nodes)
+    numbers = sum(math.prod(explained_shape(lm.config, node, tokens.shape)) for node in nodes)
     return replace(footprint, readout=footprint.readout + 4 * numbers)
 
 

@@ -127,7 +127,7 @@ def hidden_per_sequence(
         of_row = replace(reading, gates=jax.tree.map(lambda g: g[:, None], gates))
         hidden = decoder.hidden(tokens[None], reading=of_row, embedded=None if embedded is None else embedded[None])
         # losses have no axis of sequences
-        aux = [BlockAux(*(Aux(part.routing) for part in told)) for told in hidden.aux]
+        aux = [BlockAux(Aux(a.attention.routing), Aux(a.feed_forward.routing)) for a in hidden.aux]
         return jax.tree.map(lambda x: x[0], hidden._replace(aux=aux))
 
     return jax.vmap(run_one, in_axes=(0, 1, 0))(tokens, gates, embedded)

@@ -1,4 +1,4 @@
-"""Rules for cotangents, gates on what a model computes, and the reading that bundles both."""
+"""Rules for cotangents, gates and edits of what a model computes, and the reading that bundles them."""
 
 import warnings
 from typing import Any
@@ -15,7 +15,9 @@ from moejax.rules.plain import Plain
 # isort: on
 from moejax.rules.activations import Activations
 from moejax.rules.direct import Direct
+from moejax.rules.edits import Edits
 from moejax.rules.gates import Gates
+from moejax.rules.nodes import NODES
 from moejax.rules.reading import Reading
 from moejax.rules.registry import RULES, by_name, register_rule
 from moejax.rules.rule import Rule
@@ -23,10 +25,12 @@ from moejax.rules.rule import Rule
 __all__ = [
     "CPLRP",
     "GIM",
+    "NODES",
     "RULES",
     "Activations",
     "AttnLRP",
     "Direct",
+    "Edits",
     "Gamma",
     "Gates",
     "Plain",

@@ -37,7 +37,8 @@ from moejax.layers import (
 from moejax.layers.feed_forward.experts import Experts
 from moejax.layers.linear import normal
 from moejax.lm import LM
-from moejax.models import Config, Decoder, record
+from moejax.models import Config, Decoder, apply
+from moejax.models.activations import widened
 from moejax.training.published import as_published
 
 Model = TypeVar("Model", LM, Decoder)
@@ -254,7 +255,7 @@ def _errors(dense: Decoder, sparse: Decoder, chosen: Mapping[str, int], tokens: 
     tokens = jnp.asarray(tokens, jnp.int32)
     valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid, bool)
     nodes = [f"{node}.{i}" for node in ("feed_forward_norm", "feed_forward") for i in chosen.values()]
-    found, _ = jax.jit(lambda d: record(d, tokens, valid, nodes))(dense)
+    found = jax.jit(lambda d: widened(apply(d, tokens, valid=valid, names=nodes)[1]))(dense)
 
     @jax.jit
     def error(layer: Any, x: Array, expected: Array) -> Array:

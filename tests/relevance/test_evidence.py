@@ -41,7 +41,7 @@ NAMES = ("attnlrp", "attnlrp-uniform", "gim", "proportional", "plain")
 every_rule = pytest.mark.parametrize("rule", NAMES)
 AT = 4
 AIM = Contrast(11, 60, AT)
-NODES = [f"{name}.{layer}" for layer in range(LAYERS) for name in moejax.relevance.NODES] + [f"stream.{LAYERS}"]
+NODES = [n for n in moejax.nodes(variant_lm("plain")).names if n.rpartition(".")[0] in moejax.relevance.NODES]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 

@@ -80,7 +80,7 @@ class MeanSeeds:
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
         """The targets' values; ``hidden`` is the whole forward pass, ``reading`` its gates and rule."""
         layer = reading.for_layer(self.layer)
-        stream = layer.tap("stream", layer.gate("tokens", hidden.entering[self.layer]))
+        stream = layer.gate("tokens", hidden.entering[self.layer])
         # sequences are padded behind their ends: only tokens up to the last position count
         counts = jnp.arange(stream.shape[1]) <= self.last[..., None]
         weights = counts / counts.sum(-1, keepdims=True)

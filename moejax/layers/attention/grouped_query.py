@@ -18,6 +18,8 @@ from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Si
 from moejax.layers.rotary import Rotary, turn
 from moejax.ops.attention import attention, block_size
 from moejax.ops.rope import Rope
+from moejax.rules import Reading
+from moejax.rules.rule import AttentionProduct
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,28 @@ def attend(
         factor = (q.shape[-1] ** -0.5 if scale is None else scale) / temperature
         cooled = sinks if sinks is None or temperature == 1 else sinks / temperature
         # a product at another temperature only stands in for a derivative
-        edges = reading.taps.get("edges") if temperature == 1 else None
+        edges = reading.edges() if temperature == 1 else None
         causal = cache is None
         return attention(q, k, v, mask, scale=factor, sinks=cooled, edges=edges, causal=causal, window=window)
 
+    read_edges(reading, product, q, k)
     heads = reading.book("softmax", partial(reading.rule.attention, product), q, k, v)
     return heads, KeyValue(k, v)
+
+
+def read_edges(
+    reading: Reading, product: AttentionProduct, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"]
+) -> None:
+    """Return attention's pattern with the pass, if the reading asks for it.
+
+    The pattern is the heads' outputs for values that are the rows of the identity, whatever implementation is in use.
+    """
+    if "edges" in reading.names and reading.passed is not None:
+        batch, keys, groups, _ = k.shape
+        rows = jnp.eye(keys, dtype=jnp.promote_types(k.dtype, jnp.float32))
+        with jax.default_matmul_precision("highest"):
+            pattern = product(q, k, jnp.broadcast_to(rows[:, None], (batch, keys, groups, keys)))
+        reading.passed.values["edges"] = pattern.swapaxes(1, 2)
 
 
 @nnx.dataclass

@@ -90,6 +90,8 @@ class Experts(nnx.Module):
         self, x: Float[Array, "B T One D"], assignment: Assignment, reading: Reading
     ) -> Float[Array, "B T K O"]:
         """The output of the expert of every routed slot; zero for unassigned slots."""
+        if reading.needs_whole("neurons"):
+            return self._by_whole_neurons(x, assignment, reading)
 
         def run(experts, own, psum, x, reading):
             return psum(experts._slots(x, own, reading))
@@ -117,15 +119,38 @@ class Experts(nnx.Module):
         ) -> Array:
             return combine(experts._slots(x, own, reading), weights, ids, reading, psum=psum)
 
+        if reading.touches("expert_outputs") or reading.needs_whole("neurons"):
+            # an edit must see each slot's output whole and once, not on every device
+            return combine(self(x, assignment, reading), weights, ids, reading)
         return expert_parallel(run, self, assignment, x, weights, ids, reading)
 
     def _slots(self, x: Array, assignment: Assignment, reading: Reading) -> Float[Array, "B T K O"]:
+        hidden, in_rows = self._hidden(x, assignment, reading)
+        outputs = _linear(in_rows.node("neurons", hidden), self.down, self.down_bias, assignment, in_rows)
+        return _by_token(unpermute(outputs, assignment), x)
+
+    def _hidden(self, x: Array, assignment: Assignment, reading: Reading) -> tuple[Float[Array, "P F"], Reading]:
+        """Hidden units by row, and the reading of rows."""
         # kernels for MXFP4 take rows in another order: one copy for XLA
         rows, in_rows = _rows(x, assignment, reading, copied=not isinstance(self.gate_up, MXFP4))
         branches = _linear(rows, self.gate_up, self.gate_up_bias, assignment, in_rows, self.unit.slope)
-        hidden = in_rows.tap("neurons", self.unit(branches, in_rows))
-        outputs = _linear(hidden, self.down, self.down_bias, assignment, in_rows)
-        return _by_token(unpermute(outputs, assignment), x)
+        return self.unit(branches, in_rows), in_rows
+
+    def _by_whole_neurons(self, x: Array, assignment: Assignment, reading: Reading) -> Float[Array, "B T K O"]:
+        """:meth:`__call__` in two steps, between which each slot's hidden units are seen whole and in order."""
+
+        def first(experts: Experts, own: Assignment, psum: Psum, x: Array, reading: Reading) -> Array:
+            hidden, _ = experts._hidden(x, own, reading)
+            return psum(_by_token(unpermute(hidden, own), x))
+
+        def second(experts: Experts, own: Assignment, psum: Psum, hidden: Array, reading: Reading) -> Array:
+            rows, in_rows = _rows(hidden, own, reading, copied=not isinstance(experts.down, MXFP4))
+            outputs = _linear(rows, experts.down, experts.down_bias, own, in_rows)
+            return psum(_by_token(unpermute(outputs, own), hidden))
+
+        hidden = expert_parallel(first, self, assignment, x, reading)
+        hidden = reading.node("neurons", hidden, assignment.ids.reshape(hidden.shape[:3]))
+        return expert_parallel(second, self, assignment, hidden, reading)
 
 
 def random_matrices(
@@ -164,6 +189,7 @@ def combine(
         prefix: names the gates.
         psum: sum over devices, on each of which the slots of other devices' experts are zero.
     """
+    outputs = reading.node(f"{prefix}expert_outputs", outputs, ids)
     weights, outputs = weights.astype(outputs.dtype), reading.ledger_in("router", outputs)
     mixed = reading.ledger_out("router", reading.rule.mix(weights, outputs))
 

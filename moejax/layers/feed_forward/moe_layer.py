@@ -194,6 +194,8 @@ class MoeLayer(ViewedMixture):
         for name, (given, table) in tables.items():
             if given is not None:
                 options[name] = table[given] if isinstance(given, str) else given
+        score_all, reading = options.get("score", SCORES[self.router.config.score]), self.reading
+        options["score"] = lambda z: reading.node("router_scores", score_all(z))
         routing = self.router.select(
             gate_logits,
             selectable=self.by_route("selectable", batch),
@@ -255,7 +257,7 @@ class MoeLayer(ViewedMixture):
             carries |= selected & (weights != 0)
             # where outputs of all experts were given, another expert's stands there
             outputs = jnp.where(selected[..., None], 0 if output is None else output[:, :, None], outputs)
-        weights = jnp.where(carries, weights, 0)
+        weights = self.reading.node("expert_weights", jnp.where(carries, weights, 0), ids)
         self.record("ids", ids)
         self.record("weights", weights)
         y = results + combine(outputs, weights, ids, self.reading)
@@ -309,7 +311,7 @@ class MoeLayer(ViewedMixture):
 
         ``self`` is a view made for this call.
         """
-        gate_logits = self.gate(x)
+        gate_logits = self.reading.node("router_logits", self.gate(x))
         weights, selected_experts, gate_softmax = self.topk_expert(gate_logits)
         output = self.compute_moe(selected_experts, weights, self.zeros(x), x)
         auxiliary_loss, balance, z = self.combine_loss(selected_experts, gate_softmax, gate_logits)

@@ -105,15 +105,18 @@ class Router(nnx.Module):
         """Where every token goes, and the same for the grouped products.
 
         Args:
-            prefix: names another set of gates, such as ``"attention_"``.
+            prefix: names another set of gates and nodes, such as ``"attention_"``.
         """
         c = self.config
         batch = x.shape[:-1]
         routing = self.select(
-            self.logits(x, reading),
+            reading.node(f"{prefix}router_logits", self.logits(x, reading)),
+            score=lambda z: reading.node(f"{prefix}router_scores", SCORES[c.score](z)),
             selectable=reading.by_expert(f"{prefix}selectable", batch),
             weight_factors=reading.by_expert(f"{prefix}routing_weights", batch),
         )
+        weights = reading.node(f"{prefix}expert_weights", routing.weights, routing.ids)
+        routing = routing._replace(weights=weights)
         return routing, assign(routing.ids.reshape(-1, c.num_selected), c.num_experts, mesh=c.mesh)
 
     def logits(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T R"]:

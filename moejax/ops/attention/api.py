@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.ops.attention.fused import causal_mask
-from moejax.ops.attention.registry import ATTENTIONS, Options, register_attention
+from moejax.ops.attention.registry import ATTENTIONS, Edges, Options, register_attention
 
 __all__ = ["attention", "block_size", "register_attention"]
 
@@ -20,7 +20,7 @@ def attention(
     *,
     scale: float,
     sinks: Float[Array, " H"] | None = None,
-    edges: Float[Array, "B H T S"] | None = None,
+    edges: Edges | None = None,
     causal: bool = False,
     window: int | None = None,
     implementation: str | None = None,
@@ -38,7 +38,8 @@ def attention(
             only promise something about it. ``None`` for all keys that ``causal`` and ``window`` leave.
         scale: multiplies the scores.
         sinks: one more logit for each head, whose value is zero: it takes part in the softmax and adds nothing.
-        edges: multiplies the pattern (the softmax); its cotangent is the relevance of every edge.
+        edges: multiplies the pattern (the softmax); its cotangent is the relevance of every edge. Or a function that
+            returns another pattern.
         causal: queries and keys are the same tokens in order, and no query sees a later one.
         window: with ``causal``, each query sees only the last ``window`` keys up to itself.
         implementation: ``"plain"`` holds all scores in memory and is the reference. ``"blocks"`` holds the scores of

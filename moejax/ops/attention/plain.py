@@ -31,6 +31,8 @@ def plain(
         pattern = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
     # a query that sees nothing has equal scores, and would have a uniform pattern
     pattern = jnp.where(mask.any(-1)[:, None, None, :, None], pattern, 0)
-    if options.edges is not None:
+    if callable(options.edges):
+        pattern = options.edges(pattern.reshape(batch, heads, *pattern.shape[3:])).reshape(pattern.shape)
+    elif options.edges is not None:
         pattern = gate(pattern, options.edges.reshape(pattern.shape))
     return jnp.einsum("bgrts,bsgc->btgrc", pattern.astype(v.dtype), v).reshape(batch, queries, heads, v.shape[-1])

@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 
 from moejax.registry import Registry
 
+Edges = Float[Array, "B H T S"] | Callable[[Array], Array]
+"""What multiplies the pattern ``[B H T S]``, or a function of the pattern that returns another one."""
+
 
 class Options(NamedTuple):
     """The arguments of :func:`moejax.ops.attention.attention` that are known when a program is traced, and edges.
@@ -25,14 +28,14 @@ class Options(NamedTuple):
         causal: queries and keys are the same tokens in order, and no query sees a later one.
         window: with ``causal``, how many of the last keys each query sees; ``None`` for all.
         block: number of queries that an implementation which works by blocks takes at a time.
-        edges: multiplies the pattern; always ``None`` for implementations without ``reads_edges``.
+        edges: multiplies or changes the pattern; always ``None`` for implementations without ``reads_edges``.
     """
 
     scale: float
     causal: bool
     window: int | None
     block: int
-    edges: Float[Array, "B H T S"] | None = None
+    edges: Edges | None = None
 
 
 Compute = Callable[..., Float[Array, "B T H Cv"]]

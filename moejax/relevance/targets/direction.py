@@ -39,9 +39,8 @@ class StreamSeeds:
     def read(self, decoder: Decoder, hidden: Hidden, reading: Reading) -> TargetValues:
         stream = hidden.stream
         if self.layer < len(hidden.entering):
-            # gate and tap the stream as the layer itself does; the stream that leaves the last layer has passed both
-            of_layer = reading.for_layer(self.layer)
-            stream = of_layer.tap("stream", of_layer.gate("tokens", hidden.entering[self.layer]))
+            # gate and node as in the layer itself; the stream that leaves the last layer has passed both
+            stream = reading.for_layer(self.layer).gate("tokens", hidden.entering[self.layer])
         at = at_positions(stream, self.positions).astype(self.directions.dtype)
         last = at_positions(hidden.stream, self.positions)
         ids = jnp.zeros((*self.positions.shape, 0), jnp.int32)

@@ -32,6 +32,7 @@ from moejax.layers import (
     SharedConfig,
     Sizes,
 )
+from moejax.layers.attention.grouped_query import read_edges
 from moejax.layers.rotary import turn
 from moejax.models import Config, Fields, register_family
 from moejax.models.keys import KeyTable, Layout, Source, merged_halves, per_expert, stacked, whole
@@ -134,9 +135,10 @@ class LatentAttention(nnx.Module):
 
         def product(q: Array, k: Array, v: Array, temperature: float = 1.0) -> Array:
             scale = q.shape[-1] ** -0.5 / temperature
-            edges = reading.taps.get("edges") if temperature == 1 else None
+            edges = reading.edges() if temperature == 1 else None
             return attention(q, k, v, call.mask, scale=scale, edges=edges, causal=cache is None)
 
+        read_edges(reading, product, q, k)
         heads = reading.book("softmax", partial(reading.rule.attention, product), q, k, v)
         heads = reading.gate("heads", heads)
         return self.output(heads.reshape(*x.shape[:2], -1), reading), latents, Aux()

@@ -11,8 +11,8 @@ from tiny.four_devices import LAYOUTS, VOCABULARY, single, spread
 from models.sharding.placement import messages
 from moejax import LM, TENSOR, Continuation, Gates, explain
 from moejax.layers import MixtureConfig
-from moejax.lm import _logits
 from moejax.models import FlatDecoder
+from moejax.models.activations import run_apply
 from moejax.relevance.engine import relevance
 from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.seeds import LogitSeeds
@@ -142,7 +142,7 @@ def test_no_weights_travel_in_an_explanation(family: str, layout: str) -> None:
 @EVERY_MODEL
 def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> None:
     tokens = jnp.ones((1, 1), jnp.int32)
-    program = _logits.lower(spread(family, layout).flat, tokens, None, Gates()).compile()
+    program = run_apply.lower(spread(family, layout).flat, tokens).compile()
     matrix = _matrices(single(family))[1][0].size
     assert max(messages(program)) < matrix // LAYOUTS[layout][0].get("tensor", 1)
 
@@ -151,7 +151,7 @@ def test_no_matrices_travel_in_a_step_of_one_token(family: str, layout: str) -> 
 def test_devices_meet_once_for_a_mixture(family: str) -> None:
     """Every device routes all tokens, so that nothing but the sum over experts is waited for."""
     model = spread(family, "expert")
-    program = _logits.lower(model.flat, jnp.ones((1, 3), jnp.int32), None, Gates()).compile()
+    program = run_apply.lower(model.flat, jnp.ones((1, 3), jnp.int32)).compile()
     config = model.decoder.config
     mixtures = sum(isinstance(block.feed_forward, MixtureConfig) for block in config.blocks)
     # attention experts meet with the slots of their first product, and with the sums of their second

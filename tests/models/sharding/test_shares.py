@@ -15,8 +15,8 @@ from moejax import LM, Cell, Continuation, Gates, MoejaxError, Relevance, Span, 
 from moejax import Backtrace as DLBacktrace
 from moejax.dlbacktrace.propagation import LogitRelevanceSeeds
 from moejax.generation import generate_tokens
-from moejax.lm import _logits
 from moejax.models import FlatDecoder, shard
+from moejax.models.activations import run_apply
 from moejax.models.data_parallel import max_over_devices, shard_map_data, split
 from moejax.ops.device import only_experts_split
 from moejax.relevance.ablate import _values
@@ -153,7 +153,7 @@ def test_nothing_is_waited_for() -> None:
     seeds = LogitSeeds.of(jnp.full((4, 4), 8), jnp.full((4, 4, 1), 3), jnp.ones((4, 4, 1)))
     first = jax.tree.map(lambda leaf: leaf[:1], seeds)
     for program in (
-        _logits.lower(weights, tokens, None, Gates()),
+        run_apply.lower(weights, tokens),
         relevance.lower(weights, tokens, None, seeds, Gates(), rule=AttnLRP()),
         relevance.lower(weights, tokens[:1], None, first, Gates(), rule=AttnLRP()),
         jax.jit(lambda t, v: generate_tokens(weights, t, v, jax.random.key(0), max_new_tokens=5)).lower(tokens, valid),
@@ -187,7 +187,7 @@ def test_a_device_computes_its_share() -> None:
         (generate(four, 4), generate(one, 1)),
         (intervene(four, 8), intervene(one, 2)),
         (read(four, 2, 2), read(one, 1, 2)),
-        (_logits.lower(four, tokens, None, Gates()), _logits.lower(one, tokens[:1], None, Gates())),
+        (run_apply.lower(four, tokens), run_apply.lower(one, tokens[:1])),
         (read(four, 4, 2), read(one, 1, 2)),
         (read(four, 1, 8), read(one, 1, 2)),
     ):
@@ -266,7 +266,7 @@ def test_devices_that_the_caller_maps_over(layout: str) -> None:
     def run(weights: FlatDecoder, tokens: jax.Array, seeds: LogitSeeds) -> tuple[jax.Array, ...]:
         read = relevance(weights, tokens, None, seeds, Gates(), rule=AttnLRP())
         new = generate_tokens(weights, tokens, tokens >= 0, jax.random.key(0), max_new_tokens=3)
-        return _logits(weights, tokens, None, Gates()), read.target, new.tokens
+        return run_apply(weights, tokens)[0], read.target, new.tokens
 
     mine = jax.shard_map(
         run,
