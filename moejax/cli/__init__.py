@@ -1,18 +1,39 @@
 """The ``moejax`` command: a thin layer over the library, a file for each group of subcommands."""
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from moejax._version import __version__
 from moejax.cli import checkpoints, explaining, studying, training
+
+
+def show_version(wanted: bool) -> bool:
+    """Print the version and end, if it is wanted."""
+    if wanted:
+        print(f"moejax {__version__}")
+        raise typer.Exit
+    return wanted
+
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Load, explain and train Mixture-of-Experts language models in JAX.",
 )
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Load, explain and train Mixture-of-Experts language models in JAX."""
+
+
 for group in (explaining, checkpoints, studying, training):
     group.add_commands(app)
 
