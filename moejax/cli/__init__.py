@@ -8,6 +8,7 @@ from rich.console import Console
 
 from moejax._version import __version__
 from moejax.cli import checkpoints, explaining, studying, training
+from moejax.cli.waiting import keep_programs, tell_of_compiling
 
 
 def show_version(wanted: bool) -> bool:
@@ -45,6 +46,8 @@ def main() -> None:
 
     # by default JAX leaves a quarter of a GPU's memory to others, and a model of 61 GB no room on 80
     reserve_memory()
+    keep_programs()
+    tell_of_compiling()
     try:
         app()
     except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either

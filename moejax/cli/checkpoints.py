@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from moejax.cli.options import AsJson, Loading, Plugin, add, shows_bar, use_host_only
+from moejax.cli.waiting import SETTING, keep_programs
 
 Source = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or bundled name.")]
 AnySource = Annotated[str, typer.Argument(help="Hugging Face folder, converted folder, hub id, or bundled name.")]
@@ -115,9 +116,13 @@ def doctor(
         raise MoejaxError("--gpu says whether a model fits; name the model.")
     work = Work(tokens, targets, new_tokens)
     fits = [fit(model, name, dtype=dtype, work=work) for name in gpu or []]
-    facts = examine(model, dtype=dtype)
+    facts, folder = examine(model, dtype=dtype), keep_programs()
     if as_json:
-        print(json.dumps(dict(facts) | ({"fit": fits} if fits else {})))
+        kept = {"compilation_cache": None if folder is None else str(folder)}
+        print(json.dumps(dict(facts) | kept | ({"fit": fits} if fits else {})))
     else:
         # of a GPU that is asked for, the answer alone
         Console().print(*(map(fit_table, fits) if fits else doctor_tables(facts)))
+        if not fits:
+            off = f"nowhere (turned off, or the folder cannot be written; {SETTING}=off turns it off)"
+            print(f"compiled programs are kept in: {off if folder is None else folder}")
