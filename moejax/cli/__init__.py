@@ -1,7 +1,9 @@
 """The ``moejax`` command: a thin layer over the library, a file for each group of subcommands."""
 
+import os
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # options may be written with underscores, as in LibMoE's --moe_name
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
 
 
@@ -39,6 +43,17 @@ for group in (explaining, checkpoints, studying, training):
     group.add_commands(app)
 
 
+def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Print a warning as one line; where it was raised in the code is of no use to those who run a command."""
+    text = " ".join(str(message).split())
+    print(f"moejax: note: {text}", file=sys.stderr)
+
+
+def _raise_broken_pipe(self: Console) -> None:
+    # without a number: typer makes exit code 1 of an error that has one
+    raise BrokenPipeError
+
+
 def main() -> None:
     """Run the command; an error that a person can mend is one line on stderr and exit code 1."""
     from moejax.errors import MoejaxError
@@ -48,8 +63,17 @@ def main() -> None:
     reserve_memory()
     keep_programs()
     tell_of_compiling()
+    warnings.showwarning = show_warning
+    Console.on_broken_pipe = _raise_broken_pipe  # rich ends with exit code 1
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # `moejax .. | head` has what it wants. What is left in the buffer goes nowhere, or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # names in files are anybody's
         Console(stderr=True, soft_wrap=True).print(f"moejax: {line}", style="red", markup=False, highlight=False)
