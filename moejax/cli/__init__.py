@@ -65,14 +65,19 @@ def main() -> None:
     tell_of_compiling()
     warnings.showwarning = show_warning
     Console.on_broken_pipe = _raise_broken_pipe  # rich ends with exit code 1
+    output = sys.stdout
     try:
         try:
             app()
+        except SystemExit:
+            if sys.stdout is not output:  # typer covers it once a write has met a closed pipe
+                raise BrokenPipeError from None
+            raise
         finally:
-            sys.stdout.flush()
+            output.flush()
     except BrokenPipeError:
         # `moejax .. | head` has what it wants. What is left in the buffer goes nowhere, or Python complains at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         sys.exit(0)
     except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # names in files are anybody's

@@ -64,7 +64,8 @@ def analyse(
     if as_json:
         print(json.dumps(statistics, allow_nan=False))
     else:
-        Console().print(*routing_tables(statistics))
+        console = Console()
+        console.print(*routing_tables(statistics, console.width))
         print(f"{out}: {', '.join(path.name for path in written)}")
 
 
