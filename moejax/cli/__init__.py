@@ -22,7 +22,6 @@ def show_version(wanted: bool) -> bool:
 
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     # options may be written with underscores, as in LibMoE's --moe_name

@@ -1,6 +1,7 @@
-"""``moejax convert``, ``export``, ``verify`` and ``doctor``."""
+"""``moejax convert``, ``export``, ``verify``, ``doctor`` and ``models``."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ Destination = Annotated[Path, typer.Argument(help="Folder to make; it appears wh
 
 def add_commands(app: typer.Typer) -> None:
     """Register the subcommands of this file."""
-    add(app, convert, export, verify, doctor)
+    add(app, convert, export, verify, doctor, models)
 
 
 def convert(
@@ -35,7 +36,11 @@ def convert(
 
     use_host_only()
     bar = shows_bar(as_json)
-    done = moejax.convert(source, destination, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=bar)
+    try:
+        done = moejax.convert(source, destination, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=bar)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is left", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(json.dumps(done.to_dict()) if as_json else done)
 
 
@@ -126,3 +131,18 @@ def doctor(
         if not fits:
             off = f"nowhere (turned off, or the folder cannot be written; {SETTING}=off turns it off)"
             print(f"compiled programs are kept in: {off if folder is None else folder}")
+
+
+def models(as_json: AsJson = False, plugin: Plugin = None) -> None:
+    """List the bundled models, the families whose models load, and the shapes that can be timed."""
+    from moejax.checkpoints.folder import bundled_names
+    from moejax.models import FAMILIES
+    from moejax.study.bench import SHAPES
+
+    found = {"bundled": bundled_names(), "families": sorted(FAMILIES), "shapes": sorted(SHAPES)}
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"bundled, by name: {', '.join(found['bundled'])}")
+    print(f"families (model_type of a folder or hub id): {', '.join(found['families'])}")
+    print(f"shapes of `moejax bench --random`: {', '.join(found['shapes'])}")

@@ -54,9 +54,14 @@ def run_plugins(paths: list[Path] | None) -> list[Path] | None:
     """Run Python files that register things, before anything else is looked at.
 
     Raises:
+        MoejaxError: there is no such file.
         OSError: a file cannot be read.
     """
+    from moejax.errors import MoejaxError
+
     for path in paths or ():
+        if not path.is_file():
+            raise MoejaxError(f"--plugin {path}: no such file.")
         runpy.run_path(str(path))
     return paths
 
