@@ -82,8 +82,9 @@ def bfloat16(make_olmoe: Callable) -> Any:
 
 @pytest.mark.parametrize("form", ["memory", "folder"])
 def test_bfloat16_stays_bfloat16(form: str, bfloat16: Any, tmp_path: Path) -> None:
+    """A folder's weights would be widened on a CPU, unless it is asked for."""
     bfloat16.save_pretrained(tmp_path)
-    decoder = moejax.load(bfloat16 if form == "memory" else tmp_path).decoder
+    decoder = (moejax.load(bfloat16) if form == "memory" else moejax.load(tmp_path, dtype="bfloat16")).decoder
     assert {leaf.dtype for leaf in jax.tree.leaves(decoder)} == {jnp.dtype(jnp.bfloat16)}
     want = bfloat16.model.embed_tokens.weight.detach().float().numpy()
     np.testing.assert_array_equal(decoder.embedding.astype(jnp.float32), want)
@@ -127,7 +128,7 @@ def test_round_trip_of_bfloat16_shards(bfloat16: Any, tmp_path: Path) -> None:
 
     source, copied = tmp_path / "source", tmp_path / "copied"
     bfloat16.save_pretrained(source, max_shard_size="60KB")
-    save_folder(moejax.load(source).decoder, read_config(source), copied)
+    save_folder(moejax.load(source, dtype="bfloat16").decoder, read_config(source), copied)
     want = {k: v for f in source.glob("*.safetensors") for k, v in safetensors.torch.load_file(f).items()}
     got = safetensors.torch.load_file(copied / "model.safetensors")
     assert got.keys() == want.keys()

@@ -95,7 +95,7 @@ class TestIntegratedGradients:
     def test_every_kind_of_expert(self):
         lm = mixture_lm()
         got = integrated_gradients(lm, PROMPT, target=AIM, steps=2, over="gates")
-        assert got.feed_forward.slots.shape == got.attention.slots.shape == (1, LAYERS, T, 3)
+        assert got.feed_forward.slots.shape == got.attention.slots.shape == (1, LAYERS, T, K)
         assert got.shared.shape == (1, LAYERS, T, 1)
         assert got.attention.slots.any()
         assert got.shared[:, 0].any()

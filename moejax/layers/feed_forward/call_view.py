@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from moejax.errors import MoejaxError
 from moejax.layers.feed_forward.mixture import Mixture
 from moejax.layers.feed_forward.router import Router
 from moejax.layers.parts import Aux, Call, Sizes
@@ -87,6 +88,11 @@ class ViewedMixture(Mixture, metaclass=_ArraysAreData):
             self._state.records[name] = value
 
     @property
+    def log_metrics(self) -> dict[str, Array]:
+        """What this call has recorded, under LibMoE's name. To add to it, call :meth:`record`, or return it."""
+        return {} if self._state is None else self._state.records
+
+    @property
     def mesh(self) -> Mesh | None:
         """Devices over which the weights lie; over its axis ``expert`` the experts are split."""
         return self.router.config.mesh
@@ -96,7 +102,13 @@ class ViewedMixture(Mixture, metaclass=_ArraysAreData):
     ) -> tuple[Float[Array, "B T O"], None, Aux]:
         """:meth:`forward` on a view of this layer; returns the output, no cache, and all that the call told."""
         state = _CallState(call, {})
-        output, loss, _, info = self.replace(_state=state).forward(x, return_id_experts=True)
+        returned = self.replace(_state=state).forward(x, return_id_experts=True)
+        if not (isinstance(returned, tuple) and len(returned) == 4 and isinstance(returned[3], Mapping)):
+            raise MoejaxError(
+                f"{type(self).__name__}.forward returned {type(returned).__name__}; it returns four things: output, "
+                "auxiliary loss, None, and a dictionary of what there is to log."
+            )
+        output, loss, _, info = returned
         told = {name: value for name, value in state.records.items() if name not in _ROUTING}
         info = jax.tree.map(jax.lax.stop_gradient, {**told, **info})
         routing = _recorded_routing(state.records, self.sizes.num_router_outputs)

@@ -6,16 +6,18 @@ the ``self`` of :meth:`MoeLayer.forward`, so that a method written for one call 
 intervened on inside of a decoder. What LibMoE writes on the module is returned as :class:`~moejax.layers.Aux`.
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, MoejaxError
 from moejax.layers.feed_forward.activation import GLU, Activation, HiddenActivation
 from moejax.layers.feed_forward.call_view import Info, ViewedMixture
 from moejax.layers.feed_forward.dense import MLP
@@ -83,9 +85,9 @@ class MoeLayer(ViewedMixture):
         self.args: Any = replace(args, key=None)
         config = self.router_config()
         bias = jnp.zeros(config.num_experts) if config.selection_bias else None
-        self.router = Router(self.init_gate_weights(args.std_gate, key=args.draw("gate")), None, bias, config)
+        self.router = Router(_draw(self.init_gate_weights, args.std_gate, args.draw("gate")), None, bias, config)
         self.experts = (
-            self.init_expert_weights(args.std_expert, key=args.draw("experts"))
+            _draw(self.init_expert_weights, args.std_expert, args.draw("experts"))
             if expert is None
             else stack_experts(expert, self.counts.experts, in_embed_dim, out_embed_dim)
         )
@@ -318,24 +320,45 @@ class MoeLayer(ViewedMixture):
         return jnp.zeros((*x.shape[:-1], self.out_embed_dim), x.dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], return_id_experts: bool = False, *, mask: Bool[Array, "B T"] | None = None
+        self, x: Any, return_id_experts: bool = False, *, mask: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T O"], Float[Array, ""], None, Info]:
         """Output, auxiliary loss, ``None`` (where LibMoE once had ids), and what there is to log, detached.
 
         Args:
-            x: tokens.
+            x: tokens ``[B T D]``, an array of JAX or NumPy.
             return_id_experts: add to the last what LibMoE logs: ``selected_experts`` and ``weights`` ``[B T K]``,
                 ``gate_softmax`` ``[B T R]`` and ``router_magine``, the difference of the two largest weights
                 ``[B T]``.
             mask: tokens that are not padding.
+
+        Raises:
+            MoejaxError: ``x`` has another number of axes, another width, or is no array; or an overridden
+                :meth:`forward` returns something else.
         """
-        output, _, aux = self.run(x, Call(valid=mask))
+        output, _, aux = self.run(self._checked(x), Call(valid=mask))
         info = dict(aux.info)
         if return_id_experts and (routing := aux.routing) is not None:
             info |= {"selected_experts": routing.ids, "weights": routing.weights, "gate_softmax": routing.scores}
             info["router_magine"] = _margin(routing.weights)
         assert aux.loss is not None
         return output, aux.loss, None, jax.tree.map(jax.lax.stop_gradient, info)
+
+    def _checked(self, x: Any) -> Float[Array, "B T D"]:
+        """The tokens as an array of JAX."""
+        name = type(self).__name__
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise MoejaxError(f"{name} takes an array [B T D], not {type(x).__name__}; jnp.asarray(x) may make one.")
+        if x.ndim != 3 or x.shape[-1] != self.in_embed_dim:
+            hint = "; add an axis of sequences: x[None]" if x.ndim == 2 and x.shape[-1] == self.in_embed_dim else ""
+            raise MoejaxError(f"{name} takes [B T D] with D={self.in_embed_dim}, not {tuple(x.shape)}{hint}.")
+        return jnp.asarray(x)
+
+
+def _draw(init: Callable[..., Any], std: float, key: PRNGKeyArray) -> Any:
+    """Initial weights; an override that is written as in LibMoE takes no key, and draws as it likes."""
+    parameters = inspect.signature(init).parameters.values()
+    takes_key = any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return init(std, key=key) if takes_key else init(std)
 
 
 def as_routing(selected: Array | None, scores: Array | None, logits: Array) -> Routing:
