@@ -29,6 +29,11 @@ class _FastTracing:
         self._lock, self._inside = threading.Lock(), 0
         self._frames, self._collects = 0, False
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether a program is made or runs."""
+        return self._inside > 0
+
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:

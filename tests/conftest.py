@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # compiling takes most of the time, and optimising tiny programs gains nothing; this halves the time
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# the command keeps compiled programs in the home folder otherwise
+os.environ["MOEJAX_COMPILATION_CACHE"] = "off"
 
 import jax
 import jaxtyping

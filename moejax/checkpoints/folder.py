@@ -132,9 +132,13 @@ def find(source: Any, files: Sequence[str] | None = None, hub: Hub = Hub()) -> P
         raise CheckpointError(f"{error}{_near(folder)}") from error
 
 
+def bundled_names() -> list[str]:
+    """Return the names of the models that come with the package."""
+    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
+
+
 def _near(folder: Path) -> str:
     """Return a hint that names a folder or bundled model of nearly the same name; empty if there is none."""
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    bundled = [path.name for path in BUNDLED.iterdir() if path.is_dir()]
-    close = difflib.get_close_matches(folder.name, [*bundled, *siblings], n=1, cutoff=0.75)
+    close = difflib.get_close_matches(folder.name, [*bundled_names(), *siblings], n=1, cutoff=0.75)
     return f" (did you mean {close[0]!r}?)" if close else ""

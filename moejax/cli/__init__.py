@@ -1,20 +1,56 @@
 """The ``moejax`` command: a thin layer over the library, a file for each group of subcommands."""
 
+import os
 import sys
+import warnings
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from moejax._version import __version__
 from moejax.cli import checkpoints, explaining, studying, training
+from moejax.cli.waiting import keep_programs, tell_of_compiling
+
+
+def show_version(wanted: bool) -> bool:
+    """Print the version and end, if it is wanted."""
+    if wanted:
+        print(f"moejax {__version__}")
+        raise typer.Exit
+    return wanted
+
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Load, explain and train Mixture-of-Experts language models in JAX.",
+    # options may be written with underscores, as in LibMoE's --moe_name
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Load, explain and train Mixture-of-Experts language models in JAX."""
+
+
 for group in (explaining, checkpoints, studying, training):
     group.add_commands(app)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Print a warning as one line; where it was raised in the code is of no use to those who run a command."""
+    text = " ".join(str(message).split())
+    print(f"moejax: note: {text}", file=sys.stderr)
+
+
+def _raise_broken_pipe(self: Console) -> None:
+    # without a number: typer makes exit code 1 of an error that has one
+    raise BrokenPipeError
 
 
 def main() -> None:
@@ -24,8 +60,24 @@ def main() -> None:
 
     # by default JAX leaves a quarter of a GPU's memory to others, and a model of 61 GB no room on 80
     reserve_memory()
+    keep_programs()
+    tell_of_compiling()
+    warnings.showwarning = show_warning
+    Console.on_broken_pipe = _raise_broken_pipe  # rich ends with exit code 1
+    output = sys.stdout
     try:
-        app()
+        try:
+            app()
+        except SystemExit:
+            if sys.stdout is not output:  # typer covers it once a write has met a closed pipe
+                raise BrokenPipeError from None
+            raise
+        finally:
+            output.flush()
+    except BrokenPipeError:
+        # `moejax .. | head` has what it wants. What is left in the buffer goes nowhere, or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        sys.exit(0)
     except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # names in files are anybody's
         Console(stderr=True, soft_wrap=True).print(f"moejax: {line}", style="red", markup=False, highlight=False)

@@ -1,6 +1,7 @@
-"""``moejax convert``, ``export``, ``verify`` and ``doctor``."""
+"""``moejax convert``, ``export``, ``verify``, ``doctor`` and ``models``."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from rich.console import Console
 
 from moejax.cli.options import AsJson, Loading, Plugin, add, shows_bar, use_host_only
+from moejax.cli.waiting import SETTING, keep_programs
 
 Source = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or bundled name.")]
 AnySource = Annotated[str, typer.Argument(help="Hugging Face folder, converted folder, hub id, or bundled name.")]
@@ -16,7 +18,7 @@ Destination = Annotated[Path, typer.Argument(help="Folder to make; it appears wh
 
 def add_commands(app: typer.Typer) -> None:
     """Register the subcommands of this file."""
-    add(app, convert, export, verify, doctor)
+    add(app, convert, export, verify, doctor, models)
 
 
 def convert(
@@ -34,7 +36,11 @@ def convert(
 
     use_host_only()
     bar = shows_bar(as_json)
-    done = moejax.convert(source, destination, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=bar)
+    try:
+        done = moejax.convert(source, destination, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=bar)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is left", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(json.dumps(done.to_dict()) if as_json else done)
 
 
@@ -115,9 +121,28 @@ def doctor(
         raise MoejaxError("--gpu says whether a model fits; name the model.")
     work = Work(tokens, targets, new_tokens)
     fits = [fit(model, name, dtype=dtype, work=work) for name in gpu or []]
-    facts = examine(model, dtype=dtype)
+    facts, folder = examine(model, dtype=dtype), keep_programs()
     if as_json:
-        print(json.dumps(dict(facts) | ({"fit": fits} if fits else {})))
+        kept = {"compilation_cache": None if folder is None else str(folder)}
+        print(json.dumps(dict(facts) | kept | ({"fit": fits} if fits else {})))
     else:
         # of a GPU that is asked for, the answer alone
         Console().print(*(map(fit_table, fits) if fits else doctor_tables(facts)))
+        if not fits:
+            off = f"nowhere (turned off, or the folder cannot be written; {SETTING}=off turns it off)"
+            print(f"compiled programs are kept in: {off if folder is None else folder}")
+
+
+def models(as_json: AsJson = False, plugin: Plugin = None) -> None:
+    """List the bundled models, the families whose models load, and the shapes that can be timed."""
+    from moejax.checkpoints.folder import bundled_names
+    from moejax.models import FAMILIES
+    from moejax.study.bench import SHAPES
+
+    found = {"bundled": bundled_names(), "families": sorted(FAMILIES), "shapes": sorted(SHAPES)}
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"bundled, by name: {', '.join(found['bundled'])}")
+    print(f"families (model_type of a folder or hub id): {', '.join(found['families'])}")
+    print(f"shapes of `moejax bench --random`: {', '.join(found['shapes'])}")

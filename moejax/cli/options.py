@@ -15,6 +15,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from moejax.cli.prompts import Prompts
+
 _REGISTRIES = {
     "RULES": ("moejax.rules", "RULES"),
     "TARGETS": ("moejax.relevance.targets", "TARGETS"),
@@ -52,9 +54,14 @@ def run_plugins(paths: list[Path] | None) -> list[Path] | None:
     """Run Python files that register things, before anything else is looked at.
 
     Raises:
+        MoejaxError: there is no such file.
         OSError: a file cannot be read.
     """
+    from moejax.errors import MoejaxError
+
     for path in paths or ():
+        if not path.is_file():
+            raise MoejaxError(f"--plugin {path}: no such file.")
         runpy.run_path(str(path))
     return paths
 
@@ -175,28 +182,31 @@ def check_folder(path: Path) -> None:
 def add(app: Any, *commands: Any) -> None:
     """Register functions as subcommands under their own names."""
     for command in commands:
-        app.command(cls=RegistryHelp)(with_loading(command))
+        app.command(cls=RegistryHelp)(with_groups(command))
 
 
-def with_loading(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the subcommand with an option for each field of :class:`Loading` in place of a parameter of that class."""
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the subcommand with an option for each field of a group in place of a parameter of the group's class."""
     signature = inspect.signature(command)
-    found = [name for name, parameter in signature.parameters.items() if parameter.annotation is Loading]
-    if not found:
-        return command
-    hints = get_type_hints(Loading, include_extras=True)
+    parameters = signature.parameters.values()
+    groups = {p.name: p.annotation for p in parameters if p.annotation in (Loading, Prompts)}
     kind = inspect.Parameter.KEYWORD_ONLY
-    options = [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in fields(Loading)]
+
+    def options(group: Any) -> list[inspect.Parameter]:
+        hints = get_type_hints(group, include_extras=True)
+        return [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in fields(group)]
+
+    shown = [options(groups[p.name]) if p.name in groups else [p.replace(kind=kind)] for p in parameters]
 
     @wraps(command)
     def run(**given: Any) -> None:
-        loading = Loading(**{option.name: given.pop(option.name) for option in options})
-        command(**given, **{found[0]: loading})
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
 
-    kept = [p.replace(kind=kind) for name, p in signature.parameters.items() if name != found[0]]
-    parameters = [*kept, *options]
+    options_of_all = [option for some in shown for option in some]
     # read by typer; the names of plain parameters and of options are its business
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = signature.replace(parameters=options_of_all)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options_of_all}
     del run.__wrapped__  # type: ignore[attr-defined]
     return run

@@ -64,7 +64,8 @@ def analyse(
     if as_json:
         print(json.dumps(statistics, allow_nan=False))
     else:
-        Console().print(*routing_tables(statistics))
+        console = Console()
+        console.print(*routing_tables(statistics, console.width))
         print(f"{out}: {', '.join(path.name for path in written)}")
 
 
@@ -103,9 +104,12 @@ def _decoder(model: str, random: bool, loading: Loading) -> tuple[str, Any]:
     import jax
 
     from moejax import MoejaxError
-    from moejax.study.bench import published, random_decoder
+    from moejax.study.bench import SHAPES, published, random_decoder
 
     if not random:
+        shapes = [name for name in SHAPES if name.startswith(model.lower())]
+        if shapes and not Path(model).exists():
+            raise MoejaxError(f"{model!r} has no weights here; for its shape use: moejax bench {shapes[0]} --random")
         return model, loading.load(model).decoder
     if loading.dtype not in (None, "bfloat16"):
         raise MoejaxError("random weights are bfloat16; leave --dtype out.")

@@ -35,6 +35,9 @@ _TABLES = {
 }
 """For each table in the terminal, the statistics of a layer that it shows, with their column names."""
 
+_LAYER = 9
+"""Width of the column of layers, with borders."""
+
 _CAPTIONS = {
     "router": "entropies are divided by their largest value; -: no value",
     "experts": "perplexity and Jain index: 1 is an even usage; max load: busiest expert over the mean; "
@@ -42,15 +45,17 @@ _CAPTIONS = {
 }
 
 
-def routing_tables(report: RoutingReport) -> list[Table]:
+def routing_tables(report: RoutingReport, width: int | None = None) -> list[Table]:
     """Tables of the data, each kind of mixture, the comparison with another checkpoint, and the probes.
 
     Args:
         report: the dictionary of :meth:`moejax.study.Analysis.to_dict`.
+        width: columns of the terminal; a table that is wider goes on below itself.
     """
     tables = [_data_table(report)]
     for kind, mixtures in report["mixtures"].items():
-        tables += [_layers_table(kind, part, mixtures["layers"]) for part in _TABLES]
+        for part in _TABLES:
+            tables += _layers_tables(kind, part, mixtures["layers"], width)
     for kind, changes in (report["changes"] or {}).items():
         table = Table(
             "layer", "set overlap", "switch rate", title=f"{KIND_NAMES[kind]}, against {_safe(report['against'] or '')}"
@@ -119,13 +124,28 @@ def _data_table(report: RoutingReport) -> Table:
     return table
 
 
-def _layers_table(kind: str, part: str, layers: Sequence[LayerEntry]) -> Table:
+def _layers_tables(kind: str, part: str, layers: Sequence[LayerEntry], width: int | None) -> list[Table]:
     rows: list[Mapping[str, object]] = [*layers]
     shown = {name: head for name, head in _TABLES[part].items() if any(row[name] is not None for row in rows)}
-    table = Table("layer", *shown.values(), title=f"{KIND_NAMES[kind]}: {part}", caption=_CAPTIONS[part])
-    for row in rows:
-        table.add_row(str(row["layer"]), *(_number(row[name]) for name in shown))
-    return table
+    # a column is as wide as its numbers and the longest word of its name, with a border and two spaces
+    widths = {name: max(5, *map(len, head.split())) for name, head in shown.items()}
+    groups: list[list[str]] = [[]]
+    for name in shown:
+        taken = _LAYER + sum(widths[other] + 3 for other in (*groups[-1], name))
+        if width is not None and groups[-1] and taken > width:
+            groups.append([])
+        groups[-1].append(name)
+    tables = []
+    for group in groups:
+        table = Table(
+            "layer", title=f"{KIND_NAMES[kind]}: {part}", caption=_CAPTIONS[part] if group is groups[-1] else ""
+        )
+        for name in group:
+            table.add_column(shown[name], min_width=widths[name])
+        for row in rows:
+            table.add_row(str(row["layer"]), *(_number(row[name]) for name in group))
+        tables.append(table)
+    return tables
 
 
 def _probes_table(probes: Sequence[ProbeEntry]) -> Table:

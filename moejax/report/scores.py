@@ -12,7 +12,7 @@ def render_scores(report: ScoresReport, top: int = 8) -> None:
     for index, target in enumerate(report["targets"]):
         gap = "" if target["gap"] is None else f"; not accounted for: {target['gap']:.3g}"
         title = f"{report['method']} of {target['label']}, in {report['unit']}{gap}"
-        console.print(title, markup=False, highlight=False)
+        console.print(title, markup=False, highlight=False, soft_wrap=not console.is_terminal)
         if target["tokens"] is not None:
             table = Table("token", "score")
             for piece, score in zip(report["tokens"], target["tokens"], strict=True):

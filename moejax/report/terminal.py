@@ -16,6 +16,7 @@ from moejax.report.schema import RelevanceReport, TargetEntry
 
 _LEGEND_STEPS = 21
 _STRONGEST = 5
+_WIDE = 10_000
 
 
 def render(report: RelevanceReport, console: Console | None = None, top: int = 3, scale: str = "linear") -> None:
@@ -37,17 +38,22 @@ def render(report: RelevanceReport, console: Console | None = None, top: int = 3
     colours.check_scale(scale)
     console = console or Console()
     targets = report["targets"]
-    console.print(_text(console, f"{report['model']}  {report['rule']}", "bold"))
+    # a pipe gets every text in one line: whoever reads it knows better where to break
+    piped = not console.is_terminal
+    console.print(_text(console, f"{report['model']}  {report['rule']}", "bold"), soft_wrap=piped)
     for index, target in enumerate(targets):
         console.print()
-        console.print(_header(console, report, index))
-        console.print(_tokens(console, report, target, scale))
-        console.print(_legend(console, target, scale))
-        console.print(_strongest(console, report, target))
-        console.print(_candidates(console, target))
+        console.print(_header(console, report, index), soft_wrap=True)
+        console.print(_tokens(console, report, target, scale), soft_wrap=piped)
+        console.print(_legend(console, target, scale), soft_wrap=piped)
+        console.print(_strongest(console, report, target), soft_wrap=True)
+        console.print(_candidates(console, target), soft_wrap=True)
         if report["num_experts"]:
-            console.print(_labelled(console, "top experts per layer", ["relevance, share of the layer, tokens routed"]))
-            console.print(_experts(report, index, top, scale))
+            about = ["relevance, share of the layer,", "tokens routed"]
+            console.print(_labelled(console, "top experts per layer", about, gap=" "), soft_wrap=True)
+            table = _experts(report, index, top, scale)
+            fits = console.measure(table, options=console.options.update(width=_WIDE)).maximum <= console.width
+            console.print(table if fits else _experts(report, index, top, scale, stacked=True))
         # no wrapping: a pipe gets the equation in one line, and a terminal folds it by itself
         console.print(_text(console, aggregate.summary_line(report, index)), soft_wrap=True)
 
@@ -56,10 +62,9 @@ def _header(console: Console, report: RelevanceReport, index: int) -> Text:
     target, total = report["targets"][index], len(report["targets"])
     count = f"target {index + 1}/{total}" if total > 1 else "target"
     after = aggregate.quoted(report["tokens"][target["position"]])
-    line = _text(console, f"{count}  ")
-    line.append_text(_text(console, aggregate.visible(target["label"]), "bold"))
-    where = f"  {target['value']:.3f}  predicted at position {target['position']}, after {after}"
-    return line.append_text(_text(console, where))
+    label = _text(console, aggregate.visible(target["label"]), "bold")
+    where = [f"{target['value']:.3f}", f"predicted at position {target['position']},", f"after {after}"]
+    return _flow(console, [_text(console, count), label, *(_text(console, part) for part in where)])
 
 
 def _tokens(console: Console, report: RelevanceReport, target: TargetEntry, scale: str) -> Text:
@@ -97,7 +102,8 @@ def _candidates(console: Console, target: TargetEntry) -> Text:
     return _labelled(console, "next token", parts or ["no candidates"])
 
 
-def _experts(report: RelevanceReport, index: int, top: int, scale: str) -> Table:
+def _experts(report: RelevanceReport, index: int, top: int, scale: str, stacked: bool = False) -> Table:
+    """The top experts of each layer: side by side, or below each other for a narrow console."""
     layers = aggregate.top_experts(report, index, top)
     largest = aggregate.scale_of(aggregate.expert_map(report, index))
     # numbers of one kind have one width, so that columns align
@@ -107,14 +113,15 @@ def _experts(report: RelevanceReport, index: int, top: int, scale: str) -> Table
     number_width = max((len(f"{use.relevance:+.3g}") for use in uses), default=1)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", justify="right", no_wrap=True)
-    for rank in range(max((len(layer) for layer in layers), default=0)):
-        table.add_column(f"#{rank + 1}", no_wrap=True)
+    ranks = max((len(layer) for layer in layers), default=0)
+    for name in [f"#1 to #{ranks}"] if stacked else [f"#{rank + 1}" for rank in range(ranks)]:
+        table.add_column(name, no_wrap=True)
     for number, layer in enumerate(layers):
         cells = [
             _expert_cell(use, _style(use.relevance, largest, scale), id_width, number_width, count_width)
             for use in layer
         ]
-        table.add_row(Text(str(number)), *cells)
+        table.add_row(Text(str(number)), *([Text("\n").join(cells)] if stacked else cells))
     return table
 
 
@@ -124,8 +131,25 @@ def _expert_cell(use: ExpertUse, style: Style, id_width: int, number_width: int,
     return cell.append(f" {use.share:4.0%} {use.tokens:>{count_width}}t")
 
 
-def _labelled(console: Console, label: str, parts: list[str]) -> Text:
-    return _text(console, f"{label}: ", "bold").append_text(_text(console, "  ".join(parts), ""))
+def _labelled(console: Console, label: str, parts: list[str], gap: str = "  ") -> Text:
+    """Parts behind a label."""
+    first, *rest = (_text(console, part) for part in parts)
+    return _flow(console, [_text(console, f"{label}: ", "bold").append_text(first), *rest], gap)
+
+
+def _flow(console: Console, parts: list[Text], gap: str = "  ") -> Text:
+    """Parts in a line; on a terminal lines break between parts, as within one there is a token or its number."""
+    line, width = Text(), 0
+    for number, part in enumerate(parts):
+        if number and console.is_terminal and width + len(gap) + part.cell_len > console.width:
+            line.append("\n")
+            width = 0
+        elif number:
+            line.append(gap)
+            width += len(gap)
+        line.append_text(part)
+        width += part.cell_len
+    return line
 
 
 def _style(value: float, largest: float, scale: str) -> Style:

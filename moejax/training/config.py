@@ -45,8 +45,9 @@ class TrainConfig:
         balance_loss_coef, router_z_loss_coef: weights of the two auxiliary losses of every mixture. By default those of
             :class:`moejax.training.LossWeights`, and for a registered layer its own.
         reduce_layers: ``reduce`` of the same.
-        log_every: steps between two rows of metrics.
-        save_every: steps between two saved states; each save also computes the held-out loss.
+        log_every: steps between two rows of metrics; the last row may have fewer.
+        save_every: steps between two saved states, each saved with the next row, and the last at the end; each save
+            also computes the held-out loss.
         seed: seed of the initial weights and of the data's order.
         mesh: sizes of the mesh axes ``data``, ``expert`` and ``tensor``; empty for one device.
     """
@@ -102,15 +103,12 @@ class TrainConfig:
         """Return these settings after checking them.
 
         Raises:
-            ConfigError: a count is not a positive integer, ``log_every`` does not divide ``save_every`` or ``steps``,
-                ``heldout_tokens`` is not more than ``length``, or a mesh axis is unknown.
+            ConfigError: a count is not a positive integer, ``heldout_tokens`` is not more than ``length``, or a mesh
+                axis is unknown.
         """
         for name in ("steps", "batch", "length", "accumulate", "log_every", "save_every"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a positive integer.")
-        for name, unit in (("save_every", "log_every"), ("steps", "log_every")):
-            if getattr(self, name) % getattr(self, unit):
-                raise ConfigError(f"{name}={getattr(self, name)} must be a multiple of {unit}={getattr(self, unit)}.")
         if self.heldout_tokens <= self.length:
             raise ConfigError(f"heldout_tokens={self.heldout_tokens} are too few for length={self.length}.")
         if unknown := sorted(set(self.mesh) - {"data", "expert", "tensor"}):

@@ -22,7 +22,7 @@ from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus
 from moejax.training.logs import MetricsLog
 from moejax.training.losses import cross_entropy
-from moejax.training.state_store import StateStore
+from moejax.training.state_store import StateStore, newest_step
 from moejax.training.step import TrainState, TrainSteps, make_train_steps
 from moejax.training.texts import find_text
 
@@ -33,6 +33,8 @@ _MAY_CHANGE = ("steps", "log_every", "save_every", "mesh")
 """Settings that may change when a run is resumed; a change of any other setting would make it another run."""
 
 _OLD_DEFAULTS = {"balance_loss_coef": 0.01, "router_z_loss_coef": 0.001}
+
+_STATES = "checkpoints"
 
 _DEFAULT_TOKENIZER = BUNDLED / "tiny-olmoe"
 
@@ -47,6 +49,8 @@ class Run:
         config: the settings.
         folder: the folder.
         started_from: the step from which the run was resumed, 0 for a new run; set when the iteration begins.
+        saved_step: the step of the newest saved state, 0 if there is none.
+        stopped: whether the run ended because :meth:`stop` was called.
         decoder: the trained decoder; set at the end of the iteration.
 
     Raises:
@@ -56,19 +60,46 @@ class Run:
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self.config, self.folder, self.started_from = config, folder, 0
-        config.architecture(self.vocab_size)  # fail before the folder is made
-        text = json.dumps({**vars(config), "model": dict(config.model), "mesh": dict(config.mesh)}, indent=2)
-        path = folder / "config.json"
-        new = json.loads(text)
-        old = json.loads(path.read_text()) if path.exists() else new
+        self.stopped, self._shall_stop = False, False
+        config.architecture(self.vocab_size)
+        path, new = folder / "config.json", json.loads(self._settings())
+        # a run that was never saved is none: whoever mends its settings shall not need another folder
+        self.saved_step = newest_step(folder / _STATES)
+        old = json.loads(path.read_text()) if path.exists() and self.saved_step else new
         # versions before 0.2 wrote these numbers where nothing was set
         old |= {name: None for name, usual in _OLD_DEFAULTS.items() if new[name] is None and old.get(name) == usual}
         if changed := [name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]]:
             raise ConfigError(
                 f"{folder} holds a run with another {', '.join(changed)}; choose another folder for this run."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
+
+    def _settings(self) -> str:
+        """The settings as the folder has them."""
+        c = self.config
+        return json.dumps({**vars(c), "model": dict(c.model), "mesh": dict(c.mesh)}, indent=2)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the folder has the trained model of these settings."""
+        model, states = self.folder / "model" / "tokenizer.json", self.folder / _STATES / str(self.saved_step)
+        if self.saved_step < self.config.steps or not model.exists():
+            return False
+        # else the model is that of fewer steps, and the run was killed before it wrote the new one
+        return model.stat().st_mtime >= states.stat().st_mtime
+
+    def stop(self) -> None:
+        """Have the iteration end, with a saved state, after the steps that run now; a signal's handler may call it."""
+        self._shall_stop = True
+
+    def check(self) -> None:
+        """Check all that can be checked before the model is made.
+
+        Raises:
+            ConfigError, MoejaxError: as the class says.
+        """
+        self.config.device_mesh()
+        _ = self.corpora
+        self._train_steps(1)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -125,51 +156,63 @@ class Run:
     def __iter__(self) -> Iterator[Row]:
         """Train, and yield a row of metrics every ``log_every`` steps: means over these steps.
 
-        Rows after which a state is saved also have ``heldout``, the held-out loss in nats per token.
+        Rows after which a state is saved, the last one among them, also have ``heldout``, the held-out loss in nats
+        per token. After :meth:`stop` a state is saved without it.
 
         Raises:
             MoejaxError: the loss or a router's logits are no longer finite; the message names the step and the layer.
         """
         c, mesh = self.config, self.config.device_mesh()
+        self.check()
         train, heldout = self.corpora
         tokens = jnp.asarray(train.tokens)
-        optimiser = c.optimiser()
         decoder = c.decoder(c.architecture(self.vocab_size), jax.random.key(c.seed), mesh)
-        state = TrainState.start(decoder, optimiser)
-        store = StateStore(self.folder / "checkpoints")
+        state = TrainState.start(decoder, c.optimiser())
+        # nothing is written before here, so that a mistake leaves no folder behind
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(self._settings() + "\n")
+        store = StateStore(self.folder / _STATES)
         if (restored := store.restore(state)) is not None:
             state = restored
-        self.started_from = int(state.step)
+        self.started_from = step = int(state.step)
+        train_steps = cache(self._train_steps)
 
-        @cache
-        def train_steps(count: int) -> TrainSteps:
-            return make_train_steps(
-                optimiser,
-                batch=c.batch,
-                length=c.length,
-                count=count,
-                seed=c.seed,
-                weights=c.loss_weights(),
-                compute_dtype=jnp.dtype(c.compute_dtype),
-                accumulate=c.accumulate,
-                mesh=mesh,
-            )
-
-        with MetricsLog(self.folder, from_step=int(state.step)) as log:
-            while int(state.step) < c.steps:
+        with MetricsLog(self.folder, from_step=step) as log:
+            while step < c.steps and not self._shall_stop:
                 # up to the next multiple of `log_every`; a run that was stopped may have had another `log_every`
-                count = min(c.log_every - int(state.step) % c.log_every, c.steps - int(state.step))
+                count = min(c.log_every - step % c.log_every, c.steps - step)
                 start = time.perf_counter()
                 state, metrics = jax.block_until_ready(train_steps(count)(state, tokens))
                 seconds = (time.perf_counter() - start) / count
-                row = summarise(jax.device_get(metrics), int(state.step)) | {"seconds_per_step": seconds}
-                if int(state.step) % c.save_every == 0 or int(state.step) == c.steps:
+                step = int(state.step)
+                row = summarise(jax.device_get(metrics), step) | {"seconds_per_step": seconds}
+                if step // c.save_every > (step - count) // c.save_every or step == c.steps:
                     row["heldout"] = held_out(state.decoder, heldout.tokens[: c.heldout_tokens], c.length)
                     store.save(state)
+                    self.saved_step = step
                 log.write(row)
                 yield row
-        self.decoder = state.decoder
-        self._publish(state.decoder)
+            if step > self.saved_step:
+                store.save(state)
+                self.saved_step = step
+        self.decoder, self.stopped = state.decoder, step < c.steps
+        if not self.stopped:
+            self._publish(state.decoder)
+
+    def _train_steps(self, count: int) -> TrainSteps:
+        """A compiled function that runs ``count`` steps."""
+        c = self.config
+        return make_train_steps(
+            c.optimiser(),
+            batch=c.batch,
+            length=c.length,
+            count=count,
+            seed=c.seed,
+            weights=c.loss_weights(),
+            compute_dtype=jnp.dtype(c.compute_dtype),
+            accumulate=c.accumulate,
+            mesh=c.device_mesh(),
+        )
 
     def _publish(self, decoder: Decoder) -> None:
         """Write the trained model and its tokenizer into ``model/``, in the format of Hugging Face."""

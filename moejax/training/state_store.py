@@ -71,6 +71,11 @@ class StateStore:
         return isinstance(getattr(metadata, "tree", metadata), list | tuple)
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest complete state in a folder, 0 if there is none. Nothing slow is imported."""
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+
+
 def old_order(paths: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
     """Return the leaves' paths in the order in which older versions listed them.
 

@@ -1,6 +1,7 @@
 """``moejax train``: a layer of one's own from a file to a model that is analysed and explained."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,61 @@ def test_what_may_go_wrong_is_said_in_a_line(
     assert said.code == 1
     assert message in " ".join(said.err.split())
     assert "Traceback" not in said.err
+    assert not (tmp_path / "run").exists(), "a mistake leaves nothing behind"
+
+
+def test_any_number_of_steps_and_twice_in_a_row(
+    moejax_command: Callable[..., Any], config: Path, tmp_path: Path
+) -> None:
+    # as an earlier version left it where the data had a typo: a run without a saved state blocks nothing
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"data": "nofile.txt"}')
+    run = ("train", "--config", config, "--out", tmp_path / "run", "--moe_name", "smoe", "--log_every", 3)
+    said = moejax_command(*run, "--steps", 5, "--save-every", 2, "--json")
+    assert said.code == 0, said.err
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert [row["step"] for row in rows] == [3, 5]
+    assert all("heldout" in row for row in rows), "each is the first at or after a multiple of two"
+
+    again = moejax_command(*run, "--steps", 5)
+    assert again.code == 0
+    assert again.err == "already done: 5 steps; --steps of more goes on.\n"
+    assert again.out == f"the trained model: {tmp_path / 'run' / 'model'}\n"
+
+    changed = moejax_command(*run, "--steps", 5, "--data", tmp_path / "config.json")
+    assert changed.code == 1
+    assert "holds a run with another data" in changed.err
+
+
+def test_a_run_that_is_stopped_is_saved_and_goes_on(
+    moejax_command: Callable[..., Any], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moejax.training import Run
+    from moejax.training.logs import MetricsLog
+
+    run = ("train", "--config", config, "--out", tmp_path / "run", "--log-every", 2)
+    write = MetricsLog.write
+
+    def press(self: MetricsLog, row: dict[str, Any]) -> None:
+        write(self, row)
+        if row["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", press)
+        said = moejax_command(*run)
+    assert said.code == 130
+    assert said.err == "stopped at step 2, saved; run the same command to go on\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (tmp_path / "run" / "model").exists()
+    assert "resumed from step 2" in moejax_command(*run).out
+    assert (tmp_path / "run" / "model").exists()
+
+    # a second Ctrl-C does not wait
+    def press_again(_: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "__iter__", press_again)
+    said = moejax_command(*run, "--steps", 9)
+    assert said.code == 130
+    assert said.err == "stopped; step 6 is saved; run the same command to go on\n"
