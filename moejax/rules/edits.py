@@ -177,7 +177,10 @@ class Edits:
 
     def as_data(self) -> Self:
         """Return these edits with all selections as arrays, so that one program serves all of them."""
-        arrays = lambda where: {axis: jnp.asarray(s, jnp.int32) for axis, s in where.items()}
+
+        def arrays(where):
+            return {axis: jnp.asarray(s, jnp.int32) for axis, s in where.items()}
+
         return self.map_edits(lambda edit: replace(edit, where=arrays(edit.where)))
 
     def at(self, node: str) -> tuple[Edit, ...]:
@@ -279,7 +282,10 @@ def edited(
             assert ids is not None, f"pass the experts' ids to the node {edit.node}"
             labels, axes = ids, (0, 1, axis)
         same = labels[..., None] == wanted
-        aligned = lambda a, axes=axes: a.reshape([n if i in axes else 1 for i, n in _sizes(a, axes, x.ndim)])
+
+        def aligned(a, axes=axes):
+            return a.reshape([n if i in axes else 1 for i, n in _sizes(a, axes, x.ndim)])
+
         hit = aligned(same.any(-1))
         mask = hit if mask is None else mask & hit
         if value.shape[axis] > 1:
@@ -296,7 +302,10 @@ def _sizes(a: Array, axes: tuple[int, ...], ndim: int) -> list[tuple[int, int]]:
 
 def _entries(value: Float[Array, "..."], number: Int[Array, "..."], axis: int) -> Float[Array, "..."]:
     """The entry of ``value`` along ``axis`` that ``number`` names; all other axes broadcast."""
-    one = lambda shape, size: (*shape[:axis], size, *shape[axis + 1 :])
+
+    def one(shape, size):
+        return (*shape[:axis], size, *shape[axis + 1 :])
+
     shape = jnp.broadcast_shapes(one(value.shape, 1), one(number.shape, 1))
     value = jnp.broadcast_to(value, one(shape, value.shape[axis]))
     return jnp.take_along_axis(value, jnp.broadcast_to(number, one(shape, number.shape[axis])), axis=axis)

@@ -80,7 +80,10 @@ class Reading:
         """
         # unstack each array once and index the tuples: slicing it layer by layer takes a fifth of the time for tracing
         gates, probes = jax.tree.map(jnp.unstack, (self.gates, self.probes))
-        last = lambda name: "stream.-1" if name == f"stream.{layers}" else name
+
+        def last(name):
+            return "stream.-1" if name == f"stream.{layers}" else name
+
         unstacked = replace(
             self,
             gates=gates,

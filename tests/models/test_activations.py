@@ -189,7 +189,10 @@ def test_apply_under_jit_grad_and_vmap() -> None:
     step = 1e-2
     slope = (run(step) - run(-step)) / (2 * step)
     np.testing.assert_allclose(slope, sum(leaf.sum() for leaf in jax.tree.leaves(d_edits)), rtol=2e-2)
-    at = lambda t: moejax.apply(decoder, row, edits=Edits().set("stream.1", vector, tokens=t))[0]
+
+    def at(t):
+        return moejax.apply(decoder, row, edits=Edits().set("stream.1", vector, tokens=t))[0]
+
     swept = jax.jit(jax.vmap(at))(jnp.arange(len(PROMPT)))
     close(swept[4], lm()(row, edits=Edits().set("stream.1", vector, tokens=[4])), 1e-6)
 
@@ -248,7 +251,10 @@ def test_a_part_that_passes_no_such_node_is_named() -> None:
 
     layer = Silent(4, 4, 3, 2)
     block = moejax.layers.Block(None, None, None, None, layer, None, None, moejax.layers.BlockConfig(None, None, 1e-5))
-    run = lambda **options: block(jnp.ones((1, 2, 4)), moejax.layers.Call(moejax.rules.Reading(**options)), None)
+
+    def run(**options):
+        return block(jnp.ones((1, 2, 4)), moejax.layers.Call(moejax.rules.Reading(**options)), None)
+
     assert run(names=("router_scores",))[2].nodes["router_scores"].shape == (1, 2, 3)
     with pytest.raises(MoejaxError, match="does not pass the node 'router_scores'"):
         run(edits=Edits().scale("router_scores", 2.0))

@@ -90,7 +90,10 @@ def test_patches_follow_experts_to_their_slots() -> None:
 
 def test_half_precision_is_rounded_once() -> None:
     x = jnp.asarray(value_at("stream"), jnp.bfloat16)
-    cut = lambda edits: Reading(edits=edits).for_layer(2).node("stream", x)
+
+    def cut(edits):
+        return Reading(edits=edits).for_layer(2).node("stream", x)
+
     assert cut(Edits().scale("stream.2", 1.0)).dtype == jnp.bfloat16
     np.testing.assert_array_equal(cut(Edits().scale("stream.2", 1.0).add("stream.2", 0.0)), x)
     np.testing.assert_array_equal(cut(Edits().set("stream.2", x.astype(jnp.float32))), x)
@@ -104,7 +107,10 @@ def test_edits_are_a_pytree_whose_structure_is_where_they_are() -> None:
     assert tree != jax.tree.structure(Edits().add("stream.2", 0.0, tokens=[4]).scale("heads.1", 1, heads=leaves[2]))
     assert "add stream.2[tokens=[3]]" in repr(edits)
     x = jnp.asarray(value_at("stream"))
-    at = lambda t: Reading(edits=Edits().set("stream.2", 0.0, tokens=t)).for_layer(2).node("stream", x)
+
+    def at(t):
+        return Reading(edits=Edits().set("stream.2", 0.0, tokens=t)).for_layer(2).node("stream", x)
+
     swept = jax.vmap(at)(jnp.arange(T))
     np.testing.assert_array_equal(swept[3], at(jnp.array(3)))
 
