@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -18,7 +18,17 @@ from moejax.generation.sampling import Sampling
 from moejax.generation.step import DecodeStep, Generation, StaticOptions
 from moejax.models import Cache, Decoder, FlatDecoder, unflatten
 from moejax.models.activations import edit_specs
-from moejax.models.data_parallel import REPLICATED, batch_mesh, gate_specs, max_over_devices, shard_map_data, split
+from moejax.models.data_parallel import (
+    REPLICATED,
+    Placement,
+    batch_mesh,
+    gate_specs,
+    max_over_devices,
+    placed,
+    placements,
+    shard_map_data,
+    split,
+)
 from moejax.models.node_table import checked_edits
 from moejax.program import Program
 from moejax.rules import Reading
@@ -38,7 +48,15 @@ class Watch(Protocol):
         ...
 
 
-class _Call(NamedTuple):
+def _reading_specs(reading: Reading) -> Placement:
+    """The placement of a reading: gates and edits that differ by prompt are split with the prompts."""
+    whole = jax.tree.map(lambda _: REPLICATED, reading)
+    return replace(whole, gates=gate_specs(reading.gates), edits=edit_specs(reading.edits))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Call:
     """What stays the same over all steps.
 
     Attributes:
@@ -51,13 +69,13 @@ class _Call(NamedTuple):
         reading: gates and edits, for the prompt and all new tokens.
     """
 
-    flat: Decoder | FlatDecoder
-    tokens: Int[Array, "B T"]
-    valid: Bool[Array, "B T"]
-    prompt_index: Int[Array | np.ndarray, " B"]
-    key: PRNGKeyArray
-    sampling: Sampling
-    reading: Reading
+    flat: Decoder | FlatDecoder = placed()
+    tokens: Int[Array, "B T"] = placed(sequences=0)
+    valid: Bool[Array, "B T"] = placed(sequences=0)
+    prompt_index: Int[Array | np.ndarray, " B"] = placed(sequences=0)
+    key: PRNGKeyArray = placed()
+    sampling: Sampling = placed()
+    reading: Reading = placed(sequences=_reading_specs)
 
 
 class _State(NamedTuple):
@@ -250,10 +268,7 @@ def _generate(call: _Call, options: StaticOptions) -> Generation:
         limit = options.max_new_tokens
         return _result(call, _decode(call, _prefill(call, options), options, limit, limit), options)
 
-    gates, edits = gate_specs(call.reading.gates), edit_specs(call.reading.edits)
-    reading = replace(jax.tree.map(lambda _: REPLICATED, call.reading), gates=gates, edits=edits)
-    specs = _Call(REPLICATED, split(0), split(0), split(0), REPLICATED, REPLICATED, reading)
-    return shard_map_data(run, batch_mesh(call.flat.config), (call,), (specs,), split(0))
+    return shard_map_data(run, batch_mesh(call.flat.config), (call,), (placements(call, "sequences"),), split(0))
 
 
 # The same as three programs, for a limit of time and for those who look on. _jit_decode overwrites the state that it is

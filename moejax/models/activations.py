@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +11,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import PromptError
-from moejax.models.data_parallel import REPLICATED, Placement, batch_mesh, gate_specs, shard_map_data, split
+from moejax.models.data_parallel import (
+    REPLICATED,
+    Placement,
+    batch_mesh,
+    gate_specs,
+    placed,
+    placements,
+    shard_map_data,
+    split,
+)
 from moejax.models.decoder import Decoder
 from moejax.models.flat import FlatDecoder, unflatten
 from moejax.models.node_table import checked_edits, node_names
@@ -19,6 +29,26 @@ from moejax.rules import Edits, Gates, Plain, Reading, Rule
 
 Values = dict[str, Array]
 """Values at nodes by their full names; ``moejax.nodes(lm)`` has the shapes."""
+
+
+def edit_specs(edits: Edits) -> Placement:
+    """Return the placements of checked edits where devices split sequences: some values differ by sequence."""
+    whole = jax.tree.map(lambda _: REPLICATED, edits)
+    specs = [split(0) if edit.value.shape[0] > 1 else REPLICATED for edit in edits.edits]
+    rest = iter(specs)
+    return whole.with_values(lambda _: next(rest))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Inputs:
+    """The arguments of a pass, each with its placement where devices split sequences."""
+
+    decoder: Decoder | FlatDecoder = placed()
+    tokens: Int[Array, "B T"] = placed(sequences=0)
+    valid: Bool[Array, "B T"] | None = placed(sequences=0)
+    gates: Gates = placed(sequences=gate_specs)
+    edits: Edits = placed(sequences=edit_specs)
 
 
 def apply(
@@ -58,15 +88,13 @@ def apply(
     edits = checked_edits(config, edits, shape)
     found = node_names(config, names)
 
-    def run(
-        weights: Decoder | FlatDecoder, tokens: Array, valid: Array | None, gates: Gates, edits: Edits
-    ) -> tuple[Array, Values]:
-        whole, reading = unflatten(weights), Reading(rule, gates, edits=edits, names=found)
-        hidden = whole.hidden(tokens, valid=valid, reading=reading)
+    def run(inputs: _Inputs) -> tuple[Array, Values]:
+        whole, reading = unflatten(inputs.decoder), Reading(rule, inputs.gates, edits=inputs.edits, names=found)
+        hidden = whole.hidden(inputs.tokens, valid=inputs.valid, reading=reading)
         return whole.logits(hidden.stream, reading), dict(hidden.nodes)
 
-    placed = REPLICATED, split(0), split(0), gate_specs(gates), edit_specs(edits)
-    return shard_map_data(run, batch_mesh(config), (decoder, tokens, valid, gates, edits), placed, split(0))
+    inputs = _Inputs(decoder, tokens, valid, gates, edits)
+    return shard_map_data(run, batch_mesh(config), (inputs,), (placements(inputs, "sequences"),), split(0))
 
 
 run_apply = Program(apply, static_argnames=("names", "rule"))
@@ -101,14 +129,6 @@ def checked_apply(
     found = node_names(decoder.config, names)
     logits, values = run_apply(decoder, rows, valid=valid, gates=gates, edits=edits, names=found)
     return logits, {name: values[name] for name in found}  # jit sorts keys
-
-
-def edit_specs(edits: Edits) -> Placement:
-    """Return the placements of checked edits where devices split sequences: some values differ by sequence."""
-    whole = jax.tree.map(lambda _: REPLICATED, edits)
-    specs = [split(0) if edit.value.shape[0] > 1 else REPLICATED for edit in edits.edits]
-    rest = iter(specs)
-    return whole.with_values(lambda _: next(rest))
 
 
 def record(
