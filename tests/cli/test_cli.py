@@ -174,12 +174,12 @@ def test_config_that_is_no_json(moejax_command: Callable, broken: Path) -> None:
 
 def test_broken_tokenizer(moejax_command: Callable, broken: Path) -> None:
     (broken / "tokenizer.json").write_text("{\n")
-    assert_one_line(moejax_command("explain", PROMPT, "--model", broken), "has no tokenizer")
+    assert_one_line(moejax_command("explain", PROMPT, "--model", broken), "tokenizer.json")
 
 
 def test_no_tokenizer(moejax_command: Callable, broken: Path) -> None:
     (broken / "tokenizer.json").unlink()
-    assert_one_line(moejax_command("explain", PROMPT, "--model", broken), "tokenizer.json")
+    assert_one_line(moejax_command("explain", PROMPT, "--model", broken), "has no tokenizer")
 
 
 def test_tokenizer_of_another_model(moejax_command: Callable, broken: Path) -> None:
