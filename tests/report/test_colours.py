@@ -4,7 +4,7 @@ import math
 import re
 
 import numpy as np
-from test_report import make_report, payload
+from made_reports import make_report, payload
 
 from moejax.report import to_html
 from moejax.report.colours import DIVERGING, DIVERGING_DARK, PAGE_DARK, PAGE_LIGHT, diverging, ink

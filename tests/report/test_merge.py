@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import E, T, brute_force_map, make_report
+from made_reports import E, T, brute_force_map, make_report
 
 from moejax.errors import MoejaxError
 from moejax.report import aggregate, merge
@@ -30,7 +30,8 @@ pytestmark = pytest.mark.fast
         ),
         (["caf", "\ufffd", "\ufffd", " au"], ["caf\ufffd\ufffd", " au"]),
         (["\u0939", "\u093f", "\u0928", "\u094d", "\u0926\u0940"], ["\u0939\u093f\u0928\u094d\u0926\u0940"]),
-        (["a", "", "b"], ["a", "", "b"]),
+        (["a", "", "b"], ["ab"]),
+        (["\u20ac", "", "", "x"], ["\u20ac", "x"]),
         (["[476]", "[12]"], ["[476]", "[12]"]),
         (["one"], ["one"]),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import HOSTILE, E, K, L, T, _Page, make_report, payload
+from made_reports import HOSTILE, E, K, L, Page, T, make_report, payload
 
 from moejax.report import html as page_module
 from moejax.report import merge, summary_line, to_html, to_notebook
@@ -118,7 +118,7 @@ def test_nothing_in_a_report_becomes_markup() -> None:
     report = hostile()
     shown = _Output(to_notebook(report))
     assert set(shown.tags) == {"div", "p", "iframe"}
-    page = _Page(shown.page)
+    page = Page(shown.page)
     assert page.tags.count("script") == 2
     assert not {"img", "b", "i", "iframe"} & set(page.tags)
     assert "\u202e" not in shown.page + to_notebook(report), "text cannot turn around what surrounds it"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_reports import HOSTILE, E, H, L, T, brute_force_map, make_report
 from matplotlib.figure import Figure
-from test_report import HOSTILE, E, H, L, T, brute_force_map, make_report
 
 from moejax import MoejaxError, report
 from moejax.errors import ConfigError

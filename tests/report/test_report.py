@@ -6,124 +6,33 @@ import copy
 import io
 import json
 import math
-import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
+from made_reports import (
+    HOSTILE,
+    E,
+    H,
+    K,
+    L,
+    N,
+    Page,
+    T,
+    brute_force_map,
+    make_report,
+    make_zero_report,
+    payload,
+    printed,
+)
 
-from moejax.errors import MoejaxError
-from moejax.report import aggregate, figure, render, summary_line, to_html
-from moejax.report.colours import DIVERGING
+from moejax.report import aggregate, figure, summary_line, to_html
 from moejax.report.schema import SCHEMA
 
 pytestmark = pytest.mark.fast
-
-N, T, L, K, E, H = 3, 12, 4, 2, 6, 5
-
-HOSTILE = [
-    "<|start|>", "</script><script>alert(1)</script>", "<b>", " [bold]red[/bold]", "😀", "\n", " $x^$", "&amp;",
-    "\u2028", "\x1b[31m", "", "中文",
-]  # fmt: skip
-
-
-def make_report(targets: int = N, length: int = T, tokens: list[str] | None = None, seed: int = 0) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-    ids = np.stack([[rng.permutation(E)[:K] for _ in range(length)] for _ in range(L)])
-    return {
-        "model": "tiny-olmoe",
-        "rule": "AttnLRP(router='constant')",
-        "prompt": "The capital of France is",
-        "tokens": tokens or [f" word{i}" for i in range(length)],
-        "token_ids": list(range(100, 100 + length)),
-        "num_experts": E,
-        "expert_ids": ids.tolist(),
-        "expert_weights": rng.dirichlet(np.ones(K), (L, length)).tolist(),
-        "targets": [make_target(rng, length, n) for n in range(targets)],
-    }
-
-
-def make_target(rng: np.random.Generator, length: int, index: int) -> dict[str, Any]:
-    layers = rng.normal(size=(L + 1, length))
-    softmax, router = rng.normal(size=L + 1), rng.normal(size=L + 1)
-    tokens = float(layers[0].sum())
-    total = tokens + float(softmax.sum() + router.sum()) + 2.5e-7
-    return {
-        "label": "' Paris' - ' London'" if index == 0 else f"' target{index}'",
-        "position": length - 1 - index,
-        "value": total,
-        "candidates": [
-            {"token": " Paris", "id": 12, "logit": 3.1, "probability": 0.41},
-            {"token": "</script>", "id": 13, "logit": 2.0, "probability": 0.136},
-        ],
-        "tokens": layers[0].tolist(),
-        "layers": layers.tolist(),
-        "experts": rng.normal(size=(L, length, K)).tolist(),
-        "heads": rng.normal(size=(L, length, H)).tolist(),
-        "ledger": {
-            "target": total,
-            "tokens": tokens,
-            "leaks": {"softmax": softmax.tolist(), "router": router.tolist()},
-            "residual": 2.5e-7,
-        },
-    }
-
-
-def make_zero_report() -> dict[str, Any]:
-    report = make_report(targets=1)
-    target = report["targets"][0]
-    for key in ("tokens", "layers", "experts", "heads"):
-        target[key] = np.zeros_like(target[key]).tolist()
-    target["ledger"] = {"target": 0.0, "tokens": 0.0, "leaks": {}, "residual": 0.0}
-    target["value"] = 0.0
-    return report
-
-
-def printed(report: dict[str, Any], colour: bool = False, width: int = 2000, top: int = 3) -> str:
-    stream = io.StringIO()
-    console = Console(file=stream, width=width, force_terminal=colour, color_system="truecolor" if colour else None)
-    render(report, console, top=top)
-    return stream.getvalue()
-
-
-class _Page(HTMLParser):
-    """What a browser would make of the page: its elements, and the text of its data element."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.data = ""
-        self._inside = False
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        self._inside = ("id", "report-data") in attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = False
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.data += data
-
-
-def payload(page: str) -> dict[str, Any]:
-    return json.loads(_Page(page).data)
-
-
-def brute_force_map(report: dict[str, Any], target: int) -> np.ndarray:
-    """Relevance by layer and expert from one-hot routing, which shares nothing with the code under test."""
-    one_hot = np.asarray(report["expert_ids"])[..., None] == np.arange(E)
-    return np.einsum("ltk,ltke->le", np.asarray(report["targets"][target]["experts"]), one_hot.astype(float))
-
 
 # ------------------------------------------------------------------------------------------------ numbers
 
@@ -208,83 +117,6 @@ def test_summary_line_adds_up_for_every_target() -> None:
         assert added == pytest.approx(total, abs=3e-3)
 
 
-# ------------------------------------------------------------------------------------------------ terminal
-
-
-def test_terminal_without_colour_keeps_every_sign_and_number() -> None:
-    report = make_report(targets=1)
-    text = printed(report)
-    assert "\x1b" not in text
-    for token, value in zip(report["tokens"], report["targets"][0]["tokens"], strict=True):
-        assert f"{token}[{value:+.2g}]" in text
-    assert "' Paris' 41.0%" in text
-    assert summary_line(report, 0) in text
-
-
-def test_terminal_colours_the_strongest_token_fully() -> None:
-    report = make_report(targets=1)
-    report["targets"][0]["tokens"][3] = 50.0
-    text = printed(report, colour=True)
-    red = ";".join(map(str, DIVERGING[-1]))
-    assert re.search(rf"48;2;{red}m word3", text)
-
-
-def test_terminal_by_square_roots() -> None:
-    report = make_report(targets=1)
-    report["targets"][0]["tokens"][3:5] = [64.0, 16.0]
-    stream = io.StringIO()
-    render(report, Console(file=stream, width=2000, force_terminal=True, color_system="truecolor"), scale="sqrt")
-    half = ";".join(map(str, DIVERGING[3]))
-    assert re.search(rf"48;2;{half}m word4", stream.getvalue())
-    with pytest.raises(MoejaxError, match="scale='log' is unknown"):
-        render(report, scale="log")
-
-
-def test_terminal_shows_hostile_tokens_verbatim() -> None:
-    text = printed(make_report(tokens=HOSTILE))
-    for token in ("</script><script>alert(1)</script>", "<b>", " [bold]red[/bold]", "😀", " $x^$", "&amp;", "中文"):
-        assert token + "[" in text
-    assert re.search(r"↵\[[^]]*\]\n", text), "a newline is shown as a sign, then breaks the line"
-    assert "\x1b" not in text
-    assert "\\x1b[31m[" in text
-    assert "\\u2028[" in text
-    assert "∅[" in text
-
-
-def test_terminal_prints_every_target() -> None:
-    report = make_report()
-    text = printed(report)
-    for n in range(N):
-        assert f"target {n + 1}/{N}" in text
-        assert summary_line(report, n) in text
-
-
-@pytest.mark.parametrize("top", [1, 3, 50])
-def test_terminal_expert_table_has_the_top_experts(top: int) -> None:
-    report = make_report(targets=1)
-    rows = [line for line in printed(report, top=top).splitlines() if re.match(r" +\d+ +E\d", line)]
-    assert len(rows) == L
-    for layer, row in enumerate(rows):
-        uses = aggregate.top_experts(report, 0, top)[layer]
-        assert re.findall(r"E(\d+)", row) == [str(use.expert) for use in uses]
-        assert f"{uses[0].relevance:+.3g}" in row
-        assert f"{uses[0].share:.0%}" in row
-        assert f"{uses[0].tokens}t" in row
-
-
-def test_terminal_that_only_knows_ascii() -> None:
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding="ascii")
-    render(make_report(tokens=HOSTILE), Console(file=stream, width=200, color_system=None))
-    stream.flush()
-    assert b"\\U0001f600" in raw.getvalue()
-
-
-def test_the_ledger_stays_one_line_in_a_narrow_pipe() -> None:
-    report = make_report(targets=1)
-    assert summary_line(report, 0) in printed(report, width=40).splitlines()
-
-
 # ------------------------------------------------------------------------------------------------ page
 
 
@@ -307,7 +139,7 @@ def test_page_keeps_hostile_text_as_text() -> None:
     report["model"] = '<img src=x onerror="alert(1)">'
     report["prompt"] = "$title ${data} </title>"
     page = to_html(report)
-    parsed = _Page(page)
+    parsed = Page(page)
     assert parsed.tags.count("script") == 2
     assert "img" not in parsed.tags
     assert "b" not in parsed.tags
@@ -320,7 +152,7 @@ def test_page_keeps_hostile_text_as_text() -> None:
 
 def test_page_needs_nothing_else() -> None:
     page = to_html(make_report())
-    parsed = _Page(page)
+    parsed = Page(page)
     assert not parsed.addresses
     assert "link" not in parsed.tags
     assert "url(" not in page
@@ -386,7 +218,7 @@ import sys
 import moejax.report as report
 assert "matplotlib" not in sys.modules
 sys.path.insert(0, sys.argv[1])
-from test_report import make_report
+from made_reports import make_report
 assert report.figure(make_report())._repr_png_()[:4] == b"\\x89PNG"
 assert "matplotlib.pyplot" not in sys.modules
 """
