@@ -25,7 +25,7 @@ from moejax.generation import Generation, generate_tokens
 from moejax.generation.options import GenerateOptions, Watcher
 from moejax.models import Config, Decoder, FlatDecoder, ShardingRules
 from moejax.models.activations import checked_apply
-from moejax.models.padding import left_pad, padded_length
+from moejax.models.padding import left_pad, padded_length, warn_beyond_context
 from moejax.ops.memory import reserve_memory
 from moejax.prompts import Chat, EncodedPrompt, as_prompt, is_single
 from moejax.rules import Edits, Gates, Reading
@@ -184,8 +184,6 @@ class LM:
             PromptError: no prompts, an empty one, or an id outside the vocabulary.
             MoejaxError: an option that is not known or out of range.
         """
-        if isinstance(prompts, str):
-            raise PromptError("one text is no list of prompts; put it in one, or call generate.")
         if len(prompts) == 0:
             raise PromptError("there are no prompts to continue.")
         rows, asked, reading = self._asked(prompts, options)
@@ -193,6 +191,8 @@ class LM:
 
     def _asked(self, prompts: Prompts, given: dict[str, Any]) -> tuple[list[list[int]], GenerateOptions, Reading]:
         """Token ids of the prompts, the options of a generation, and its gates and edits."""
+        if isinstance(prompts, str):
+            raise PromptError("one text is no list of prompts; put it in one, or call generate.")
         options = dict(given)
         reading = Reading(gates=options.pop("gates", None) or Gates(), edits=options.pop("edits", None) or Edits())
         rows: list[list[int]] = [self.encode(prompt) for prompt in prompts]
@@ -211,6 +211,7 @@ class LM:
         decode = self.need_tokenizer().decode if watched else None
         watcher = Watcher(decode, options.eos_ids, options.stop_strings, options.streamer)
         watcher.begin(rows)
+        warn_beyond_context(self.config, max(map(len, rows)))
         width = padded_length(self.config, max(map(len, rows)), reading.gates)
         tokens, valid = left_pad(rows, width, options.pad_id)
         found = generate_tokens(
@@ -258,9 +259,6 @@ class LM:
         ids = self.check(self.need_tokenizer().encode(given) if isinstance(given, str) else given)
         if ids.ndim != 1:
             raise PromptError(f"a prompt is one row of token ids, not an array of shape {ids.shape}.")
-        if len(ids) > self.config.max_positions:
-            text = f"{len(ids)} tokens exceed the context of {self.config.max_positions} that the model was made for."
-            warnings.warn(text, stacklevel=3)
         return EncodedPrompt(ids.tolist(), roles)
 
     def check(self, tokens: Any) -> np.ndarray:

@@ -11,6 +11,8 @@ from beartype import BeartypeConf, FrozenDict, beartype
 # JAX rebuilds these from leaves that are no arrays yet (placeholders, avals) or that have grown an axis under ``vmap``,
 # and calls their constructors to do so.
 PYTREE_CONSTRUCTORS = {
+    "moejax.generation.decode._Call.__init__",
+    "moejax.models.activations._Inputs.__init__",
     "moejax.models.flat.FlatDecoder.__init__",
     "moejax.ops.experts.dispatch.assignment.Assignment.__init__",
     "moejax.models.flat.FlatDecoder.tree_flatten",

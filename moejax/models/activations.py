@@ -24,6 +24,7 @@ from moejax.models.data_parallel import (
 from moejax.models.decoder import Decoder
 from moejax.models.flat import FlatDecoder, unflatten
 from moejax.models.node_table import checked_edits, node_names
+from moejax.models.padding import warn_beyond_context
 from moejax.program import Program
 from moejax.rules import Edits, Gates, Plain, Reading, Rule
 
@@ -124,6 +125,7 @@ def checked_apply(
     if rows.ndim != 2 or (valid is not None and valid.shape not in (rows.shape, (1, rows.shape[1]))):
         shapes = rows.shape if valid is None else f"{rows.shape} with `valid` of shape {valid.shape}"
         raise PromptError(f"token ids of shape {shapes}: both are [B T].")
+    warn_beyond_context(decoder.config, rows.shape[1])
     gates = None if gates is None else gates.check(decoder.config, rows)
     edits = checked_edits(decoder.config, edits, (rows.shape[0], rows.shape[1])).as_data()
     found = node_names(decoder.config, names)

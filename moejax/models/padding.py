@@ -1,5 +1,6 @@
 """Padding of token rows: to which lengths, and on which side."""
 
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -29,6 +30,13 @@ def padded_length(config: Config, length: int, gates: Gates | None) -> int:
     """
     by_token = any(gate.shape[2:3] > (1,) for gate in jax.tree.leaves(gates))
     return length if by_token or config.couples_sequences else bucket_length(length)
+
+
+def warn_beyond_context(config: Config, length: int) -> None:
+    """Warn if a sequence of ``length`` tokens is longer than the context that the model was made for."""
+    if length > config.max_positions:
+        text = f"{length} tokens exceed the context of {config.max_positions} that the model was made for."
+        warnings.warn(text, stacklevel=3)
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from moejax.layers import Aux, BlockAux
 from moejax.lm import LM, Prompt
 from moejax.models import Decoder, Hidden
-from moejax.models.padding import padded_length, right_pad
+from moejax.models.padding import padded_length, right_pad, warn_beyond_context
 from moejax.prompts import EncodedPrompt
 from moejax.relevance.seeds import LogitSeeds, Seeds, TargetValues
 from moejax.relevance.targets import Target, TargetLike, TargetTerms, checked_target
@@ -53,6 +53,7 @@ class ResolvedTarget:
         encoded = [lm.encode(prompt) for prompt in prompts]
         resolved = [target.resolve(lm, ids) for ids in encoded]
         terms = [targets for _, targets in resolved]
+        warn_beyond_context(lm.config, max(len(ids) for ids, _ in resolved))
         seeds = target.seeds(terms, lm.decoder.accumulation_dtype)
         return cls(lm, target, [ids for ids, _ in resolved], encoded, terms, seeds)
 

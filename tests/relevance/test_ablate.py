@@ -385,20 +385,17 @@ class TestErrors:
         for run in (explain, partial(ablate, cells=[Cell.expert(0, 0)]), integrated_gradients):
             with pytest.raises(MoejaxError, match=f"chunk={chunk} must be positive"):
                 run(toy(), PROMPT, chunk=chunk)
+        with pytest.raises(MoejaxError, match="outside the vocabulary"):
+            ablate(toy(), PROMPT, cells=[Cell.token(0)], target=Token(V))
 
     def test_gates_of_another_model(self):
         lm, ones = toy(), Gates.ones(toy().config, ROW)
         other = ones.drop_expert(0, 0, how="replace").drop_attention(1)
         assert other.check(lm.config, ROW) is other
-        wrong = [replace(other, selectable=other.selectable[..., 1:]), replace(other, attention=jnp.ones((L, 1, T)))]
+        wrong = replace(other, selectable=other.selectable[..., 1:]), replace(other, attention=jnp.ones((L, 1, T)))
         for gates, name in zip(wrong, ("selectable", "attention"), strict=True):
             with pytest.raises(MoejaxError, match=f"gates on {name} of shape"):
                 ablate(lm, PROMPT, cells=[Cell.token(0)], gates=gates)
+        gates = Gates(attention_routing_weights=jnp.ones((LAYERS, 1, T, E)))
         with pytest.raises(MoejaxError, match="gates on attention_routing_weights: this model has none"):
-            ablate(
-                lm, PROMPT, cells=[Cell.token(0)], gates=Gates(attention_routing_weights=jnp.ones((LAYERS, 1, T, E)))
-            )
-
-    def test_token_out_of_vocabulary(self):
-        with pytest.raises(MoejaxError, match="outside the vocabulary"):
-            ablate(toy(), PROMPT, cells=[Cell.token(0)], target=Token(V))
+            ablate(lm, PROMPT, cells=[Cell.token(0)], gates=gates)
