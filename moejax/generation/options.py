@@ -73,13 +73,14 @@ class GenerateOptions:
         if unknown := [name for name in words if name not in known]:
             raise MoejaxError(_unknown(unknown[0], known))
         settings = {f.name: words.pop(f.name) for f in fields(Sampling) if f.name in words}
+        usual_pad = _or(stored.get("pad_token_id"), defaults["pad_id"])
         stops = words.pop("stop_strings", None) or stored.get("stop_strings") or ()
         return cls(
             sampling=Sampling(**settings),
             max_new_tokens=int(words.pop("max_new_tokens", 32)),
             seed=int(words.pop("seed", 0)),
             eos_ids=_ids(words.pop("eos_ids", _or(stored.get("eos_token_id"), defaults["eos_ids"]))),
-            pad_id=max(_first(words.pop("pad_id", _or(stored.get("pad_token_id"), defaults["pad_id"]))), 0),
+            pad_id=_first(words.pop("pad_id")) if "pad_id" in words else max(_first(usual_pad), 0),
             stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
             **words,
         )

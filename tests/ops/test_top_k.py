@@ -22,9 +22,10 @@ INTERPRET = compute_capability(target()) < 8
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 40), st.data())
+@given(st.sampled_from([1, 13]), st.sampled_from([1, 7, 40]), st.data())
 def test_the_same_as_sorting(rows, width, data):
-    count, seed = data.draw(st.integers(1, min(width, 9))), data.draw(st.integers(0, 2**32 - 1))
+    # few shapes, since each compiles a program
+    count, seed = data.draw(st.sampled_from([1, min(width, 9)])), data.draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(rows, width)).astype(np.float32)
     # many are equal, zeros have either sign
