@@ -131,7 +131,13 @@ class Tokenizer:
         anchors = (self.encode(text, special=False) for text in _ANCHORS)
         anchor = next((anchor for anchor in anchors if len(anchor) == 1), [])
         context = self._text(anchor)
-        return [self._text([*anchor, i])[len(context) :] for i in ids]
+        return [self._without_space(self._text([*anchor, i])[len(context) :], i) for i in ids]
+
+    def _without_space(self, text: str, token: int) -> str:
+        """The text of a token, less a space that the tokenizer puts between any two tokens."""
+        alone = text.removeprefix(" ")
+        between = alone != text and self.encode(alone, special=False) == self.encode(text, special=False) == [token]
+        return alone if between else text
 
     def token_id(self, text: str) -> int:
         """Return the id of a text that is exactly one token within a longer text.

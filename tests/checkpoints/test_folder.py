@@ -111,5 +111,5 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         open_folder(tmp_path)
     with pytest.raises(ConfigError, match=r"no config\.json"):
         ModelFolder.read(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="neither a folder nor a bundled model"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         open_folder("/no/such/folder")

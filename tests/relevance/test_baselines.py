@@ -217,7 +217,7 @@ def test_one_call_form(name):
     options = {"steps": 2} if name.startswith("integrated") else {}
     got = BASELINES[name](lm, PROMPT[:5], target=Span([3, 1, 4]), **options)
     assert got.token_ids.tolist() == [*PROMPT[:5], 3, 1]
-    assert got.pieces == [f"w{i}" for i in got.token_ids]
+    assert "".join(got.pieces) == " ".join(f"w{i}" for i in got.token_ids)
     assert got.labels == ["log p('w3') + log p('w1') + log p('w4')"]
     assert got.positions.tolist() == [6]
     assert got.method

@@ -58,7 +58,7 @@ class TestErrors:
                 inputs=[PROMPT], max_new_tokens=1, return_relevance=True
             )
 
-    @pytest.mark.parametrize("wrong", ["w11", 11, None])
+    @pytest.mark.parametrize("wrong", [None, 1.5, ["w11"]])
     def test_what_is_no_target(self, wrong):
         """The types that these tests check would refuse it before ``explain`` does."""
         with pytest.raises(PromptError, match=r"none of moejax's targets, such as moejax\.Token\("):
@@ -96,9 +96,7 @@ class TestErrors:
         ["attention", "attention.2", "attention.-1", "logits.0", "stream.3", "neurons.x", "stream.01", "stream.\u0661"],
     )
     def test_unknown_node(self, lm, node):
-        with pytest.raises(
-            PromptError, match=f"there is no node '{node}': name stream, .* and a layer, as 'attention.1'"
-        ):
+        with pytest.raises(PromptError, match=f"there is no node '{node}' in this model; do you mean "):
             explain(lm, PROMPT, nodes=[node])
 
     @pytest.mark.parametrize(

@@ -220,10 +220,10 @@ class TestTargets:
             if name != "stream"
         }
         assert labels == {
-            "mean": ["' w11' - mean"],
-            "log-probability": ["log p(' w11')"],
-            "span": [" + ".join(f"log p(' w{i}')" for i in ANSWER)],
-            "several": ["' w11' - average of ' w60', ' w3', ' w8'"],
+            "mean": ["'w11' - mean"],
+            "log-probability": ["log p('w11')"],
+            "span": [" + ".join(f"log p('w{i}')" for i in ANSWER)],
+            "several": ["'w11' - average of 'w60', 'w3', 'w8'"],
             "router": ["layer 1: expert 2 - expert 4"],
             "last stream": [f"stream {LAYERS} along a direction"],
         }

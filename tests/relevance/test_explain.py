@@ -45,7 +45,7 @@ class TestShapes:
         assert relevance.expert_ids.shape == relevance.expert_weights.shape == (L, T, K)
         assert {getattr(relevance, name).dtype for name in FIELDS} == {np.dtype(np.float32)}
         assert relevance.num_experts == E
-        assert relevance.pieces == [f"w{i}" for i in relevance.token_ids]
+        assert "".join(relevance.pieces) == " ".join(f"w{i}" for i in relevance.token_ids)
         assert C not in relevance.heads.shape
         np.testing.assert_array_equal(relevance.tokens, relevance.layers[:, 0])
 
@@ -228,7 +228,7 @@ class TestErrors:
 
     @pytest.mark.parametrize(("prompt", "target"), [("w1", Argmax()), ([1], Token("w1")), ([1], Continuation("w1"))])
     def test_text_without_a_tokenizer(self, lm, prompt, target):
-        with pytest.raises(PromptError, match=r"toy has no tokenizer\.json; pass token ids"):
+        with pytest.raises(PromptError, match=r"toy has no tokenizer; pass token ids"):
             explain(LM(lm.decoder, name="toy"), prompt, target=target)
 
     def test_ids_without_a_tokenizer(self, lm):

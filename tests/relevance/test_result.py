@@ -229,7 +229,7 @@ def test_what_merged_slots_cannot_tell():
             MoejaxError, match=f"{method} compares the experts of single tokens; call it before aggregate"
         ):
             getattr(words.feed_forward, method)()
-    with pytest.raises(MoejaxError, match="by='word' is unknown; give 'words', or spans"):
+    with pytest.raises(MoejaxError, match="by='word' is unknown; give 'words', 'template', or spans"):
         words.aggregate("word")
     with pytest.raises(MoejaxError, match="holds tokens of prompt and answer; split it at token 5"):
         make_result().aggregate([(4, 6)])

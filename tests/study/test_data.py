@@ -134,5 +134,5 @@ def test_what_does_not_fit_the_model(toy_lm: LM, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="53 is outside the vocabulary"):
         Documents.read(tmp_path / "c.npz", toy_lm)
     (tmp_path / "a.txt").write_text("text", "utf-8")
-    with pytest.raises(PromptError, match=r"tokenizer\.json"):
+    with pytest.raises(PromptError, match="has no tokenizer"):
         Documents.read(tmp_path / "a.txt", toy_lm)

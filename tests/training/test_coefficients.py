@@ -55,9 +55,10 @@ def test_unset_is_the_layers_own() -> None:
     assert config().loss_weights().balance == 0.01
 
 
-def test_a_folder_of_an_older_version_is_the_same_run(tmp_path: Path) -> None:
+def test_a_folder_of_an_older_version_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It wrote 0.01 and 0.001 where nothing was set."""
     settings = config(length=16)
     old = dataclasses.asdict(settings) | {"balance_loss_coef": 0.01, "router_z_loss_coef": 0.001}
     (tmp_path / "config.json").write_text(json.dumps(old))
+    monkeypatch.setattr("moejax.training.run.newest_step", lambda _: 5)
     Run(settings, tmp_path)

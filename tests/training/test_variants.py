@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -198,10 +198,13 @@ def test_every_window_is_held_out():
         held_out(model, tokens[:5], 5)
 
 
-def test_a_folder_holds_one_run_and_a_wrong_one_makes_none(corpus_folder, tmp_path):
+def test_a_folder_holds_one_run_and_a_wrong_one_makes_none(corpus_folder, tmp_path, monkeypatch):
     """Two layers may have the same leaves: the second would publish the first one's weights under its name."""
     config = TrainConfig(MODEL, str(corpus_folder / "train.npz"))
-    Run(config.with_moe("smoe"), tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(asdict(config.with_moe("smoe"))))
+    Run(config.with_moe("smoe_sigmoidgating"), tmp_path / "run")  # nothing was saved: the folder is free
+    monkeypatch.setattr("moejax.training.run.newest_step", lambda _: 5)
     Run(replace(config.with_moe("smoe"), steps=2000), tmp_path / "run")
     with pytest.raises(ConfigError, match="run holds a run with another model; choose another folder"):
         Run(config.with_moe("smoe_sigmoidgating"), tmp_path / "run")

@@ -35,7 +35,7 @@ def config(fields: Fields) -> Config:
     dim = fields.size("hidden_size")
     eps = fields("rms_norm_eps", 1e-5)
     fields("router_jitter_noise", 0.0)  # training only
-    attention = grouped_query(fields, eps, theta=1e6, window=fields("sliding_window", None))
+    attention = grouped_query(fields, eps, kv_heads=8, theta=1e6, window=fields("sliding_window", None))
     router = RouterConfig(
         num_experts=fields.size("num_local_experts", 8),
         num_selected=fields.size("num_experts_per_tok", 2),
