@@ -22,7 +22,8 @@ assert len(jax.devices()) == 4
 unsharded = dict(leaf_paths(moejax.checkpoints.load_folder(moejax.checkpoints.open_folder(sys.argv[1]))))
 experts = ("gate_up", "down")
 split = {path: NamedSharding(mesh, P("expert") if path.endswith(experts) else P()) for path in unsharded}
-tree = jax.tree.unflatten(jax.tree.structure(moejax.checkpoints.load_folder(moejax.checkpoints.open_folder(sys.argv[1]))), list(split.values()))
+whole = moejax.checkpoints.load_folder(moejax.checkpoints.open_folder(sys.argv[1]))
+tree = jax.tree.unflatten(jax.tree.structure(whole), list(split.values()))
 for shardings in (split, tree, lambda abstract: split):
     for dtype in (None, "float32"):
         restored = dict(leaf_paths(load_orbax(Path(sys.argv[1]), dtype, shardings)))

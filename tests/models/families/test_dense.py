@@ -77,7 +77,7 @@ def test_relevance_has_no_experts_and_all_else() -> None:
     assert relevance.by_expert().shape == relevance.by_expert("mean").shape == (2, L, 0)
     assert relevance.drop_renormalise().shape == (2, L, T + 1, 0)
     assert relevance.vectors["feed_forward.2"].shape == (2, T + 1, D)
-    with pytest.raises(moejax.PromptError, match="there is no node 'neurons.2' in this model"):
+    with pytest.raises(moejax.PromptError, match=r"there is no node 'neurons\.2' in this model"):
         moejax.explain(loaded("llama"), PROMPT, nodes=["neurons.2"])
     with pytest.raises(moejax.PromptError, match="layer 1 has no router"):
         moejax.explain(loaded("llama"), PROMPT, target=moejax.RouterChoice(1, 0, 2))
