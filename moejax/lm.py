@@ -201,8 +201,8 @@ class LM:
             options.pop("bad_words_ids", None)
             tokenizer = self.need_tokenizer()
             options["bad_words"] = [tokenizer.continuation(w) if isinstance(w, str) else w for w in words]
-        defaults = {"eos_ids": self.config.eos_ids, "pad_id": self.config.pad_id}
-        return rows, GenerateOptions.read(options, self.generation_config, defaults, max(map(len, rows))), reading
+        usual = {"eos_ids": self.eos_ids, "pad_id": self.pad_id}
+        return rows, GenerateOptions.read(options, self.generation_config, usual, max(map(len, rows))), reading
 
     def _generate(
         self, rows: list[list[int]], options: GenerateOptions, reading: Reading, *, return_scores: bool
@@ -236,9 +236,13 @@ class LM:
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: those of ``generation_config.json``, else the configuration's."""
         stored = self.generation_config.get("eos_token_id")
-        if stored is None:
-            return self.config.eos_ids
-        return (stored,) if isinstance(stored, int) else tuple(stored)
+        return self.config.eos_ids if stored is None else tuple(np.ravel(stored).tolist())
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills answers behind their end, from the same places."""
+        stored = self.generation_config.get("pad_token_id")
+        return self.config.pad_id if stored is None else max(int(np.ravel(stored)[0]), 0)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Token ids of a prompt, checked; of a chat with the role of each token.
@@ -251,15 +255,13 @@ class LM:
             PromptError: it is empty, an id lies outside the vocabulary, it is no single row, or the model's chat
                 template refuses it.
         """
-        given, roles = as_prompt(prompt), None
+        given = as_prompt(prompt)
         if isinstance(given, Chat):
             given = given.encode(self.need_tokenizer())
-        if isinstance(given, EncodedPrompt):
-            roles = given.roles
         ids = self.check(self.need_tokenizer().encode(given) if isinstance(given, str) else given)
         if ids.ndim != 1:
             raise PromptError(f"a prompt is one row of token ids, not an array of shape {ids.shape}.")
-        return EncodedPrompt(ids.tolist(), roles)
+        return EncodedPrompt(ids.tolist(), getattr(given, "roles", None))
 
     def check(self, tokens: Any) -> np.ndarray:
         """Token ids as an int32 array.

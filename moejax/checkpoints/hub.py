@@ -12,8 +12,8 @@ from moejax.errors import CheckpointError
 SIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*")
 """The patterns of config, tokenizer and notes. Never pickles, never code."""
 
-_NOT = ("*/*", "*.pt.json", "consolidated*", "adapter_*")
-"""Patterns of files that are left out: those in folders, such as the ``original/`` weights beside a model's own."""
+_NOT = ("*/*",)
+"""Files that are left out: those in folders, such as the ``original/`` weights beside a model's own."""
 
 
 @dataclass(frozen=True)

@@ -228,14 +228,13 @@ def _ignored(abstract: Decoder, table: KeyTable) -> set[str]:
     """The keys of tensors that a checkpoint may hold beside the leaves: a tied head (:mod:`.tied_head`)."""
     if not abstract.config.tied or "head" not in table:
         return set()
-    shape = abstract.config.vocab_size, abstract.config.model_dim
-    return {key for layout in layouts(table, "head", shape) for key, _ in layout.tensors}
+    return set(leaf_keys(table, "head", (abstract.config.vocab_size, abstract.config.model_dim)))
 
 
 def _holds(path: str, leaf: jax.ShapeDtypeStruct, table: KeyTable, entries: Mapping[str, Entry]) -> bool:
     """Return whether the checkpoint holds a tensor of any layout of the leaf."""
     known = _in_table(path)[0] in table
-    return known and any(key in entries for layout in layouts(table, path, leaf.shape) for key, _ in layout.tensors)
+    return known and any(key in entries for key in leaf_keys(table, path, leaf.shape))
 
 
 def report(problems: list[str], what: str) -> None:
@@ -270,6 +269,11 @@ def layouts(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[Layout]:
     if template not in table:
         raise CheckpointError(f"the family's key table has no entry for the leaf {template!r}.")
     return [source(shape).in_layer(layer) for source in table[template]]
+
+
+def leaf_keys(table: KeyTable, path: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the keys of a leaf's tensors in every layout (:func:`layouts`)."""
+    return [key for layout in layouts(table, path, shape) for key, _ in layout.tensors]
 
 
 def _in_table(path: str) -> tuple[str, str]:

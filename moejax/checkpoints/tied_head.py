@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.checkpoints.plan import layouts
+from moejax.checkpoints.plan import leaf_keys
 from moejax.checkpoints.safetensors import TensorSource
 from moejax.models import Decoder, Family
 
@@ -34,8 +34,7 @@ def with_stored_head(hugging_face: Mapping[str, Any], kind: Family, source: Tens
         return hugging_face
     shape = config.vocab_size, config.model_dim
     head, embedding = (
-        [key for layout in layouts(kind.keys, path, shape) for key, _ in layout.tensors if key in source.entries]
-        for path in ("head", "embedding")
+        [key for key in leaf_keys(kind.keys, path, shape) if key in source.entries] for path in ("head", "embedding")
     )
     if not head or not embedding or _equal(source.read(head[0]), source.read(embedding[0])):
         return hugging_face

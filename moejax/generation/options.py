@@ -42,9 +42,7 @@ class GenerateOptions:
     max_time: float | None = None
 
     @classmethod
-    def read(
-        cls, given: Mapping[str, Any], stored: Mapping[str, Any], defaults: Mapping[str, Any], prompt: int
-    ) -> Self:
+    def read(cls, given: Mapping[str, Any], stored: Mapping[str, Any], usual: Mapping[str, Any], prompt: int) -> Self:
         """Return the options for these arguments.
 
         The stored ends always hold. The stored settings of a draw hold if ``do_sample`` is true, so that a plain call
@@ -53,7 +51,7 @@ class GenerateOptions:
         Args:
             given: the caller's arguments, under the names of this library or of transformers; ``None`` is absent.
             stored: the fields of ``generation_config.json``.
-            defaults: ``eos_ids`` and ``pad_id`` of the model's config.
+            usual: the model's ``eos_ids`` and ``pad_id``.
             prompt: number of tokens of the longest prompt.
 
         Raises:
@@ -73,14 +71,13 @@ class GenerateOptions:
         if unknown := [name for name in words if name not in known]:
             raise MoejaxError(_unknown(unknown[0], known))
         settings = {f.name: words.pop(f.name) for f in fields(Sampling) if f.name in words}
-        usual_pad = _or(stored.get("pad_token_id"), defaults["pad_id"])
         stops = words.pop("stop_strings", None) or stored.get("stop_strings") or ()
         return cls(
             sampling=Sampling(**settings),
             max_new_tokens=int(words.pop("max_new_tokens", 32)),
             seed=int(words.pop("seed", 0)),
-            eos_ids=_ids(words.pop("eos_ids", _or(stored.get("eos_token_id"), defaults["eos_ids"]))),
-            pad_id=_first(words.pop("pad_id")) if "pad_id" in words else max(_first(usual_pad), 0),
+            eos_ids=_ids(words.pop("eos_ids", usual["eos_ids"])),
+            pad_id=int(words.pop("pad_id", usual["pad_id"])),
             stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
             **words,
         )
@@ -184,10 +181,6 @@ def _unknown(name: str, known: set[str]) -> str:
 def _ids(value: Any) -> tuple[int, ...]:
     """One id, several, or an array of them, as a tuple."""
     return tuple(int(i) for i in np.atleast_1d(np.asarray(value, int)).ravel())
-
-
-def _first(value: Any) -> int:
-    return int(np.asarray(value).ravel()[0])
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -390,8 +390,7 @@ class TestErrors:
 
     def test_gates_of_another_model(self):
         lm, ones = toy(), Gates.ones(toy().config, ROW)
-        other = ones.drop_expert(0, 0, how="replace").drop_attention(1)
-        assert other.check(lm.config, ROW) is other
+        assert (other := ones.drop_expert(0, 0, how="replace").drop_attention(1)).check(lm.config, ROW) is other
         wrong = replace(other, selectable=other.selectable[..., 1:]), replace(other, attention=jnp.ones((L, 1, T)))
         for gates, name in zip(wrong, ("selectable", "attention"), strict=True):
             with pytest.raises(MoejaxError, match=f"gates on {name} of shape"):

@@ -50,14 +50,6 @@ GPT_OSS_20B = {
     "head_dim": 64,
     "num_local_experts": 32,
     "num_experts_per_tok": 4,
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-    },
 }
 JETMOE_8B = {
     "model_type": "jetmoe",
