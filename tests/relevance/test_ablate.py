@@ -12,8 +12,7 @@ from tiny.tokenizers import word_tokenizer
 
 from moejax import LM, Argmax, Contrast, Direction, Gates, LogProbability, MoejaxError, Span, Token, ablate, explain
 from moejax.models import family
-from moejax.relevance import Cell
-from moejax.relevance.baselines import integrated_gradients
+from moejax.relevance import Cell, integrated_gradients
 from moejax.routing import SCORES, WEIGHTS, route
 from moejax.rules import Plain, Reading
 from relevance.reference import Edits, Reference
@@ -390,7 +389,8 @@ class TestErrors:
 
     def test_gates_of_another_model(self):
         lm, ones = toy(), Gates.ones(toy().config, ROW)
-        assert (other := ones.drop_expert(0, 0, how="replace").drop_attention(1)).check(lm.config, ROW) is other
+        other = ones.drop_expert(0, 0, how="replace").drop_attention(1)
+        assert other.check(lm.config, ROW) is other
         wrong = replace(other, selectable=other.selectable[..., 1:]), replace(other, attention=jnp.ones((L, 1, T)))
         for gates, name in zip(wrong, ("selectable", "attention"), strict=True):
             with pytest.raises(MoejaxError, match=f"gates on {name} of shape"):
