@@ -18,6 +18,9 @@ OLMOE = {
     "num_key_value_heads": 2,
     "num_experts": 6,
     "num_experts_per_tok": 2,
+    # absent fields have the defaults of transformers' class, whose import takes memory
+    "eos_token_id": None,
+    "pad_token_id": 1,
 }
 
 
@@ -58,6 +61,8 @@ GPT_OSS = {
     "num_local_experts": 16,
     "num_experts_per_tok": 4,
     "tie_word_embeddings": False,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 
 
