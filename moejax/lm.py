@@ -20,6 +20,7 @@ from moejax.checkpoints.plan import leaf_paths
 from moejax.checkpoints.quantise import Quantisation
 from moejax.checkpoints.tied_head import config_as_read
 from moejax.checkpoints.tokenizer import Tokenizer
+from moejax.compilation_cache import keep_programs
 from moejax.errors import ConfigError, PromptError
 from moejax.generation import Generation, generate_tokens
 from moejax.generation.options import GenerateOptions, Watcher
@@ -319,8 +320,9 @@ def load(
     ``transformers`` model in memory.
 
     Weights keep the checkpoint's dtype on accelerators. On CPUs, which compute in float32 anyway, they are float32 if
-    that fits in free memory; :func:`moejax.export` writes the checkpoint's own dtype back. JAX, if it has not started,
-    is told to use most of a GPU's memory (:func:`moejax.ops.memory.reserve_memory`).
+    that fits in free memory; :func:`moejax.export` writes the checkpoint's own dtype back. JAX is told to use most of a
+    GPU's memory (:func:`moejax.ops.memory.reserve_memory`) and to keep compiled programs on disk
+    (:mod:`moejax.compilation_cache`).
 
     Args:
         dtype: cast the weights to it.
@@ -350,6 +352,7 @@ def load(
     if sharding is not None and mesh is None:
         raise ConfigError("sharding lays weights over a mesh; pass mesh=jax.make_mesh(..) too.")
     reserve_memory()
+    keep_programs()
     if dtype is not None:
         check_dtype(dtype)
     wrapped = None if tokenizer is None else Tokenizer.wrap(tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 from moejax.checkpoints.files import read_object
 from moejax.errors import CheckpointError
 
-SIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*")
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*")
 """The patterns of config, tokenizer and notes. Never pickles, never code."""
 
 _NOT = ("*/*",)
@@ -42,7 +42,7 @@ class Hub:
         Raises:
             CheckpointError: the hub has no such model or cannot be reached.
         """
-        folder = self._snapshot(name, SIDE if only is None else only)
+        folder = self._snapshot(name, SIDE_FILES if only is None else only)
         if only is not None:
             return folder
         index = read_object(folder, "model.safetensors.index.json", CheckpointError) or {}

@@ -82,7 +82,8 @@ def verify(
 ) -> Verification:
     """Compare a model's logits on random tokens with ``transformers``, which uses its plain attention and experts.
 
-    A folder of Orbax checkpoints is first exported to a temporary folder for ``transformers`` to read.
+    A difference is no error: see ``Verification.passed``. A folder of Orbax checkpoints is first exported to a
+    temporary folder for ``transformers`` to read.
 
     Args:
         source: a folder, a bundled name or a hub id.
@@ -95,7 +96,7 @@ def verify(
     Raises:
         MoejaxError: torch or transformers is not installed.
         ConfigError: the configuration is not supported.
-        CheckpointError: there is no such model, or its weights do not fit it.
+        CheckpointError: there is no such model, its weights do not fit it, or ``transformers`` cannot load it.
     """
     absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if absent:

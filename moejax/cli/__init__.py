@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from moejax._version import __version__
 from moejax.cli import checkpoints, explaining, studying, training
-from moejax.cli.waiting import keep_programs, tell_of_compiling
+from moejax.cli.compiling import tell_of_compiling
 
 
 def show_version(wanted: bool) -> bool:
@@ -20,6 +21,9 @@ def show_version(wanted: bool) -> bool:
         raise typer.Exit
     return wanted
 
+
+_INTERRUPTED = 130
+"""The exit code of what was ended by Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,13 +58,38 @@ def _raise_broken_pipe(self: Console) -> None:
 
 
 def main() -> None:
+    """Run the command as a process of its own.
+
+    Where the user has stopped it, the process ends at once: what the devices compute goes on while Python takes itself
+    apart, and has crashed when its program was taken away.
+    """
+    try:
+        run()
+    except SystemExit as end:
+        if end.code != _INTERRUPTED:
+            raise
+        if _is_unsaid(end):
+            print("moejax: stopped", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(_INTERRUPTED)
+
+
+def _is_unsaid(end: SystemExit) -> bool:
+    """Return whether typer made this of a Ctrl-C, of which no command said anything."""
+    return isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt)
+
+
+def run() -> None:
     """Run the command; an error that a person can mend is one line on stderr and exit code 1."""
+    from moejax.compilation_cache import keep_programs
     from moejax.errors import MoejaxError
     from moejax.ops.memory import reserve_memory
 
     # by default JAX leaves a quarter of a GPU's memory to others, and a model of 61 GB no room on 80
     reserve_memory()
-    keep_programs()
+    keep_programs(small=True)
     tell_of_compiling()
     warnings.showwarning = show_warning
     Console.on_broken_pipe = _raise_broken_pipe  # rich ends with exit code 1

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from moejax.cli.options import AsJson, Loading, Plugin, add, shows_bar, use_host_only
-from moejax.cli.waiting import SETTING, keep_programs
+from moejax.compilation_cache import SETTING, keep_programs
 
 Source = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or bundled name.")]
 AnySource = Annotated[str, typer.Argument(help="Hugging Face folder, converted folder, hub id, or bundled name.")]

@@ -102,7 +102,7 @@ class Beams(NamedTuple):
         running, index = candidates.best(beams, candidates.scores + jnp.where(ends, _EXCLUDED, 0))
 
         length = jnp.asarray(step.num_chosen + 1, candidates.scores.dtype)
-        ranked = candidates.scores / length**sampling.length_penalty
+        ranked = _rank(candidates.scores, length, sampling)
         # candidates behind the best W may go on in place of those that end, but may not become answers
         new = ends & (jnp.arange(ends.shape[1]) < beams)
         open_ = self.hopeful & ~self._has_all_answers(sampling)
@@ -112,7 +112,7 @@ class Beams(NamedTuple):
         filled = _take(jnp.concatenate([self.filled, new], axis=1), kept)
 
         best_length = self._best_length(step.num_chosen + 1, sampling, options).astype(length.dtype)
-        best_possible = running.scores[:, 0] / best_length**sampling.length_penalty
+        best_possible = _rank(running.scores[:, 0], best_length, sampling)
         worst = jnp.where(filled.all(1), answers.scores.min(1), _EXCLUDED)
         return self._replace(
             running=running,
@@ -173,6 +173,11 @@ class Beams(NamedTuple):
             scores=jnp.where(within[..., None], scores.reshape(*tokens.shape, -1), 0),
             log_probs=jnp.where(within, best.log_probs.reshape(tokens.shape), 0),
         )
+
+
+def _rank(scores: Float[Array, "*s"], length: Array, sampling: Sampling) -> Float[Array, "*s"]:
+    """The score that ranks sequences of ``length`` new tokens: ``scores / length ** length_penalty``."""
+    return scores / length**sampling.length_penalty
 
 
 def _take(x: Array, index: Array) -> Array:

@@ -126,8 +126,12 @@ def generate_tokens(
         max_time: seconds after which no further token is begun (beam search takes one last step, in which running beams
             become answers). Compiling is not counted. The loop then returns to the host from time to time, and every
             device computes all rows.
-        return_scores: return the scores of every token, ``B A V`` numbers, in beam search ``B W A V``.
+        return_scores: return the scores that every token was chosen from, ``[B A V]``, and in beam search ``log_probs``
+            too. While beams are searched, ``B W A V`` numbers are held.
         watch: is shown the new tokens while they are generated, and may end the generation. Not with beam search.
+
+    Returns:
+        The new tokens, with A = ``max_new_tokens``; B counts answers, which may be several for a prompt.
 
     Raises:
         MoejaxError: a setting that does not fit the model or another setting, or gates that do not fit the tokens.

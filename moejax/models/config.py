@@ -90,22 +90,22 @@ class Config:
 
     @property
     def num_experts(self) -> int:
-        """Expert ids of a layer ``E``; zero if every layer is dense."""
+        """Expert ids of a layer ``E``, the most that a layer has; zero if every layer is dense."""
         return self.feed_forward.num_experts
 
     @property
     def num_selected(self) -> int:
-        """Routed slots of a token ``K``."""
+        """Routed slots of a token ``K``, the most that a layer has."""
         return self.feed_forward.num_selected
 
     @property
     def num_shared(self) -> int:
-        """Shared experts of a layer."""
+        """Shared experts of a layer, the most that a layer has."""
         return self.feed_forward.num_shared
 
     @property
     def expert_dim(self) -> int:
-        """Hidden units of an expert ``F``; zero if every layer is dense."""
+        """Hidden units of an expert ``F``, the most that a layer has; zero if every layer is dense."""
         return self.feed_forward.expert_dim
 
     @property
@@ -115,12 +115,12 @@ class Config:
 
     @property
     def num_attention_experts(self) -> int:
-        """Attention experts of a layer; zero if attention is no mixture."""
+        """Attention expert ids of a layer, the most that a layer has; zero if no layer mixes attention experts."""
         return self.attention.num_experts
 
     @property
     def num_attention_selected(self) -> int:
-        """Routed slots of a token in a mixture of attention experts."""
+        """Routed slots of a token among attention experts, the most that a layer has."""
         return self.attention.num_selected
 
     @property

@@ -1,6 +1,7 @@
 """A decoder over several devices: sharding rules lay the logical axes of its leaves on the axes of a mesh.
 
-Which logical axes a leaf has is known to the part that it belongs to (:attr:`moejax.layers.PartConfig.axes`). The
+Which logical axes a leaf has is known to the part that it belongs to (:attr:`moejax.layers.PartConfig.axes`; those of
+experts are ``EXPERT_AXES`` in :mod:`moejax.layers.feed_forward.experts`). The
 compiled functions stay as they are: weights carry their placement, and XLA derives the placement of everything else,
 except for experts (:mod:`moejax.ops.experts.expert_parallel`) and for independent work
 (:mod:`moejax.models.data_parallel`).

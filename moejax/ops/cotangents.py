@@ -86,9 +86,10 @@ gate.defvjp(_gate_forward, _gate_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def probe(x: Float[Array, "*s"], entry: Float[Array, "*r"], sign: float) -> Float[Array, "*s"]:
-    """Return ``x`` and add ``sign * sum(x * c)`` to the cotangent of ``entry``.
+    """Return ``x``; in the backward pass add ``sign * sum(x * c)`` to the cotangent of ``entry``.
 
-    ``entry`` has the first axes of ``x``; the sum runs over the others.
+    ``c`` is the cotangent of the result, which ``x`` receives unchanged. ``entry`` has the first axes of ``x``, and its
+    values do not matter; the sum runs over the other axes, in float32 or wider.
     """
     return x
 

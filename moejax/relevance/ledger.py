@@ -1,4 +1,9 @@
-"""The conservation ledger: the explained value, the relevance of the input, and every named leak between them."""
+"""The conservation ledger: the explained value, the relevance of the input, and every named leak between them.
+
+The probes of :mod:`moejax.relevance.engine` measure its numbers; :mod:`moejax.relevance.explain` and
+:mod:`moejax.dlbacktrace.propagation` fill it. A new field also goes to what saves and shows a result: ``store.py`` and
+``result.py`` (``to_dict``) here, ``schema.py``, ``aggregate.py`` and ``page/ledger.js`` in :mod:`moejax.report`.
+"""
 
 from dataclasses import dataclass
 

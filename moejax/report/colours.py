@@ -1,4 +1,8 @@
-"""The colours of every view: terminal, figures and page. The page's script and style receive them from here."""
+"""The colours of every view: terminal, figures and page.
+
+The page receives its colours from here and draws with them by ``colour`` in ``page/basics.js``. How values are scaled
+to colours is ``SCALES`` for terminal and figures; the page has the same scales as a button (``page/header.js``).
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -61,7 +61,10 @@ class Rule:
         return frozenset({"norm", "activation", "clamp", "softmax", "router", "bias"})
 
     def norm(self, x: Float[Array, "*b D"], inverse_rms: Float[Array, "*b 1"]) -> Float[Array, "*b D"]:
-        """Normalise, without the norm's weight: ``x * inverse_rms``, where ``inverse_rms`` is a function of ``x``."""
+        """Normalise, without the norm's weight: ``x * inverse_rms``, where ``inverse_rms`` is a function of ``x``.
+
+        Both are float32 or wider. Here it is ordinary calculus; a rule changes the cotangent of ``x`` alone.
+        """
         return x * inverse_rms
 
     def gated(

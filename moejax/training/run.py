@@ -88,7 +88,10 @@ class Run:
         return model.stat().st_mtime >= states.stat().st_mtime
 
     def stop(self) -> None:
-        """Have the iteration end, with a saved state, after the steps that run now; a signal's handler may call it."""
+        """Have the iteration end, with a saved state, after the steps that run now.
+
+        A signal's handler may call it, as that of ``moejax train`` does (:mod:`moejax.cli.training`).
+        """
         self._shall_stop = True
 
     def check(self) -> None:

@@ -44,13 +44,13 @@ def moejax_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     """Runs ``moejax ARGUMENTS`` in this process."""
 
     def run(*arguments: object) -> Outcome:
-        from moejax.cli import main
+        from moejax.cli import run as run_command
 
         monkeypatch.setattr(sys, "argv", ["moejax", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "60")
         capsys.readouterr()
         try:
-            main()
+            run_command()
             code = 0
         except SystemExit as stop:
             code = stop.code or 0

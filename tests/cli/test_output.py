@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+
+from moejax import cli
 
 
 def test_a_pipe_gets_whole_lines_and_a_narrow_table_whole_numbers(moejax_command: Callable, model_folder: Path) -> None:
@@ -34,6 +37,29 @@ def test_a_warning_is_a_line(
         monkeypatch.setattr(warnings, "showwarning", show_warning)
         warnings.warn("two\nlines", stacklevel=1)
     assert capsys.readouterr().err == "moejax: note: two lines\n"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("told", [False, True])
+def test_ctrl_c_is_a_word_and_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], told: bool
+) -> None:
+    ends = []
+
+    def interrupted() -> None:
+        """What typer does with a Ctrl-C, which a command has told of or not."""
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as stop:
+                raise typer.Exit(130) from None if told else stop
+        except typer.Exit as end:
+            sys.exit(end.exit_code)
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    cli.main()
+    assert (ends, capsys.readouterr().err) == ([130], "" if told else "moejax: stopped\n")
 
 
 def test_a_closed_pipe_is_no_error() -> None:

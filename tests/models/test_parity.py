@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny.compare import relative_rms
-from tiny.configs import with_rope
+from tiny.config_changes import with_rope
 
 import moejax
 from moejax.layers import BlockConfig, RMSNorm

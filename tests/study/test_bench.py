@@ -9,7 +9,7 @@ import pytest
 
 from moejax import MoejaxError
 from moejax.checkpoints.plan import leaf_paths
-from moejax.cli import main
+from moejax.cli import run
 from moejax.lm import LM
 from moejax.models import Decoder, FlatDecoder, family
 from moejax.report.bench import heading_lines, row_line
@@ -177,7 +177,7 @@ def test_command(capsys, monkeypatch):
     options = ["--random", "--cases", "forward", "--tokens", "19", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", ["moejax", "bench", "jetmoe-8b", *options, "--json"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        run()
     assert ended.value.code == 0
     heading, row = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert heading["model"] == "jetmoe-8b, made small, random"

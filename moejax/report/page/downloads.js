@@ -1,8 +1,8 @@
 // ---------------------------------------------------------------- files to download: made here, without a network
 
-function offer(text, type, ending) {
+function offer(content, type, ending) {
   const name = visible(data.model).replace(/[^\w.-]+/g, '-').slice(-60) || 'model';
-  const link = el('a', {href: URL.createObjectURL(new Blob([text], {type})), download: `${name}-relevance.${ending}`});
+  const link = el('a', {href: URL.createObjectURL(new Blob([content], {type})), download: `${name}-relevance.${ending}`});
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
@@ -48,9 +48,22 @@ function matrixSvg() {
   return parts.join('\n') + '\n</svg>\n';
 }
 
+// The picture in twice its size, drawn by the browser. Its address holds the SVG itself, which the page's policy allows.
+function savePng() {
+  const svg = matrixSvg(), picture = new Image();
+  picture.onload = () => {
+    const canvas = el('canvas', {width: 2 * picture.width, height: 2 * picture.height}), drawing = canvas.getContext('2d');
+    drawing.scale(2, 2);
+    drawing.drawImage(picture, 0, 0);
+    canvas.toBlob(content => content && offer(content, 'image/png', 'png'), 'image/png');
+  };
+  picture.src = `data:image/svg+xml,${encodeURIComponent(svg)}`;
+}
+
 const downloads = {
   JSON: () => offer(JSON.stringify(data), 'application/json', 'json'),
   CSV: () => offer(matrixCsv(), 'text/csv', 'csv'),
   SVG: () => offer(matrixSvg(), 'image/svg+xml', 'svg'),
+  PNG: savePng,
 };
-const downloadTitles = {JSON: 'The data of this page', CSV: 'Relevance of every token for every target', SVG: 'A picture of targets by tokens'};
+const downloadTitles = {JSON: 'The data of this page', CSV: 'Relevance of every token for every target', SVG: 'A picture of targets by tokens', PNG: 'The same picture in pixels'};

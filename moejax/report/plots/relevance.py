@@ -92,7 +92,7 @@ def heads(report: RelevanceReport, target: int = 0, scale: str = "linear") -> Fi
 
 @register_plot("layers")
 def layers(report: RelevanceReport, target: int = 0, scale: str = "linear") -> Figure:
-    """Relevance by layer and token of the residual stream that enters each layer."""
+    """Relevance by layer and token of the residual stream that enters each layer, and in a last row the final norm."""
     drawing, fonts = _titled(report, target, _map_height(len(report["expert_ids"]) + 1))
     _draw_layers(drawing.subplots(), report, target, fonts, scale)
     return drawing

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny.compare import relative_rms
-from tiny.configs import with_rope
+from tiny.config_changes import with_rope
 from tiny.hugging_face import FAMILIES, loaded, random_batch, torch_logits, torch_model, with_config
 
 from moejax import load

@@ -112,7 +112,7 @@ class MXFP4HopperPlan(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Pairs of steps for one tile."""
+        """Pairs of steps for one tile, rounded up: packed weights are copied for two steps at a time."""
         return -(-self.steps // 2)
 
     @property

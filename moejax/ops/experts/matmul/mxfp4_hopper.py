@@ -34,6 +34,10 @@ class MXFP4HopperTiling(NamedTuple):
 
 
 _HEIGHTS = (64, 80, 96)
+"""Rows of a tile; its columns and depth are fixed, in :mod:`moejax.ops.experts.matmul._wgmma_fragments`."""
+
+_X_STAGES, _W_STAGES = 4, 3
+"""Steps by which rows, and pairs of steps by which weights, are copied ahead."""
 
 _MAX_COPIED_TILES = 256
 """Tiles of the longest table that one copy can bring to shared memory. Longer tables are read from global memory."""
@@ -73,7 +77,7 @@ def matmul(
     # imported late: the import takes a quarter of a second, and only a GPU that takes the kernel needs it
     from moejax.ops.experts.matmul._mxfp4_hopper_kernel import kernel
 
-    t = MXFP4HopperTiling(_HEIGHTS, 4, 3, target(mesh).core_count)
+    t = MXFP4HopperTiling(_HEIGHTS, _X_STAGES, _W_STAGES, target(mesh).core_count)
     table = tile_table(group_offsets, group_sizes, len(x), t.heights[-1])
     copied_table = table.shape[1] <= _MAX_COPIED_TILES
     return kernel(x if transpose else rows_in_fragment_order(x), weight, table, t, transpose, copied_table)

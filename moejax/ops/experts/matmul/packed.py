@@ -9,6 +9,8 @@ by expert, 96 or more, on a Hopper GPU    :mod:`~moejax.ops.experts.matmul.mxfp4
 all others, from compute capability 8     :mod:`~moejax.ops.experts.matmul.mxfp4_triton`, unpacks in registers
 ========================================  ============================================================================
 
+Sizes of tiles: ``_HEIGHTS`` in ``mxfp4_hopper``, ``tiling`` in the two others.
+
 These are not implementations that a user chooses, because the number of rows is not known when one is chosen: ``vmap``
 over cotangents multiplies it.
 """

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from moejax.cli import waiting
+import moejax
+from moejax.cli import compiling
+from moejax.compilation_cache import SETTING, keep_programs
 from moejax.program import fast_tracing
 
 pytestmark = pytest.mark.fast
@@ -26,45 +29,56 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ]
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(waiting.SETTING)
+    monkeypatch.delenv(SETTING)
     yield tmp_path / "cache"
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_programs_are_kept(home: Path) -> None:
-    folder = waiting.keep_programs()
+    folder = keep_programs(small=True)
     assert folder is not None
     assert folder.parent == home / "moejax" / "xla"
     assert folder.is_dir()
     assert jax.config.jax_compilation_cache_dir == str(folder)
-    assert waiting.keep_programs() == folder
+    assert keep_programs() == folder
+
+
+def test_load_keeps_what_takes_a_second_to_compile(home: Path) -> None:
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    moejax.load("tiny-olmoe")
+    assert jax.config.jax_compilation_cache_dir.startswith(str(home))
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == before > 0
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.jit(lambda x: x * 2 + 1)(1.0)
+    assert list(home.rglob("*-cache")), "programs are kept although others were compiled before"
 
 
 def test_one_setting_turns_it_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(waiting.SETTING, "off")
-    assert waiting.keep_programs() is None
+    monkeypatch.setenv(SETTING, "off")
+    assert keep_programs() is None
     assert not home.exists()
 
 
 def test_the_users_own_place_stays(home: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", "/somewhere/else")
-    assert waiting.keep_programs() == Path("/somewhere/else")
+    assert keep_programs() == Path("/somewhere/else")
     assert not home.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(home: Path) -> None:
     home.write_text("a file in its place")
-    assert waiting.keep_programs() is None
+    assert keep_programs() is None
     assert jax.config.jax_compilation_cache_dir is None
 
 
 def test_who_waits_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger(waiting._COMPILED)
+    logger = logging.getLogger(compiling._COMPILED)
     before = logger.handlers[:], logger.level, logger.propagate
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     try:
-        waiting.tell_of_compiling()
+        compiling.tell_of_compiling()
         jax.jit(lambda x: x + 1)(1.0)
         assert capsys.readouterr().err == "", "no program of a model"
         with fast_tracing:
@@ -76,6 +90,6 @@ def test_who_waits_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_doctor_tells_the_place(moejax_command: Callable) -> None:
-    assert os.environ[waiting.SETTING] == "off", "tests leave the home folder alone"
+    assert os.environ[SETTING] == "off", "tests leave the home folder alone"
     assert '"compilation_cache": null' in moejax_command("doctor", "--json").out
     assert "MOEJAX_COMPILATION_CACHE=off" in moejax_command("doctor").out

@@ -1,11 +1,12 @@
-"""What the command does about compiling: programs are kept for the next run, and who waits for one is told."""
+"""Compiled programs are kept on disk for the next run: JAX's persistent compilation cache, switched on by default."""
 
 import hashlib
-import logging
 import os
 import platform
-import sys
 from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 SETTING = "MOEJAX_COMPILATION_CACHE"
 """The environment variable that is ``off`` where compiled programs shall not be kept."""
@@ -15,14 +16,9 @@ _FOLDER = "jax_compilation_cache_dir"
 _LARGEST = 2 << 30
 """Bytes of compiled programs that are kept; the programs that were not used for the longest time go first."""
 
-_LOADED, _COMPILED = "jax._src.compiler", "jax._src.interpreters.pxla"
-"""JAX's loggers that hear of a program that is not kept yet, and of every program."""
-
 
 def cache_folder() -> Path | None:
     """Return where compiled programs are kept: JAX's own setting, else a folder of the user's; ``None`` for nowhere."""
-    import jax
-
     if given := getattr(jax.config, _FOLDER):
         return Path(given)
     if os.environ.get(SETTING, "").lower() in ("off", "0", "no", "false"):
@@ -32,13 +28,14 @@ def cache_folder() -> Path | None:
     return Path(home) / "moejax" / "xla" / _machine()
 
 
-def keep_programs() -> Path | None:
-    """Have JAX keep compiled programs in :func:`cache_folder`, the small ones too; return the folder.
+def keep_programs(*, small: bool = False) -> Path | None:
+    """Have JAX keep compiled programs in :func:`cache_folder`, from now on; return the folder.
 
     Nothing is done where JAX was told another place, and where the folder cannot be written.
-    """
-    import jax
 
+    Args:
+        small: keep programs that take less than a second to compile, too.
+    """
     try:
         folder = cache_folder()
         if folder is None or getattr(jax.config, _FOLDER):
@@ -50,45 +47,12 @@ def keep_programs() -> Path | None:
         return None
     jax.config.update(_FOLDER, str(folder))
     jax.config.update("jax_compilation_cache_max_size", _LARGEST)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if small:
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # JAX decides with its first program whether it keeps programs
+    compilation_cache.reset_cache()
     return folder
-
-
-def tell_of_compiling() -> None:
-    """Say on stderr, once, that a model's program is compiled, if a person looks on.
-
-    JAX tells its loggers, before it compiles, that it has not found a program among those that are kept.
-    """
-    import jax
-
-    if not sys.stderr.isatty():
-        return
-    name = _LOADED if getattr(jax.config, _FOLDER) else _COMPILED
-    logger = logging.getLogger(name)
-    logger.addHandler(_Teller(logging.DEBUG))
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-
-
-class _Teller(logging.Handler):
-    """Says once that something is compiled; other messages that are no details go to the root's handlers."""
-
-    said = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from moejax.program import fast_tracing
-
-        if record.levelno > logging.DEBUG:
-            logging.getLogger().handle(record)
-        # small programs are compiled on the way; those of a model are what takes time
-        elif not self.said and fast_tracing.is_entered and _starts(record.msg):
-            self.said = True
-            print("compiling (once for this length) ..", file=sys.stderr, flush=True)
-
-
-def _starts(message: str) -> bool:
-    return message.startswith(("PERSISTENT COMPILATION CACHE MISS", "Compiling "))
 
 
 def _machine() -> str:
