@@ -59,7 +59,7 @@ def load_decoder(
     kind = family(hugging_face.get("model_type"))
     stored = kind.config(with_stored_head(hugging_face, kind, source))
     goal = _Goal.of(stored, _packed_format(keep_packed, experts), mesh, rules)
-    plans = make_plan(goal.stored, kind.keys, source.entries)
+    plans = make_plan(goal.stored, kind, source.entries)
     leaves: list[jax.Array] = []
     for plan in plans:
         exact = plan.path in goal.quantiser.paths

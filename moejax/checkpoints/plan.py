@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 
 from moejax.checkpoints.safetensors import Entry, SafetensorsFolder, TensorSource
 from moejax.errors import CheckpointError
-from moejax.models import Decoder
+from moejax.models import Decoder, Family
 from moejax.models.config import split_path
 from moejax.models.keys import Index, KeyTable, Layout
 from moejax.ops.mxfp4 import BLOCK, MXFP4
@@ -182,12 +183,12 @@ def parts(paths: Iterable[str]) -> dict[str, list[str]]:
     return grouped
 
 
-def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) -> list[LeafPlan | PackedPlan]:
+def make_plan(abstract: Decoder, kind: Family, entries: Mapping[str, Entry]) -> list[LeafPlan | PackedPlan]:
     """Plan how to read every leaf of a decoder.
 
     Args:
         abstract: the decoder, with ``jax.ShapeDtypeStruct`` leaves.
-        table: the key table of its family.
+        kind: its family, with the key table.
         entries: shape and dtype of every tensor of the checkpoint.
 
     Returns:
@@ -197,6 +198,7 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
         CheckpointError: tensors are missing, unused, misshapen or not floats; one error names all of them.
     """
     problems: list[str] = []
+    table = kind.keys
 
     def plan_leaf(path: str, leaf: jax.ShapeDtypeStruct) -> LeafPlan:
         layout = _choose(path, leaf.shape, table, entries)
@@ -219,8 +221,17 @@ def make_plan(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) 
     used = {key for plan in plans for key in plan.keys}
     ignored = _ignored(abstract, table)
     unused = [key for key in entries if key not in used and not (key in ignored or _COMPUTED.search(key))]
+    further = {key for key in unused if kind.leaves_out(key, abstract.config.num_layers)}
+    unused = [key for key in unused if key not in further]
     problems += [f"unused {key} {list(entries[key].shape)}" for key in unused]
     report(problems, "the checkpoint does not fit its config")
+    if further:
+        size = sum(entries[key].nbytes for key in further) / 2**30
+        warnings.warn(
+            f"{len(further)} tensors ({size:.2f} GiB) such as {min(further)} are no part of the language model and are "
+            "left out; what is exported lacks them.",
+            stacklevel=2,
+        )
     return plans
 
 

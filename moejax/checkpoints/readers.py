@@ -74,7 +74,7 @@ class HuggingFaceReader:
         self.source, self._dtype = folder.tensors(), dtype
         kind = family(folder.hugging_face.get("model_type"))
         self.hugging_face: Mapping[str, Any] = with_stored_head(folder.hugging_face, kind, self.source)
-        plans = make_plan(Decoder.abstract(kind.config(self.hugging_face)), kind.keys, self.source.entries)
+        plans = make_plan(Decoder.abstract(kind.config(self.hugging_face)), kind, self.source.entries)
         self._plans = {plan.path: plan for plan in plans}
         self.leaves: Mapping[str, Entry] = {plan.path: Entry(plan.shape, dtype or plan.dtype) for plan in plans}
         self.dtypes: Mapping[str, np.dtype] = {} if dtype else _narrower(plans, self.source)

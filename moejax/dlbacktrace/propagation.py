@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.dlbacktrace.inputs import EncodedInputs
 from moejax.dlbacktrace.nodes import HEAD, engine_nodes, expert_keys, from_engine, node_of, stack
 from moejax.errors import MoejaxError
-from moejax.layers.linear import matmul_f32_accum
 from moejax.lm import LM
 from moejax.models import Decoder, Hidden
 from moejax.relevance.engine import Readout, relevance
@@ -79,7 +78,7 @@ class LogitRelevanceSeeds(NamedTuple):
         """The target, whose gradient by each logit is relevance / logit, and the logits at the last position."""
         last = reading.for_layer(-1)
         stream = jnp.take_along_axis(hidden.stream, self.positions[..., None], axis=1)
-        logits = last.linear(matmul_f32_accum, decoder.norm(stream, last), decoder.output_embedding)
+        logits = decoder.head_product(decoder.norm(stream, last), last)
         # relevance is value times cotangent, so a logit of zero cannot have any
         value = stop_gradient(logits)
         cotangent = jnp.where(value == 0, 0, self.relevance / jnp.where(value == 0, 1, value))

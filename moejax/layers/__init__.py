@@ -1,6 +1,7 @@
 """Flax NNX modules used as immutable pytrees: every call takes all it reads and returns all it computes."""
 
 from moejax.layers.attention.grouped_query import Attention, AttentionConfig, KeyValue
+from moejax.layers.attention.latent import LatentAttention, LatentAttentionConfig
 from moejax.layers.attention.mixture import MixtureAttention, MixtureAttentionConfig
 from moejax.layers.block import Block, BlockAux, BlockConfig
 from moejax.layers.feed_forward.activation import GLU, Activation, HiddenActivation
@@ -13,7 +14,7 @@ from moejax.layers.feed_forward.registry import LAYERS, RegisteredConfig, get_mo
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.feed_forward.shared import SharedConfig, SharedExpert
 from moejax.layers.linear import Linear
-from moejax.layers.norm import RMSNorm
+from moejax.layers.norm import RMSNorm, WideRMSNorm
 from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, Part, PartConfig, Role, Sizes
 from moejax.layers.rotary import Rotary, Rotation
 
@@ -34,6 +35,8 @@ __all__ = [
     "Experts",
     "HiddenActivation",
     "KeyValue",
+    "LatentAttention",
+    "LatentAttentionConfig",
     "Linear",
     "MLPConfig",
     "Mixture",
@@ -55,6 +58,7 @@ __all__ = [
     "SharedConfig",
     "SharedExpert",
     "Sizes",
+    "WideRMSNorm",
     "get_moe",
     "register_moe",
     "registered",

@@ -24,9 +24,23 @@ class RMSNorm(nnx.Module):
         return cls(jnp.ones(dim, dtype), eps)
 
     def __call__(self, x: Float[Array, "B *s D"], reading: Reading) -> Float[Array, "B *s D"]:
-        return self.weight * reading.book("norm", lambda x: self._normalise(x, reading), x)
+        return self.weight * self._normed(x, reading, x.dtype)
 
-    def _normalise(self, x: Array, reading: Reading) -> Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return reading.rule.norm(wide, inverse_rms).astype(x.dtype)
+    def _normed(self, x: Float[Array, "B *s D"], reading: Reading, dtype: DTypeLike) -> Float[Array, "B *s D"]:
+        """``x`` divided by its root mean square, computed in float32 or wider."""
+
+        def normalise(x: Array) -> Array:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+            return reading.rule.norm(wide, inverse_rms).astype(dtype)
+
+        return reading.book("norm", normalise, x)
+
+
+@nnx.dataclass
+class WideRMSNorm(RMSNorm):
+    """RMSNorm whose weight is applied in float32 too, before the result is cast (AFMoE, Nemotron-H, Gemma 4)."""
+
+    def __call__(self, x: Float[Array, "B *s D"], reading: Reading) -> Float[Array, "B *s D"]:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (self.weight.astype(wide) * self._normed(x, reading, wide)).astype(x.dtype)

@@ -8,6 +8,7 @@ from typing import Self
 from jax.sharding import Mesh
 
 from moejax.layers.block import BlockConfig
+from moejax.layers.norm import RMSNorm
 from moejax.layers.parts import Axes, Role, Sizes
 
 _OUTER: Mapping[str, Axes] = {"embedding": ("vocab", "model"), "head": ("vocab", "model"), "norm.weight": (None,)}
@@ -26,6 +27,9 @@ class Config:
         max_positions: longest context the model was made for.
         eos_ids: tokens that end a generation.
         pad_id: token to fill padding with.
+        norm: class of the final norm.
+        embedding_factor: multiplies the tokens' embeddings (Granite, AFMoE).
+        logits_factor: multiplies the logits (one over ``logits_scaling`` of Granite).
         mesh: devices whose axis ``data`` divides independent work among them, if there are several.
     """
 
@@ -37,6 +41,9 @@ class Config:
     max_positions: int
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    norm: type[RMSNorm] = RMSNorm
+    embedding_factor: float = 1.0
+    logits_factor: float = 1.0
     mesh: Mesh | None = None
 
     def __repr__(self) -> str:

@@ -61,6 +61,15 @@ class Hidden(NamedTuple):
 _run_block = jax.jit(Block.__call__)
 
 
+def _times(x: Array, factor: float) -> Array:
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
+def _matching_rows(x: Float[Array, "B N D"], weight: Float[Array, "B N J D"]) -> Float[Array, "B N J"]:
+    """Multiply each position's stream by its own rows of the head."""
+    return jnp.einsum("bnd,bnjd->bnj", x, weight, preferred_element_type=accumulation_dtype(x))
+
+
 @nnx.dataclass
 class Decoder(nnx.Module):
     """Mixture-of-Experts decoder as an immutable pytree; its layers are a list."""
@@ -98,7 +107,7 @@ class Decoder(nnx.Module):
         return cls(
             normal(k_embed, (c.vocab_size, c.model_dim), dtype),
             [Block.init(k, block, dtype) for k, block in zip(k_layers, c.blocks, strict=True)],
-            RMSNorm.init(c.model_dim, c.norm_eps, dtype),
+            c.norm.init(c.model_dim, c.norm_eps, dtype),
             None if c.tied else normal(k_head, (c.vocab_size, c.model_dim), dtype),
             c,
         )
@@ -136,11 +145,11 @@ class Decoder(nnx.Module):
             cache: what earlier passes kept; the tokens follow those in it.
             rematerialised_layers: how many layers, counted from the first, keep only their inputs for a backward pass,
                 which computes the rest again. The first, because by then the memory of later layers has been freed.
-            embedded: enters the first layer in place of the tokens' embeddings.
+            embedded: enters the first layer in place of what :meth:`embed` makes of the tokens.
             key: a training step's randomness; without one nothing is random.
         """
         call, cache, rotations = self._call(tokens.shape, valid, cache)
-        x = self.embedding[tokens] if embedded is None else embedded
+        x = self.embed(tokens) if embedded is None else embedded
         if reading.edits:
             assert call.valid is not None
             assert call.positions is not None
@@ -163,6 +172,10 @@ class Decoder(nnx.Module):
         nodes = {f"{name}.{i}": value for i, values in enumerate(by_layer) for name, value in values.items()}
         return Hidden(x, cache and cache._replace(layers=stored), entering, told, nodes)
 
+    def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
+        """What enters the first layer: the tokens' embeddings, times the factor that the configuration has."""
+        return _times(self.embedding[tokens], self.config.embedding_factor)
+
     def logits(
         self,
         stream: Float[Array, "B *s D"],
@@ -173,7 +186,14 @@ class Decoder(nnx.Module):
 
     def head_product(self, normed: Float[Array, "B *s D"], reading: Reading) -> Float[Array, "B *s V"]:
         """Multiply the normed stream by the head; the product is accumulated and left in float32."""
-        return reading.linear(matmul_f32_accum, normed, self.output_embedding)
+        return _times(reading.linear(matmul_f32_accum, normed, self.output_embedding), self.config.logits_factor)
+
+    def named_logits(
+        self, normed: Float[Array, "B N D"], ids: Int[Array, "B N J"], reading: Reading
+    ) -> Float[Array, "B N J"]:
+        """The logits of ``J`` tokens at each position; only their rows of the head take part."""
+        rows = reading.linear(_matching_rows, normed, self.output_embedding[ids])
+        return _times(rows, self.config.logits_factor)
 
     @property
     def accumulation_dtype(self) -> jnp.dtype:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from moejax.errors import ConfigError
@@ -25,12 +26,19 @@ class Family:
         keys: the layouts in which each leaf is published.
         write_config: from a :class:`Config` to the fields in which this family differs from others; only for families
             that a model of ours may be published as (:func:`moejax.training.upcycle`).
+        left_out: patterns of the keys of tensors that published checkpoints hold beside the decoder, such as layers
+            that predict further tokens; ``{num_layers}`` stands for the number of layers.
     """
 
     model_type: str
     read_config: ReadConfig
     keys: KeyTable
     write_config: WriteConfig | None = None
+    left_out: tuple[str, ...] = ()
+
+    def leaves_out(self, key: str, num_layers: int) -> bool:
+        """Return whether a tensor of that key is none of the decoder's, although checkpoints hold it."""
+        return any(fnmatchcase(key, pattern.format(num_layers=num_layers)) for pattern in self.left_out)
 
     def config(self, hugging_face: Mapping[str, Any]) -> Config:
         """The configuration for a Hugging Face config.
@@ -54,7 +62,7 @@ FAMILIES: Registry[Family] = Registry("model_type", "moejax.models.families", Co
 
 
 def register_family(
-    model_type: str, keys: KeyTable, *, write_config: WriteConfig | None = None
+    model_type: str, keys: KeyTable, *, write_config: WriteConfig | None = None, left_out: tuple[str, ...] = ()
 ) -> Callable[[Read], Read]:
     """Decorator for a function from :class:`Fields` to :class:`Config`: register a family.
 
@@ -62,13 +70,14 @@ def register_family(
         model_type: the name in Hugging Face configs.
         keys: the layouts in which each leaf is published.
         write_config: the inverse of the function, as :attr:`Family.write_config`.
+        left_out: patterns of keys that are no part of the decoder, as :attr:`Family.left_out`.
 
     Raises:
         ConfigError: another family has the name.
     """
 
     def register(read_config: Read) -> Read:
-        FAMILIES.add(model_type, Family(model_type, read_config, keys, write_config), read_config)
+        FAMILIES.add(model_type, Family(model_type, read_config, keys, write_config, left_out), read_config)
         return read_config
 
     return register

@@ -88,6 +88,17 @@ class Fields:
             raise ConfigError(f"the model's config has no {name!r}; it is incomplete or belongs to another family.")
         return default
 
+    def given(self, name: str, default: Any) -> Any:
+        """Return a field that means something as ``None``; only if it is absent, the default."""
+        self._read.add(name)
+        return self._config.get(name, default)
+
+    def rope_number(self, name: str) -> float | None:
+        """Return a number of ``rope_parameters`` or ``rope_scaling`` that only some family knows."""
+        given = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        value = given.get(name, self._config.get(name))
+        return None if value is None else float(value)
+
     def size(self, name: str, default: Any = _REQUIRED, *, alias: str | None = None) -> int:
         """Return a field that must be a positive integer; the arguments are as in :meth:`__call__`.
 
@@ -122,7 +133,9 @@ class Fields:
                 "load it in transformers, call dequantize() and save_pretrained(), and load that folder."
             )
 
-    def rope(self, default_theta: float = 10000.0, default: Mapping[str, Any] | None = None) -> Rope:
+    def rope(
+        self, default_theta: float = 10000.0, default: Mapping[str, Any] | None = None, *, kind: str | None = None
+    ) -> Rope:
         """Return the rotary positions.
 
         They come from ``rope_parameters`` (transformers 5), or from ``rope_theta`` and ``rope_scaling`` (version 4).
@@ -130,6 +143,7 @@ class Fields:
         Args:
             default_theta: the family's default base.
             default: the family's default of ``rope_parameters``, where the config says nothing of positions.
+            kind: the kind of layer whose positions are meant, where ``rope_parameters`` has one object for each kind.
 
         Raises:
             ConfigError: they are of a type that is not known here, lack a number, or turn a part of a head only.
@@ -138,11 +152,26 @@ class Fields:
         given = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
         if default is not None and not ({"rope_parameters", "rope_theta", "rope_scaling"} & self._config.keys()):
             given = default
+        if kind is not None and kind in given:
+            given = given[kind]
+        if "partial_rotary_factor" in self._read:
+            given = {name: value for name, value in given.items() if name != "partial_rotary_factor"}
         original = self._config.get("original_max_position_embeddings")
         if original is not None:
             self._read.add("original_max_position_embeddings")
         positions = self("max_position_embeddings", None)
         return read_rope(given, self._config.get("rope_theta") or default_theta, positions, original)
+
+    def rotary_dim(self, head_dim: int, default: float = 1.0) -> int:
+        """Return how many dimensions of a head turn, for a family of which a part of each head may turn.
+
+        The share is ``partial_rotary_factor``, in ``rope_parameters`` or by itself, else ``default``. To be called
+        before :meth:`rope`.
+        """
+        self._read.add("partial_rotary_factor")
+        given = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        share = given.get("partial_rotary_factor", self._config.get("partial_rotary_factor"))
+        return int(head_dim * (default if share is None else share))
 
     def head_dim(self, model_dim: int, heads: int, default: int | None = None) -> int:
         """Return ``head_dim``, by default the family's, else the model's width divided by the number of heads.
@@ -182,6 +211,29 @@ class Fields:
         kinds = self("layer_types", [])
         if set(kinds) - {"full_attention"}:
             raise ConfigError(f"config field layer_types={kinds!r} is not supported, only full attention is.")
+
+    def windows(self, layers: int, default: int | None = None, *, switched: bool = True) -> list[int | None]:
+        """Return the window of each layer, ``None`` for a layer that sees all tokens.
+
+        They come from ``layer_types``; without these, layers from ``max_window_layers`` on have the window.
+
+        Args:
+            layers: number of layers.
+            default: the family's default of ``sliding_window``.
+            switched: the window applies only with ``use_sliding_window``.
+        """
+        window = self.given("sliding_window", default)
+        if switched and not self("use_sliding_window", False):
+            window = None
+        first = self("max_window_layers", layers)
+        kinds = self("layer_types", None)
+        if kinds is None:
+            kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
+            raise ConfigError(
+                f"config field layer_types={kinds!r:.200} does not name the kind of each of {layers} layers."
+            )
+        return [window if kind == "sliding_attention" else None for kind in kinds]
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer of a Qwen model is a mixture.

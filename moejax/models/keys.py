@@ -35,6 +35,9 @@ further axes; each of G key/value heads serves H / G query heads):
     per_expert          [E, 2, F, D]           2E tensors [F, D], with two keys
     merged_halves       [.., 2, F, D]          one tensor [.., 2F, D]
     grouped_heads       [G, H / G + 2, C, ..]  three tensors, [H * C, ..] and twice [G * C, ..]
+    merged_grouped_heads  the same leaf        one tensor [(H + 2 G) * C, ..]
+    merged_heads        [H, C, ..]             one tensor [H * C, ..]
+    with_unit_axis      [..]                   one tensor [1, ..]
     transposed          [E, F, D]              one tensor [E, D, F]
     interleaved         [E, 2, F, D]           one tensor [E, D, 2F]
     interleaved_rows    [E, 2, F, ..]          one tensor [E, 2F, ..]
@@ -133,6 +136,32 @@ class Layout:
         return {key: piece.reshape(shape) for piece, (key, shape) in zip(pieces, self.tensors, strict=True)}
 
 
+@dataclass(frozen=True)
+class MergedHeads(Layout):
+    """The rows of all query heads, then of all keys, then of all values, in one tensor.
+
+    The leaf ``[G, H / G + 2, C, ..]`` has the heads of each group side by side.
+    """
+
+    def assemble(self, parts: list[np.ndarray], shape: Shape) -> np.ndarray:
+        """Make the leaf of ``shape`` from its tensor."""
+        groups, heads, *rest = shape
+        data = parts[0].reshape(groups * heads, *rest)
+        queries, pairs = np.split(data, [groups * (heads - 2)])
+        key, value = pairs.reshape(2, groups, 1, *rest)
+        return np.concatenate([queries.reshape(groups, heads - 2, *rest), key, value], axis=1)
+
+    def part(self, read: Callable[[str], np.ndarray], shape: Shape, index: Index) -> np.ndarray:
+        """Return the part ``index`` of the leaf, which is assembled completely."""
+        return self.assemble([read(self.tensors[0][0])], shape)[index]
+
+    def split(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the tensor of a leaf by its key: the inverse of :meth:`assemble`."""
+        (key, shape), heads = self.tensors[0], leaf.shape[1] - 2
+        rows = leaf[:, :heads], leaf[:, heads], leaf[:, heads + 1]
+        return {key: np.concatenate([part.reshape(-1, *shape[1:]) for part in rows])}
+
+
 def _concatenate(parts: list[np.ndarray], groups: int) -> np.ndarray:
     """Concatenate the data of tensors, group by group; a single tensor is returned as it is."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(groups, -1) for part in parts], axis=1)
@@ -204,6 +233,34 @@ def grouped_heads(query: str, key: str, value: str) -> Source:
         return Layout([(name, (groups * n * width, *rest)) for name, n in sizes], groups=groups)
 
     return layout
+
+
+def merged_grouped_heads(key: str) -> Source:
+    """One tensor ``[(H + 2 G) * C, ..]`` for a leaf ``[G, H / G + 2, C, ..]``: all query heads, all keys, all values.
+
+    >>> leaf = np.array([[["q0"], ["q1"], ["k0"], ["v0"]], [["q2"], ["q3"], ["k1"], ["v1"]]])  # G = 2, H = 4, C = 1
+    >>> merged_grouped_heads("qkv_proj")(leaf.shape).split(leaf)["qkv_proj"].tolist()
+    ['q0', 'q1', 'q2', 'q3', 'k0', 'k1', 'v0', 'v1']
+    """
+    return lambda shape: MergedHeads([(key, (math.prod(shape[:3]), *shape[3:]))])
+
+
+def merged_heads(key: str) -> Source:
+    """One tensor ``[H * C, ..]`` for a leaf ``[H, C, ..]``: the rows of one head follow those of the head before.
+
+    >>> merged_heads("q_proj.weight")((4, 3, 2)).tensors
+    [('q_proj.weight', (12, 2))]
+    """
+    return lambda shape: Layout([(key, (shape[0] * shape[1], *shape[2:]))])
+
+
+def with_unit_axis(key: str) -> Source:
+    """One tensor with a first axis of length one, which the leaf lacks.
+
+    >>> with_unit_axis("e_score_correction_bias")((8,)).tensors
+    [('e_score_correction_bias', (1, 8))]
+    """
+    return lambda shape: Layout([(key, (1, *shape))])
 
 
 def transposed(key: str) -> Source:

@@ -9,7 +9,6 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.models import Decoder, Hidden
-from moejax.ops.cotangents import accumulation_dtype
 from moejax.rules import Reading
 
 BEST = -1
@@ -97,14 +96,9 @@ class LogitSeeds:
         normed = decoder.norm(stream, last)
         if not self.dense:
             # only the rows of the head that the seeds name take part in the backward pass
-            rows = last.linear(_rows, normed, decoder.output_embedding[ids])
+            rows = decoder.named_logits(normed, ids, last)
             return TargetValues((rows * signs).sum(-1), ids, logits)
         background = self.mean[..., None] / logits.shape[-1] + self.expected[..., None] * jax.nn.softmax(logits)
         one_hot = jax.nn.one_hot(ids, logits.shape[-1], dtype=logits.dtype)
         every = decoder.head_product(normed, last)
         return TargetValues((every * ((one_hot * signs[..., None]).sum(-2) - background)).sum(-1), ids, logits)
-
-
-def _rows(x: Float[Array, "B N D"], weight: Float[Array, "B N J D"]) -> Float[Array, "B N J"]:
-    """Multiply each target's normed stream by its own rows of the head."""
-    return jnp.einsum("bnd,bnjd->bnj", x, weight, preferred_element_type=accumulation_dtype(x))

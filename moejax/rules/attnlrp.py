@@ -97,6 +97,10 @@ class AttnLRP(Rule):
         """
         return product(scale_cotangent(q, 0.25), scale_cotangent(k, 0.25), scale_cotangent(v, 0.5))
 
+    def gate_heads(self, gates: Float[Array, "*s"], heads: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """The heads receive all relevance; the gate is a constant, since the sigmoid of zero is not zero."""
+        return stop_gradient(gates) * heads
+
     def mix(self, weights: Float[Array, "*b K"], outputs: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
         """Pass relevance to ``weights`` as ``router`` says."""
         if self.router in ("constant", "proportional"):

@@ -56,9 +56,10 @@ class Rule:
         """Names of the operations that do not conserve relevance; the ledger books what each of them loses or gains.
 
         Names: ``norm``, ``activation``, ``clamp``, ``softmax`` (attention, from queries, keys and values to heads),
-        ``router`` (from router logits and expert outputs to weighted expert outputs), ``bias``.
+        ``router`` (from router logits and expert outputs to weighted expert outputs), ``gate`` (from the logits of
+        attention's gates and the heads to the gated heads), ``bias``.
         """
-        return frozenset({"norm", "activation", "clamp", "softmax", "router", "bias"})
+        return frozenset({"norm", "activation", "clamp", "softmax", "router", "gate", "bias"})
 
     def norm(self, x: Float[Array, "*b D"], inverse_rms: Float[Array, "*b 1"]) -> Float[Array, "*b D"]:
         """Normalise, without the norm's weight: ``x * inverse_rms``, where ``inverse_rms`` is a function of ``x``.
@@ -108,6 +109,10 @@ class Rule:
     ) -> Float[Array, "B T H Cv"]:
         """Compute heads from queries, keys and values by ``product``, the implementation of attention in use."""
         return product(q, k, v)
+
+    def gate_heads(self, gates: Float[Array, "*s"], heads: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Multiply attention's heads by their gates, sigmoids that are no part of a feed-forward unit."""
+        return gates * heads
 
     def mix(self, weights: Float[Array, "*b K"], outputs: Float[Array, "*b K D"]) -> Float[Array, "*b K D"]:
         """Multiply each routed slot's expert output by its routing weight."""

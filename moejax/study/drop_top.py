@@ -107,7 +107,7 @@ def _measure(weights: FlatDecoder, batch: WindowBatch, *, dropped: int, refill: 
 
 def _stream(decoder: Decoder, batch: WindowBatch, dropped: int, refill: bool) -> Float[Array, "B T D"]:
     """The residual stream after the last layer; every layer is masked, and reads the output of masked layers."""
-    x = decoder.embedding[batch.tokens]
+    x = decoder.embed(batch.tokens)
     for layer in decoder.layers:
         run = partial(replace(decoder, layers=[layer]).hidden, batch.tokens, valid=batch.valid, embedded=x)
         intact = run()

@@ -19,6 +19,7 @@ import numpy as np
 
 from moejax import LM, load
 from moejax.models import Config, Decoder
+from tiny.family_configs import CONFIGS
 
 TOY: dict[str, Any] = {
     "vocab_size": 53,
@@ -46,95 +47,8 @@ COMMON: dict[str, Any] = {
 }
 
 
-def _rope(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
-
-
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1500.0,
-    "factor": 8.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 32,
-}
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "olmoe": {
-        "intermediate_size": 20,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "clip_qkv": 0.7,
-        "rope_parameters": _rope(777.0),
-    },
-    "qwen3_moe": {
-        "intermediate_size": 36,
-        "moe_intermediate_size": 20,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 14,
-        "num_experts": 7,
-        "num_experts_per_tok": 3,
-        "norm_topk_prob": True,
-        "mlp_only_layers": [1],
-        "rope_parameters": _rope(5e3),
-    },
-    "qwen2_moe": {
-        "intermediate_size": 36,
-        "moe_intermediate_size": 20,
-        "shared_expert_intermediate_size": 28,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 7,
-        "num_experts_per_tok": 3,
-        "decoder_sparse_step": 2,
-        "rope_parameters": _rope(5e3),
-    },
-    "mixtral": {
-        "intermediate_size": 20,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 6,
-        "num_experts_per_tok": 2,
-        "sliding_window": 5,
-        "rope_parameters": _rope(5e3),
-    },
-    "gpt_oss": {
-        "intermediate_size": 20,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 14,
-        "num_local_experts": 7,
-        "num_experts_per_tok": 3,
-        "sliding_window": 5,
-        "swiglu_limit": 1.1,
-        "swiglu_alpha": 1.5,
-        "max_position_embeddings": 256,
-        "rope_parameters": _YARN,
-    },
-    "jetmoe": {
-        "intermediate_size": 20,
-        "num_key_value_heads": 3,
-        "kv_channels": 14,
-        "num_local_experts": 6,
-        "num_experts_per_tok": 2,
-        "rms_norm_eps": 1e-3,
-        "rope_parameters": _rope(5e3),
-    },
-    "llama": {
-        "intermediate_size": 36,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 14,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "rope_parameters": _rope(5e3),
-    },
-}
 FAMILIES = sorted(CONFIGS)
+_WITHOUT_FUSED_EXPERTS = {"granitemoe", "granitemoeshared", "jetmoe", "llama", "mistral", "phi3", "qwen2", "qwen3"}
 
 
 def fields(family: str, **changes: Any) -> dict[str, Any]:
@@ -207,10 +121,10 @@ def random_model(fields: dict[str, Any], seed: int, fill: Callable[[str, Any], N
     config = transformers.AutoConfig.for_model(**fields)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.set_attn_implementation("eager")
-    if fields["model_type"] not in ("jetmoe", "llama"):
+    if fields["model_type"] not in _WITHOUT_FUSED_EXPERTS:
         model.set_experts_implementation("eager")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.state_dict(keep_vars=True).items():  # buffers too, such as biases of a selection
             fill(name, parameter)
     return model
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.layers import AttentionConfig, RouterConfig
+from moejax.layers import GLU, AttentionConfig, RouterConfig, SharedConfig
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, grouped_heads, merged_halves, per_expert, stacked, whole
 
@@ -50,6 +50,7 @@ def grouped_query(
     head_dim: int | None = None,
     theta: float = 10000.0,
     scaling: Mapping[str, Any] | None = None,
+    kind: str | None = None,
     **differences: Any,
 ) -> AttentionConfig:
     """Attention with the sizes under their usual names; by default as many key heads as query heads.
@@ -59,6 +60,7 @@ def grouped_query(
         head_dim: default of ``head_dim``; by default the width over the heads.
         theta: default base of the rotary frequencies.
         scaling: default of ``rope_parameters``.
+        kind: the kind of layer, where ``rope_parameters`` has an object for each kind.
         differences: other fields of :class:`AttentionConfig`.
     """
     dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
@@ -68,8 +70,7 @@ def grouped_query(
         num_kv_heads=fields.size("num_key_value_heads", kv_heads or heads),
         head_dim=fields.head_dim(dim, heads, head_dim),
         norm_eps=eps,
-        rope=fields.rope(theta, scaling),
-        **differences,
+        **{"rope": fields.rope(theta, scaling, kind=kind)} | differences,
     )
 
 
@@ -96,3 +97,55 @@ def experts(block: str = "mlp.", gate: str = "gate_proj", up: str = "up_proj", d
         ],
         "layers.{layer}.feed_forward.experts.down": [whole(fused + "down_proj"), per_expert(f"{one}{down}.weight")],
     }
+
+
+def shared_experts(name: str = "shared_experts") -> KeyTable:
+    """Shared experts without a router, published as one dense layer ``mlp.NAME``."""
+    block = f"{MLP}{name}."
+    return {
+        "layers.{layer}.feed_forward.shared.mlp.gate_up": [
+            stacked(block + "gate_proj.weight", block + "up_proj.weight")
+        ],
+        "layers.{layer}.feed_forward.shared.mlp.down": [whole(block + "down_proj.weight")],
+    }
+
+
+SELECTION_BIAS: KeyTable = {
+    "layers.{layer}.feed_forward.router.selection_bias": [whole(MLP + "gate.e_score_correction_bias")]
+}
+"""The bias of the selection under DeepSeek-V3's name."""
+
+
+def sigmoid_router(
+    fields: Fields,
+    *,
+    experts: int = 0,
+    selected: int = 0,
+    groups: tuple[int, int] = (1, 1),
+    scale: float = 1.0,
+) -> RouterConfig:
+    """DeepSeek-V3's router: sigmoid scores, a bias in the selection, groups, a factor on the weights.
+
+    The numbers are defaults: of the counts, of the groups and how many of them are selected, and of the factor. A count
+    without a default must be in the config.
+    """
+    count = {"default": experts} if experts else {}
+    slots = {"default": selected} if selected else {}
+    return RouterConfig(
+        num_experts=fields.size("n_routed_experts", alias="num_experts", **count),
+        num_selected=fields.size("num_experts_per_tok", **slots),
+        score="sigmoid",
+        weigh="renormalised" if fields("norm_topk_prob", True) else "raw",
+        scale=float(fields("routed_scaling_factor", scale)),
+        selection_bias=True,
+        num_groups=fields.size("n_group", groups[0]),
+        num_selected_groups=fields.size("topk_group", groups[1]),
+    )
+
+
+def ungated_shared(
+    fields: Fields, unit: GLU, *, count: str = "n_shared_experts", default: int = 1
+) -> SharedConfig | None:
+    """Shared experts of the routed experts' width, as many as the field ``count`` says; ``None`` for none."""
+    number = fields(count, default)
+    return SharedConfig(number * fields.size("moe_intermediate_size"), unit) if number else None

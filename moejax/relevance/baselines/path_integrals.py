@@ -105,7 +105,7 @@ def _scaled_embeddings(
     decoder: Decoder, tokens: Array, start: Array, interventions: dict[str, Array]
 ) -> tuple[Array, Reading]:
     """Return a point between ``start`` and the tokens' embeddings."""
-    difference = decoder.embedding[tokens] - start.astype(decoder.embedding.dtype)
+    difference = decoder.embed(tokens) - start.astype(decoder.embedding.dtype)
     return start.astype(difference.dtype) + gate(difference, interventions["tokens"][0][..., None]), Reading()
 
 

@@ -49,7 +49,7 @@ def test_a_loaded_model_computes_in_the_asked_dtype(tmp_path: Path) -> None:
 
 def plans(source: SafetensorsFolder, config: dict) -> list[LeafPlan]:
     kind = family(config["model_type"])
-    made = make_plan(Decoder.abstract(kind.config(config)), kind.keys, source.entries)
+    made = make_plan(Decoder.abstract(kind.config(config)), kind, source.entries)
     return [part for plan in made for part in ((plan,) if isinstance(plan, LeafPlan) else (plan.blocks, plan.scales))]
 
 
