@@ -1,7 +1,7 @@
 """What a stranger adds from a file of their own works everywhere, and no file of the package is edited for it.
 
-The family has attention that moejax lacks (keys and values from a latent, of unequal widths), routing in groups, shared
-experts and a dense first layer. It is compared with transformers' DeepSeek-V3.
+The family has attention of its own (keys and values from a latent, of unequal widths), routing in groups, shared experts
+and a dense first layer. It is compared with transformers' DeepSeek-V3, under another name.
 """
 
 import json
@@ -49,13 +49,17 @@ def fields(**changes: Any) -> dict[str, Any]:
 @cache
 def theirs() -> Any:
     """transformers' model; the bias that chooses experts is random too."""
-    import torch
+    import transformers
 
-    model = random_model(fields(), seed=1)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(0.3 * torch.randn_like(buffer))
-    return model
+    class StrangerConfig(transformers.DeepseekV3Config):
+        model_type = "stranger_v3"
+
+    class StrangerForCausalLM(transformers.DeepseekV3ForCausalLM):
+        config_class = StrangerConfig
+
+    transformers.AutoConfig.register("stranger_v3", StrangerConfig)
+    transformers.AutoModelForCausalLM.register(StrangerConfig, StrangerForCausalLM)
+    return random_model(fields(), seed=1)
 
 
 @cache
@@ -141,7 +145,7 @@ class TestFamily:
 
     def test_a_field_that_the_file_does_not_know_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="q_lora_rank"):
-            family("deepseek_v3").config(fields(q_lora_rank=7))
+            family("stranger_v3").config(fields(q_lora_rank=7))
 
     def test_random_weights_have_the_shapes_of_loaded_ones(self) -> None:
         made = Decoder.init(ours().config, jax.random.key(0))

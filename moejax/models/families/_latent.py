@@ -75,7 +75,7 @@ def deepseek(
     shared: int,
     max_positions: int,
 ) -> Config:
-    """A decoder of latent attention and mixtures; ``dense`` says which layers have no experts, the rest are defaults."""
+    """A decoder of latent attention and mixtures; ``dense`` names the layers without experts, the rest are defaults."""
     glu = GLU(fields("hidden_act", "silu"))
     fields("pretraining_tp", None)  # without effect
     size = fields.size("moe_intermediate_size", expert_dim)

@@ -1,4 +1,4 @@
-"""dots.llm1 (rednote, arXiv 2506.05767; ``modeling_dots1.py`` of transformers): DeepSeek-V3's router, norms of heads."""
+"""dots.llm1 (arXiv 2506.05767; ``modeling_dots1.py`` of transformers): DeepSeek-V3's router, norms of each head."""
 
 from moejax.layers import GLU, BlockConfig, MixtureConfig, MLPConfig
 from moejax.models.config import Config

@@ -1,4 +1,4 @@
-"""Mellum 2 (JetBrains; ``modeling_mellum.py`` of transformers): Qwen3-MoE with windows and positions by kind of layer."""
+"""Mellum 2 (``modeling_mellum.py`` of transformers): Qwen3-MoE whose windows and positions depend on the layer."""
 
 from moejax.layers import GLU, BlockConfig, MixtureConfig, MLPConfig
 from moejax.models.config import Config

@@ -1,4 +1,4 @@
-"""A family that the package does not have: latent attention, sigmoid routing in groups, shared experts (DeepSeek-V3).
+"""A family as a stranger writes it: latent attention, sigmoid routing in groups, shared experts (as DeepSeek-V3 has).
 
 Nothing of the package is edited for it: this file stands outside, uses the decorators, and is loaded by ``--plugin``
 or by an import. Equations: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv 2412.19437, section 2.1.
@@ -39,7 +39,7 @@ from moejax.models.keys import KeyTable, Layout, Source, merged_halves, per_expe
 from moejax.ops.attention import attention
 from moejax.ops.rope import Rope
 
-MODEL_TYPE = "deepseek_v3"
+MODEL_TYPE = "stranger_v3"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tiny.hugging_face import FAMILIES, loaded, random_batch, torch_logits, torc
 
 from moejax import load
 from moejax.layers import AttentionConfig, BlockConfig, MixtureConfig
+from moejax.layers.attention import latent
 from moejax.models import Config
 
 GATE = 1e-5
@@ -118,7 +119,49 @@ def theta(config: Config) -> Config:
     return with_rope(config, lambda rope: replace(rope, theta=10_000.0))
 
 
+def attention(**fields) -> Callable[[Config], Config]:
+    return blocks(lambda block: replace(block, attention=replace(block.attention, **fields)))
+
+
+def everywhere_rotated(config: Config) -> Config:
+    rope = config.blocks[0].attention.rope
+    return attention(rope=rope)(config)
+
+
+def whole_heads(config: Config) -> Config:
+    return attention(rotary_dim=None)(config)
+
+
+def decoder(**fields) -> Callable[[Config], Config]:
+    return lambda config: replace(config, **fields)
+
+
 MISTAKES = {
+    ("deepseek_v2", "rotation on halves"): attention(rotates_neighbours=False),
+    ("deepseek_v2", "scores without yarn's factor"): attention(scale=None),
+    ("deepseek_v2", "routing weights renormalised"): router(weigh="renormalised"),
+    ("deepseek_v2", "groups by their two best"): router(group_score="top2"),
+    ("deepseek_v2", "routing factor one"): router(scale=1.0),
+    ("deepseek_v3", "rotation on halves"): attention(rotates_neighbours=False),
+    ("deepseek_v3", "no groups"): router(num_groups=1, num_selected_groups=1),
+    ("deepseek_v3", "routing factor one"): router(scale=1.0),
+    ("deepseek_v3", "routing weights not renormalised"): router(weigh="raw"),
+    ("deepseek_v3", "softmax scores"): router(score="softmax"),
+    ("glm4_moe_lite", "neighbours rotate"): attention(rotates_neighbours=True),
+    ("glm4_moe", "whole heads rotate"): whole_heads,
+    ("minimax_m2", "whole heads rotate"): whole_heads,
+    ("phi3", "whole heads rotate"): whole_heads,
+    ("ernie4_5_moe", "rotation on halves"): attention(rotates_neighbours=False),
+    ("granitemoe", "logits not divided"): decoder(logits_factor=1.0),
+    ("granitemoe", "embeddings not multiplied"): decoder(embedding_factor=1.0),
+    ("granitemoe", "branches not multiplied"): blocks(lambda block: replace(block, branch_factor=1.0)),
+    ("granitemoe", "usual scale of scores"): attention(scale=None),
+    ("afmoe", "rotation in full layers"): everywhere_rotated,
+    ("afmoe", "embeddings not multiplied"): decoder(embedding_factor=1.0),
+    ("afmoe", "routing factor one"): router(scale=1.0),
+    ("hunyuan_v1_moe", "norms before rotation"): attention(norms_rotated=False),
+    ("mellum", "one rotation for all layers"): everywhere_rotated,
+    ("dots1", "windows in no layer"): attention(window=None),
     ("olmoe", "routing weights renormalised"): router(weigh="renormalised"),
     ("olmoe", "another rope base"): theta,
     ("qwen3_moe", "routing weights not renormalised"): router(weigh="raw"),
@@ -147,6 +190,35 @@ def test_mistakes_are_seen(family: str, mistake: str) -> None:
     wrong = with_config(lm, MISTAKES[family, mistake](lm.config))
     ours = np.asarray(wrong(tokens, valid=valid))[valid]
     assert relative_rms(ours, torch_logits(torch_model(family), tokens, valid)[valid]) > 10 * GATE
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "minimax_m2", "afmoe"])
+def test_a_bias_enters_the_selection_alone(family: str) -> None:
+    """Without it other experts are selected; with it in the weights, too, their weights are other ones."""
+    tokens, valid = random_batch()
+    lm = loaded(family)
+    right = np.asarray(lm(tokens, valid=valid))[valid]
+    without = copy.deepcopy(lm.decoder)
+    for layer in without.layers:
+        if hasattr(layer.feed_forward, "router"):
+            layer.feed_forward.router.selection_bias = jnp.zeros_like(layer.feed_forward.router.selection_bias)
+    wrong = np.asarray(without(jnp.asarray(tokens), valid=jnp.asarray(valid)))[valid]
+    assert relative_rms(wrong, right) > 1e-2
+
+
+def test_small_latents_show_the_eps_of_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With latents of size one, an eps of 1e-5 in place of 1e-6 would pass for rounding."""
+    tokens, valid = random_batch()
+    model = copy.deepcopy(torch_model("deepseek_v3"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "kv_a_proj" in name or "q_a_proj" in name:
+                parameter *= 0.03
+    theirs, lm = torch_logits(model, tokens, valid)[valid], load(model)
+    assert relative_rms(np.asarray(lm(tokens, valid=valid))[valid], theirs) <= GATE
+    monkeypatch.setattr(latent, "LATENT_EPS", 1e-5)
+    wrong = with_config(lm, replace(lm.config, pad_id=5))  # another tree, made anew with that eps
+    assert relative_rms(np.asarray(wrong(tokens, valid=valid))[valid], theirs) > 10 * GATE
 
 
 def test_sinks_matter() -> None:
