@@ -10,12 +10,12 @@ inside ``models--name``. The folder itself may be a link, since the user named i
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import CheckpointError, ConfigError, MoejaxError
+from moejax.errors import CheckpointError, MoejaxError
 
 _SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".spm", ".bpe")
 _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -32,10 +32,6 @@ LFS_MEND = "a pointer of Git LFS, not the file itself; run `git lfs pull` in its
 
 MARK = "moejax"
 """The field that ``moejax convert`` adds to the config of a folder that it writes: a dict with format and dtype."""
-
-# Far above every published model. A config that claims more would cost memory before anything else fails.
-_LIMITS = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000, "vocab_size": 2**31}
-_SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def parse_object(data: bytes, where: str, error: type[MoejaxError]) -> dict[str, Any]:
@@ -91,19 +87,6 @@ def read_object(folder: Path, name: str, error: type[MoejaxError]) -> dict[str, 
     if is_lfs_pointer(data):
         raise error(f"{path}: {LFS_MEND}")
     return parse_object(data, str(path), error)
-
-
-def check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Raise ``ConfigError`` if a size in a config is not a positive integer, or is far too large.
-
-    Args:
-        config: the fields of ``config.json``.
-        where: the file, as the error message names it.
-    """
-    for name, limit in (_LIMITS | dict.fromkeys(_SIZES, 2**24)).items():
-        value = config.get(name)
-        if value is not None and (type(value) is not int or not 0 < value <= limit):
-            raise ConfigError(f"{where}: {name}={value!r:.40} is not an integer from 1 to {limit}.")
 
 
 def inside(folder: Path, name: str) -> Path | None:

@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoints.files import MARK, adapter_message, check_sizes, read_object
+from moejax.checkpoints.files import MARK, adapter_message, read_object
 from moejax.checkpoints.hub import Hub
 from moejax.checkpoints.safetensors import SafetensorsFolder
 from moejax.errors import CheckpointError, ConfigError
+from moejax.models.kinds import check_sizes
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 """The folder of the models that are installed with the package."""

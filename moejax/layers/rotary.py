@@ -28,6 +28,10 @@ class Rotary:
     rope: Rope
     width: int
 
+    def check(self) -> None:
+        """Raise ``ConfigError`` if so many dimensions cannot turn, or not with these frequencies."""
+        self.rope.check(self.width)
+
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
         """The rotation of every token."""
         return Rotation(*self.rope.angles(positions, self.width))

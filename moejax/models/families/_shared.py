@@ -78,7 +78,7 @@ def softmax_router(fields: Fields, *, experts: int, selected: int) -> RouterConf
     return RouterConfig(
         num_experts=fields.size("num_experts", experts, alias="num_local_experts"),
         num_selected=fields.size("num_experts_per_tok", selected),
-        weigh="renormalised" if fields("norm_topk_prob", False) else "raw",
+        weigh="renormalised" if fields.flag("norm_topk_prob", False) else "raw",
     )
 
 
