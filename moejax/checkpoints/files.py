@@ -71,8 +71,14 @@ class _DuplicateKeyError(Exception):
     """An object has a key twice; the argument is the key."""
 
 
-def read_object(folder: Path, name: str, error: type[MoejaxError]) -> dict[str, Any] | None:
+def read_object(folder: Path, name: str, error: type[MoejaxError], most: int = _MAX_JSON) -> dict[str, Any] | None:
     """Parse the JSON object in the file ``name`` of ``folder``; return ``None`` if there is no such file.
+
+    Args:
+        folder: the model's folder.
+        name: the file.
+        error: the class of the error that is raised for what it holds.
+        most: most bytes of the file.
 
     Raises:
         CheckpointError: the file is a link that leaves the folder.
@@ -81,7 +87,7 @@ def read_object(folder: Path, name: str, error: type[MoejaxError]) -> dict[str, 
     path = inside(folder, name)
     if path is None:
         return None
-    if (size := path.stat().st_size) > _MAX_JSON:
+    if (size := path.stat().st_size) > most:
         raise error(f"{path}: {size} bytes are too many for a JSON file; it is damaged or hostile.")
     data = path.read_bytes()
     if is_lfs_pointer(data):
@@ -164,6 +170,8 @@ def write_object(path: Path, value: dict[str, Any]) -> None:
 
 def refuse_existing(destination: Path) -> None:
     """Raise ``CheckpointError`` if ``destination`` exists already, or if its parent is not a folder."""
+    if "\0" in str(destination):
+        raise CheckpointError(f"cannot write {destination}: a path has no NUL.")
     if destination.exists() or destination.is_symlink():
         raise CheckpointError(f"{destination} exists already; remove it, or choose another destination.")
     if not destination.absolute().parent.is_dir():

@@ -77,7 +77,7 @@ def register_family(
     return register
 
 
-def family(model_type: str | None) -> Family:
+def family(model_type: Any) -> Family:
     """The family of a ``model_type``.
 
     Raises:
