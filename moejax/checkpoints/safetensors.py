@@ -24,7 +24,7 @@ from moejax.checkpoints.files import (
     parse_object,
     read_object,
 )
-from moejax.errors import CheckpointError
+from moejax.errors import CheckpointError, one_line
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -213,7 +213,7 @@ class SafetensorsFolder:
         index = read_object(folder, _INDEX, CheckpointError)
         if index is not None and inside(folder, _WHOLE) is not None:
             text = f"{folder} has both {_WHOLE} and {_INDEX}; the one file is read, as transformers does."
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(one_line(text), stacklevel=2)
             index = None
         weight_map = {} if index is None else _weight_map(folder, index)
         names = sorted(set(weight_map.values())) if weight_map else [_WHOLE]
