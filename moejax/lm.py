@@ -67,7 +67,9 @@ class LM:
         return f"LM({self.name!r}, {self.decoder!r}{tokenizer})"
 
     def _repr_html_(self) -> str:
-        return self.decoder._repr_html_().replace("Decoder", f"LM {html.escape(self.name)}", 1)
+        from moejax.report.visible import visible
+
+        return self.decoder._repr_html_().replace("Decoder", f"LM {html.escape(visible(self.name))}", 1)
 
     @property
     def config(self) -> Config:

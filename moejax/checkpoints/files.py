@@ -10,12 +10,12 @@ inside ``models--name``. The folder itself may be a link, since the user named i
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import CheckpointError, ConfigError, MoejaxError
+from moejax.errors import CheckpointError, MoejaxError
 
 _SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".spm", ".bpe")
 _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -32,10 +32,6 @@ LFS_MEND = "a pointer of Git LFS, not the file itself; run `git lfs pull` in its
 
 MARK = "moejax"
 """The field that ``moejax convert`` adds to the config of a folder that it writes: a dict with format and dtype."""
-
-# Far above every published model. A config that claims more would cost memory before anything else fails.
-_LIMITS = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000, "vocab_size": 2**31}
-_SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def parse_object(data: bytes, where: str, error: type[MoejaxError]) -> dict[str, Any]:
@@ -75,8 +71,14 @@ class _DuplicateKeyError(Exception):
     """An object has a key twice; the argument is the key."""
 
 
-def read_object(folder: Path, name: str, error: type[MoejaxError]) -> dict[str, Any] | None:
+def read_object(folder: Path, name: str, error: type[MoejaxError], most: int = _MAX_JSON) -> dict[str, Any] | None:
     """Parse the JSON object in the file ``name`` of ``folder``; return ``None`` if there is no such file.
+
+    Args:
+        folder: the model's folder.
+        name: the file.
+        error: the class of the error that is raised for what it holds.
+        most: most bytes of the file.
 
     Raises:
         CheckpointError: the file is a link that leaves the folder.
@@ -85,25 +87,12 @@ def read_object(folder: Path, name: str, error: type[MoejaxError]) -> dict[str, 
     path = inside(folder, name)
     if path is None:
         return None
-    if (size := path.stat().st_size) > _MAX_JSON:
+    if (size := path.stat().st_size) > most:
         raise error(f"{path}: {size} bytes are too many for a JSON file; it is damaged or hostile.")
     data = path.read_bytes()
     if is_lfs_pointer(data):
         raise error(f"{path}: {LFS_MEND}")
     return parse_object(data, str(path), error)
-
-
-def check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Raise ``ConfigError`` if a size in a config is not a positive integer, or is far too large.
-
-    Args:
-        config: the fields of ``config.json``.
-        where: the file, as the error message names it.
-    """
-    for name, limit in (_LIMITS | dict.fromkeys(_SIZES, 2**24)).items():
-        value = config.get(name)
-        if value is not None and (type(value) is not int or not 0 < value <= limit):
-            raise ConfigError(f"{where}: {name}={value!r:.40} is not an integer from 1 to {limit}.")
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -181,6 +170,8 @@ def write_object(path: Path, value: dict[str, Any]) -> None:
 
 def refuse_existing(destination: Path) -> None:
     """Raise ``CheckpointError`` if ``destination`` exists already, or if its parent is not a folder."""
+    if "\0" in str(destination):
+        raise CheckpointError(f"cannot write {destination}: a path has no NUL.")
     if destination.exists() or destination.is_symlink():
         raise CheckpointError(f"{destination} exists already; remove it, or choose another destination.")
     if not destination.absolute().parent.is_dir():

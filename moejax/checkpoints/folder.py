@@ -5,6 +5,7 @@
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -12,13 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoints.files import MARK, adapter_message, check_sizes, read_object
+from moejax.checkpoints.files import MARK, adapter_message, read_object
 from moejax.checkpoints.hub import Hub
 from moejax.checkpoints.safetensors import SafetensorsFolder
 from moejax.errors import CheckpointError, ConfigError
+from moejax.models.kinds import check_sizes
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 """The folder of the models that are installed with the package."""
+
+_MAX_CONFIG = 4_000_000
+"""Most bytes of a config; a parsed one may take thirty times as much memory."""
 
 
 class FolderKind(Enum):
@@ -52,7 +57,7 @@ class ModelFolder:
             ConfigError: the file is missing or not a JSON object, or one of its sizes is not a positive integer.
             CheckpointError: the file is a link that leaves the folder.
         """
-        config = read_object(path, "config.json", ConfigError)
+        config = read_object(path, "config.json", ConfigError, _MAX_CONFIG)
         if config is None:
             adapter = (path / "adapter_config.json").is_file()
             raise ConfigError(adapter_message(path) if adapter else f"{path}: no config.json; not a model folder.")
@@ -74,7 +79,7 @@ class ModelFolder:
             ConfigError: the file is not a JSON object.
             CheckpointError: it is a link that leaves the folder.
         """
-        return read_object(self.path, "generation_config.json", ConfigError) or {}
+        return read_object(self.path, "generation_config.json", ConfigError, _MAX_CONFIG) or {}
 
     def tensors(self) -> SafetensorsFolder:
         """Open the safetensors files and read their headers; no data is read yet.
@@ -115,10 +120,18 @@ def find(source: Any, files: Sequence[str] | None = None, hub: Hub = Hub()) -> P
     Raises:
         CheckpointError: there is no such model.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
+    if not isinstance(source, str | os.PathLike) or isinstance(os.fspath(source), bytes):
+        raise CheckpointError(
+            f"{source!r:.80} is no model: give a folder, a bundled name, a hub id, or a transformers model in memory."
+        )
+    try:
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            return folder
+        is_file = folder.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, an unknown home
+        raise CheckpointError(f"{str(source)!r:.200} is no path: {error}.") from error
+    if is_file:
         raise CheckpointError(f"{folder}: a file; give the folder that holds config.json and the weights.")
     bundled = BUNDLED / str(source)
     if bundled.is_dir():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from moejax.checkpoints.folder import BUNDLED as BUNDLED
 from moejax.checkpoints.folder import ModelFolder
 from moejax.checkpoints.orbax import OrbaxFolder
 from moejax.checkpoints.plan import LeafPlan, PackedPlan, make_plan

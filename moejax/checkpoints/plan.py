@@ -23,6 +23,9 @@ from moejax.ops.mxfp4 import BLOCK, MXFP4
 _LISTED = 8
 """The most problems that one error message lists."""
 
+_MOST = 10_000
+"""The number of problems at which a plan is given up, since a config may claim any number of experts."""
+
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Keys of tensors that older checkpoints hold although they are computed from the config."""
 
@@ -199,11 +202,14 @@ def make_plan(abstract: Decoder, kind: Family, entries: Mapping[str, Entry]) -> 
     """
     problems: list[str] = []
     table = kind.keys
+    _check_layers(abstract, table, entries)
 
     def plan_leaf(path: str, leaf: jax.ShapeDtypeStruct) -> LeafPlan:
         layout = _choose(path, leaf.shape, table, entries)
         wrong = _problems(layout, entries, floats=jnp.issubdtype(leaf.dtype, jnp.floating))
         problems.extend(wrong)
+        if len(problems) >= _MOST:
+            report(problems, _MISFIT)
         dtypes = [leaf.dtype] if wrong else [entries[key].dtype for key, _ in layout.tensors]
         return LeafPlan(path, leaf.shape, reduce(jnp.promote_types, dtypes), layout)
 
@@ -224,7 +230,7 @@ def make_plan(abstract: Decoder, kind: Family, entries: Mapping[str, Entry]) -> 
     further = {key for key in unused if kind.leaves_out(key, abstract.config.num_layers)}
     unused = [key for key in unused if key not in further]
     problems += [f"unused {key} {list(entries[key].shape)}" for key in unused]
-    report(problems, "the checkpoint does not fit its config")
+    report(problems, _MISFIT)
     if further:
         size = sum(entries[key].nbytes for key in further) / 2**30
         warnings.warn(
@@ -233,6 +239,24 @@ def make_plan(abstract: Decoder, kind: Family, entries: Mapping[str, Entry]) -> 
             stacklevel=2,
         )
     return plans
+
+
+_MISFIT = "the checkpoint does not fit its config"
+
+
+def _check_layers(abstract: Decoder, table: KeyTable, entries: Mapping[str, Entry]) -> None:
+    """Raise ``CheckpointError`` if the checkpoint holds nothing of a layer, before a plan is made of all that lacks."""
+    held, count = set[int](), abstract.config.num_layers
+    for path, leaf in leaf_paths(abstract):
+        layer, _ = split_path(path)
+        if layer is None or layer in held:
+            continue
+        if layer > len(held):
+            break
+        if _holds(path, leaf, table, entries) or _holds(f"{path}.blocks", leaf, table, entries):
+            held.add(layer)
+    if 0 < len(held) < count:
+        raise CheckpointError(f"{_MISFIT}: num_hidden_layers={count}, but there is no tensor of layer {len(held)}.")
 
 
 def _ignored(abstract: Decoder, table: KeyTable) -> set[str]:
@@ -251,7 +275,8 @@ def _holds(path: str, leaf: jax.ShapeDtypeStruct, table: KeyTable, entries: Mapp
 def report(problems: list[str], what: str) -> None:
     """Raise ``CheckpointError`` if there are problems: it lists the first of them and counts the rest."""
     if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        least = "at least " if len(problems) >= _MOST else ""
+        more = f"; and {least}{len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise CheckpointError(f"{what}: {'; '.join(problems[:_LISTED])}{more}.")
 
 
@@ -259,6 +284,8 @@ def _problems(layout: Layout, entries: Mapping[str, Entry], floats: bool) -> lis
     """Describe what is wrong with a leaf's tensors; ``floats`` tells whether they must be floats or must not be."""
     problems = []
     for key, shape in layout.tensors:
+        if len(problems) >= _MOST:
+            break
         if key not in entries:
             problems.append(f"missing {key} {list(shape)}")
             continue

@@ -1,7 +1,8 @@
 """Safetensors files: their headers are read and checked first, their data only on demand.
 
-Headers are not trusted. A header may have at most 100 MB, as in the reference implementation, so that a claim of
-gigabytes is refused before it is read. The tensors must tile the rest of the file, without overlaps and without gaps.
+Headers are not trusted. The length and the number of values of a header are bounded, far above those of published
+models, so that a hostile one is refused before it takes time and memory. The tensors must tile the rest of the file,
+without overlaps and without gaps.
 """
 
 import math
@@ -23,7 +24,7 @@ from moejax.checkpoints.files import (
     parse_object,
     read_object,
 )
-from moejax.errors import CheckpointError
+from moejax.errors import CheckpointError, one_line
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -37,8 +38,11 @@ DTYPES: dict[str, np.dtype] = {
 }
 """The dtypes that can be read, by their names in headers."""
 
-_MAX_HEADER = 100_000_000
-"""Most bytes of a header."""
+_MAX_HEADER = 40_000_000
+"""Most bytes of a header; the largest published models have less than a tenth in all their files together."""
+
+_MAX_VALUES = 1_500_000
+"""Most values of a header, which is enough for 150,000 tensors."""
 
 _MAX_RANK = 32
 """Most axes of a tensor."""
@@ -139,31 +143,33 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
             raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header of {length}).")
         if length > _MAX_HEADER:
             raise CheckpointError(f"{path}: claims a header of {length} bytes; at most {_MAX_HEADER} are allowed.")
-        return parse_object(
-            file.read(length), f"{path}: not a safetensors file: its header", CheckpointError
-        ), 8 + length
+        data = file.read(length)
+    if sum(map(data.count, (b",", b"{", b"["))) > _MAX_VALUES:
+        raise CheckpointError(f"{path}: its header lists more than {_MAX_VALUES} values; it is damaged or hostile.")
+    return parse_object(data, f"{path}: not a safetensors file: its header", CheckpointError), 8 + length
 
 
 def _entry(path: Path, key: str, item: Any) -> tuple[Entry, tuple[int, int]]:
     """Check the header's item for a tensor; return shape and dtype, and where its data begins and ends."""
-    where = f"{path}: {key!r:.200}"
+
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {key!r:.200} {what}")
+
     if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
-        raise CheckpointError(f"{where} is malformed: it lacks dtype, shape or data_offsets.")
+        raise wrong("is malformed: it lacks dtype, shape or data_offsets.")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where} has dtype {dtype!r:.40}; known are {', '.join(DTYPES)}.")
+        raise wrong(f"has dtype {dtype!r:.40}; known are {', '.join(DTYPES)}.")
     if not _naturals(shape) or len(shape) > _MAX_RANK:
-        raise CheckpointError(f"{where} has shape {shape!r:.80}, which is not a list of at most {_MAX_RANK} sizes.")
+        raise wrong(f"has shape {shape!r:.80}, which is not a list of at most {_MAX_RANK} sizes.")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has data_offsets {offsets!r:.80}, which are not a begin and an end.")
+        raise wrong(f"has data_offsets {offsets!r:.80}, which are not a begin and an end.")
     entry, span = Entry(tuple(shape), DTYPES[dtype]), (offsets[0], offsets[1])
     # NumPy refuses some empty shapes too: the product of the sizes that are not zero must be addressable
     if math.prod(max(size, 1) for size in shape) * entry.dtype.itemsize >= 2**63:
-        raise CheckpointError(f"{where} has shape {shape!r:.80}, which is too large for any memory.")
+        raise wrong(f"has shape {shape!r:.80}, which is too large for any memory.")
     if span[1] - span[0] != entry.nbytes:
-        raise CheckpointError(
-            f"{where} has {span[1] - span[0]} bytes, but its shape {shape!r:.80} in {dtype} needs {entry.nbytes}."
-        )
+        raise wrong(f"has {span[1] - span[0]} bytes, but its shape {shape!r:.80} in {dtype} needs {entry.nbytes}.")
     return entry, span
 
 
@@ -176,14 +182,15 @@ def _check_tiling(path: Path, spans: Mapping[str, tuple[int, int]], size: int) -
     """Raise ``CheckpointError`` unless the spans cover each of ``size`` bytes exactly once."""
     end = 0
     for key, span in sorted(spans.items(), key=lambda item: item[1]):
-        where = f"{path}: {key!r:.200}"
         if span[1] > size:
             raise CheckpointError(
-                f"{where}: truncated: it ends at byte {span[1]} of the data, but the file ends at {size}."
+                f"{path}: {key!r:.200}: truncated: it ends at byte {span[1]} of the data, but the file ends at {size}."
             )
         if span[0] != end:
             wrong = "overlaps the tensor before it" if span[0] < end else "leaves a gap before it"
-            raise CheckpointError(f"{where} {wrong}: it begins at byte {span[0]} of the data, not at {end}.")
+            raise CheckpointError(
+                f"{path}: {key!r:.200} {wrong}: it begins at byte {span[0]} of the data, not at {end}."
+            )
         end = span[1]
     if end != size:
         raise CheckpointError(f"{path}: {size - end} bytes after the last tensor belong to no tensor.")
@@ -206,7 +213,7 @@ class SafetensorsFolder:
         index = read_object(folder, _INDEX, CheckpointError)
         if index is not None and inside(folder, _WHOLE) is not None:
             text = f"{folder} has both {_WHOLE} and {_INDEX}; the one file is read, as transformers does."
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(one_line(text), stacklevel=2)
             index = None
         weight_map = {} if index is None else _weight_map(folder, index)
         names = sorted(set(weight_map.values())) if weight_map else [_WHOLE]

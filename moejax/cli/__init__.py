@@ -48,8 +48,9 @@ for group in (explaining, checkpoints, studying, training):
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Print a warning as one line; where it was raised in the code is of no use to those who run a command."""
-    text = " ".join(str(message).split())
-    print(f"moejax: note: {text}", file=sys.stderr)
+    from moejax.errors import one_line
+
+    print(f"moejax: note: {one_line(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _raise_broken_pipe(self: Console) -> None:
@@ -84,7 +85,7 @@ def _is_unsaid(end: SystemExit) -> bool:
 def run() -> None:
     """Run the command; an error that a person can mend is one line on stderr and exit code 1."""
     from moejax.compilation_cache import keep_programs
-    from moejax.errors import MoejaxError
+    from moejax.errors import MoejaxError, one_line
     from moejax.ops.memory import reserve_memory
 
     # by default JAX leaves a quarter of a GPU's memory to others, and a model of 61 GB no room on 80
@@ -108,6 +109,6 @@ def run() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         sys.exit(0)
     except (MoejaxError, OSError) as error:  # a full disk is nobody's bug either
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # names in files are anybody's
-        Console(stderr=True, soft_wrap=True).print(f"moejax: {line}", style="red", markup=False, highlight=False)
+        line = f"moejax: {one_line(str(error))}"  # names in files are anybody's
+        Console(stderr=True, soft_wrap=True).print(line, style="red", markup=False, highlight=False)
         sys.exit(1)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from moejax.cli.options import AsJson, Loading, Plugin, add, shows_bar, use_host_only
+from moejax.cli.output import say
 from moejax.compilation_cache import SETTING, keep_programs
 
 Source = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or bundled name.")]
@@ -41,7 +42,7 @@ def convert(
     except KeyboardInterrupt:
         print("stopped; the same command goes on with what is left", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(json.dumps(done.to_dict()) if as_json else done)
+    print(json.dumps(done.to_dict())) if as_json else say(done)
 
 
 def export(
@@ -62,7 +63,7 @@ def export(
     model = source if experts is None else Loading(experts=experts).load(source)
     options = {"max_shard_bytes": max_shard_bytes, "dequantise": dequantise, "progress": shows_bar(as_json)}
     done = moejax.export(model, destination, **options)
-    print(json.dumps(done.to_dict()) if as_json else done)
+    print(json.dumps(done.to_dict())) if as_json else say(done)
 
 
 def verify(
@@ -130,7 +131,7 @@ def doctor(
         Console().print(*(map(fit_table, fits) if fits else doctor_tables(facts)))
         if not fits:
             off = f"nowhere (turned off, or the folder cannot be written; {SETTING}=off turns it off)"
-            print(f"compiled programs are kept in: {off if folder is None else folder}")
+            say(f"compiled programs are kept in: {off if folder is None else folder}")
 
 
 def models(as_json: AsJson = False, plugin: Plugin = None) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moejax.cli.options import AsJson, Loading, Model, Plugin, Seed, add, check_file
+from moejax.cli.output import say
 from moejax.cli.prompts import Prompts
 
 
@@ -140,7 +141,7 @@ def generate(
         elif streams:
             _stream(lm, prompt, shown, options)
         else:
-            print(shown + lm.generate(prompt, **options), flush=True)
+            say(shown, lm.generate(prompt, **options))
 
 
 def _stream(lm: Any, prompt: Any, shown: str, options: dict[str, Any]) -> None:
@@ -149,10 +150,10 @@ def _stream(lm: Any, prompt: Any, shown: str, options: dict[str, Any]) -> None:
 
     def tell(piece: str) -> None:
         # the prompt comes with the first piece, so that no word about compiling stands between them
-        print(*(waiting and [waiting.pop()]), piece, sep="", end="", flush=True)
+        say(*(waiting and [waiting.pop()]), piece, end="")
 
     lm.generate(prompt, streamer=tell, **options)
-    print(*waiting)
+    say(*waiting)
 
 
 def _target(target: str | None, contrast: str | None, answer: str | None, generate: int, ask: str | None) -> Any:

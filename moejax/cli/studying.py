@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from moejax.cli.options import AsJson, Loading, Plugin, Seed, add, check_folder, shows_bar
+from moejax.cli.output import say
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -66,7 +67,7 @@ def analyse(
     else:
         console = Console()
         console.print(*routing_tables(statistics, console.width))
-        print(f"{out}: {', '.join(path.name for path in written)}")
+        say(f"{out}: {', '.join(path.name for path in written)}")
 
 
 def bench(

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moejax.cli.options import AsJson, Plugin, add, check_folder
+from moejax.cli.output import say
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -53,7 +54,7 @@ def train(
         run.check()
         _follow(run, settings.steps, as_json)
     if not as_json:
-        print(f"the trained model: {out / 'model'}")
+        say(f"the trained model: {out / 'model'}")
 
 
 def _follow(run: Any, steps: int, as_json: bool) -> None:

@@ -40,6 +40,10 @@ class Rotary:
     width: int
     is_neighbouring: bool = False
 
+    def check(self) -> None:
+        """Raise ``ConfigError`` if so many dimensions cannot turn, or not with these frequencies."""
+        self.rope.check(self.width)
+
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
         """The rotation of every token."""
         return Rotation(*self.rope.angles(positions, self.width), is_neighbouring=self.is_neighbouring)

@@ -115,7 +115,15 @@ class Decoder(nnx.Module):
     @classmethod
     def abstract(cls, config: Config, dtype: DTypeLike = jnp.float32) -> Self:
         """The decoder's tree with ``jax.ShapeDtypeStruct`` leaves; allocates nothing."""
-        return jax.eval_shape(lambda: cls.init(config, jax.random.key(0), dtype))
+        # layers of equal architecture have equal shapes, and tracing thousands of them would take minutes
+        distinct = tuple(dict.fromkeys(config.blocks))
+
+        def init() -> Decoder:
+            tree = cls.init(replace(config, blocks=distinct), jax.random.key(0), dtype)
+            layer_of = dict(zip(distinct, tree.layers, strict=True))
+            return cls(tree.embedding, [layer_of[block] for block in config.blocks], tree.norm, tree.head, config)
+
+        return jax.eval_shape(init)
 
     def __call__(
         self,

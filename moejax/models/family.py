@@ -44,11 +44,14 @@ class Family:
         """The configuration for a Hugging Face config.
 
         Raises:
-            ConfigError: a field is missing, unsupported or unknown.
+            ConfigError: a field is missing, of another kind, unsupported or unknown.
         """
         fields = Fields(hugging_face)
         config = self.read_config(fields)
         fields.finish()
+        for rotary in dict.fromkeys(block.rotary for block in config.blocks):
+            if rotary is not None:
+                rotary.check()
         return config
 
     @property
@@ -83,12 +86,14 @@ def register_family(
     return register
 
 
-def family(model_type: str | None) -> Family:
+def family(model_type: Any) -> Family:
     """The family of a ``model_type``.
 
     Raises:
         ConfigError: it is not supported.
     """
-    if model_type is None or model_type not in FAMILIES:
-        raise ConfigError(f"model_type {model_type!r} is not supported; supported are: {', '.join(sorted(FAMILIES))}.")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type {model_type!r:.80} is not supported; supported are: {', '.join(sorted(FAMILIES))}."
+        )
     return FAMILIES[model_type]

@@ -1,12 +1,27 @@
-"""Read a Hugging Face ``config.json`` strictly: no field that may change the model goes unread in silence."""
+"""Read a Hugging Face ``config.json`` strictly: each field is of a kind, none that may change the model goes unread."""
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax.errors import ConfigError
 from moejax.hugging_face import declared_fields
 from moejax.models.hf_rope import read_rope
+from moejax.models.kinds import (
+    BASE,
+    CONTEXT,
+    INDICES,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    TOKEN_ID,
+    TOKEN_IDS,
+    Kind,
+    integer,
+    list_of,
+    number,
+    one_of,
+)
+from moejax.models.object_fields import ObjectFields, refuse, tell_of
 from moejax.ops.rope import Rope
 
 # Fields that cannot change the forward pass of a released model.
@@ -36,22 +51,21 @@ _WITHOUT_EFFECT = {
     "label2id",
     "problem_type",
 }
-_REQUIRED = object()
-"""Stands for the default of a field that must be present."""
 
 
-class Fields:
+class Fields(ObjectFields):
     """The fields of a config; each is marked as read when it is asked for.
 
-    A family's ``config(fields)`` asks for every field that it knows. At the end, :meth:`finish` raises an error if the
-    config has further fields that may change the model:
+    A family's ``config(fields)`` asks for every field that it knows, and says of which kind it is
+    (:mod:`moejax.models.kinds`). At the end, :meth:`finish` raises an error if the config has further fields that may
+    change the model:
 
         >>> fields = Fields({"hidden_size": 64, "num_local_experts": 8, "residual_multiplier": 0.22})
         >>> fields.size("hidden_size")
         64
         >>> fields.size("num_experts", alias="num_local_experts")
         8
-        >>> fields("rms_norm_eps", 1e-5)
+        >>> fields("rms_norm_eps", EPSILON, 1e-5)
         1e-05
         >>> fields.finish()
         Traceback (most recent call last):
@@ -62,62 +76,18 @@ class Fields:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = dict(config)
-        self._read: set[str] = set()
+        super().__init__(config, "the model's config")
+        self._own_rope_keys: set[str] = set()
 
-    def __call__(self, name: str, default: Any = _REQUIRED, *, alias: str | None = None) -> Any:
-        """Return a field; a field that is ``None`` counts as absent.
+    @property
+    def _where(self) -> str:
+        return ""
 
-        Args:
-            name: the name of the field.
-            default: the value if the field is absent; if it is not given, the default of transformers' config class.
-            alias: the name of the field in other versions of transformers.
-
-        Raises:
-            ConfigError: the field is absent, and there is no default.
-        """
-        required = default is _REQUIRED
-        for key in (name, alias):
-            if key is not None:
-                self._read.add(key)
-                if self._config.get(key) is not None:
-                    return self._config[key]
-        if default is _REQUIRED:
-            default = (declared_fields(str(self._config.get("model_type"))) or {}).get(name)
-        if default is None and required:
+    def _default(self, name: str) -> Any:
+        """The default of transformers' config class."""
+        if (value := self._class_defaults().get(name)) is None:
             raise ConfigError(f"the model's config has no {name!r}; it is incomplete or belongs to another family.")
-        return default
-
-    def given(self, name: str, default: Any) -> Any:
-        """Return a field that means something as ``None``; only if it is absent, the default."""
-        self._read.add(name)
-        return self._config.get(name, default)
-
-    def rope_number(self, name: str) -> float | None:
-        """Return a number of ``rope_parameters`` or ``rope_scaling`` that only some family knows."""
-        given = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
-        value = given.get(name, self._config.get(name))
-        return None if value is None else float(value)
-
-    def size(self, name: str, default: Any = _REQUIRED, *, alias: str | None = None) -> int:
-        """Return a field that must be a positive integer; the arguments are as in :meth:`__call__`.
-
-        Raises:
-            ConfigError: the field is not a positive integer, or it is absent and no default is given.
-        """
-        value = self(name, default, alias=alias)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"config field {name}={value!r} must be a positive integer.")
         return value
-
-    def must_be(self, name: str, expected: Any) -> None:
-        """Accept the field ``name`` only if it is absent or equal to ``expected``.
-
-        Raises:
-            ConfigError: the field has another value, which would change the model in a way that is not implemented.
-        """
-        if (value := self(name, expected)) != expected:
-            raise ConfigError(f"config field {name}={value!r} is not supported, only {expected!r} is.")
 
     def packed_as(self, method: str | None) -> None:
         """Check how the weights are quantised: by ``method``, or not at all.
@@ -125,11 +95,11 @@ class Fields:
         Raises:
             ConfigError: they are quantised by another method.
         """
-        given = self("quantization_config", None) or {}
-        name = given.get("quant_method", "an unnamed method") if isinstance(given, Mapping) else given
+        given = self("quantization_config", OBJECT, {})
+        name = ObjectFields(given, "quantization_config")("quant_method", TEXT, "an unnamed method")
         if given and name != method:
             raise ConfigError(
-                f"the weights are quantised by {name!r}, which is not supported; take the unquantised model, or "
+                f"the weights are quantised by {name!r:.80}, which is not supported; take the unquantised model, or "
                 "load it in transformers, call dequantize() and save_pretrained(), and load that folder."
             )
 
@@ -138,50 +108,66 @@ class Fields:
     ) -> Rope:
         """Return the rotary positions.
 
-        They come from ``rope_parameters`` (transformers 5), or from ``rope_theta`` and ``rope_scaling`` (version 4).
+        They come from ``rope_parameters`` (transformers 5), or from ``rope_theta`` and ``rope_scaling`` (version 4),
+        which wins where a config has both.
 
         Args:
             default_theta: the family's default base.
-            default: the family's default of ``rope_parameters``, where the config says nothing of positions.
-            kind: the kind of layer whose positions are meant, where ``rope_parameters`` has one object for each kind.
+            default: the family's default of ``rope_parameters``.
+            kind: the kind of layer whose positions are meant, where ``rope_parameters`` has an object for each kind.
 
         Raises:
-            ConfigError: they are of a type that is not known here, lack a number, or turn a part of a head only.
+            ConfigError: they are of a type that is not known here, lack a number or have one out of range, or turn a
+                part of a head only.
         """
-        self._read |= {"rope_parameters", "rope_theta", "rope_scaling"}
-        given = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
-        if default is not None and not ({"rope_parameters", "rope_theta", "rope_scaling"} & self._config.keys()):
-            given = default
+        given = self._rope_object(default)
         if kind is not None and kind in given:
-            given = given[kind]
-        if "partial_rotary_factor" in self._read:
-            given = {name: value for name, value in given.items() if name != "partial_rotary_factor"}
-        original = self._config.get("original_max_position_embeddings")
-        if original is not None:
-            self._read.add("original_max_position_embeddings")
-        positions = self("max_position_embeddings", None)
-        return read_rope(given, self._config.get("rope_theta") or default_theta, positions, original)
+            given = OBJECT.read(f"rope_parameters.{kind}", given[kind])
+        original = self("original_max_position_embeddings", CONTEXT, None)
+        positions = self.size("max_position_embeddings", self._class_defaults().get("max_position_embeddings"))
+        theta = self("rope_theta", BASE, default_theta)
+        type_ = given.get("rope_type") or given.get("type") or "default"
+        fields = ObjectFields(given, f"rotary positions of type {type_!r:.40}")
+        fields.without_effect(*self._own_rope_keys)
+        if "partial_rotary_factor" not in self._own_rope_keys:
+            self.must_be("partial_rotary_factor", 1.0)
+            fields.must_be("partial_rotary_factor", 1.0)
+        rope = read_rope(fields, theta, positions, original)
+        fields.finish()
+        return rope
+
+    def _rope_object(self, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the config says of rotary positions beside their base."""
+        given = self("rope_scaling", OBJECT, {}) or self("rope_parameters", OBJECT, default or {})
+        self.without_effect("rope_parameters")
+        return given
+
+    def rope_number(self, name: str, kind: Kind = NUMBER) -> float | None:
+        """Return a number among the rotary positions that this family alone reads; ``None`` if it is absent."""
+        self._own_rope_keys.add(name)
+        given = ObjectFields(self._rope_object(), "rotary positions")(name, kind, None)
+        top = self(name, kind, None)
+        return top if given is None else given
 
     def rotary_dim(self, head_dim: int, default: float = 1.0) -> int:
         """Return how many dimensions of a head turn, for a family of which a part of each head may turn.
 
-        The share is ``partial_rotary_factor``, in ``rope_parameters`` or by itself, else ``default``. To be called
+        The share is ``partial_rotary_factor``, among the rotary positions or by itself, else ``default``. To be called
         before :meth:`rope`.
         """
-        self._read.add("partial_rotary_factor")
-        given = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
-        share = given.get("partial_rotary_factor", self._config.get("partial_rotary_factor"))
+        share = self.rope_number("partial_rotary_factor", number(most=1.0))
         return int(head_dim * (default if share is None else share))
 
     def head_dim(self, model_dim: int, heads: int, default: int | None = None) -> int:
         """Return ``head_dim``, by default the family's, else the model's width divided by the number of heads.
 
         Raises:
-            ConfigError: the field is absent, and the number of heads does not divide the width.
+            ConfigError: the field is no size, or it is absent and the number of heads does not divide the width.
         """
-        if self("head_dim", default) is None and model_dim % heads:
+        width = self.size("head_dim", default)
+        if width is None and model_dim % heads:
             raise ConfigError(f"hidden_size={model_dim} is not divisible by num_attention_heads={heads}.")
-        return self.size("head_dim", default or model_dim // heads)
+        return width or model_dim // heads
 
     def common(self, *, max_positions: int, tied: bool = False) -> dict[str, Any]:
         """Return the fields of ``Config`` that all families read in the same way.
@@ -189,28 +175,44 @@ class Fields:
         Args:
             max_positions: the family's default of ``max_position_embeddings``.
             tied: the family's default of ``tie_word_embeddings``.
+
+        Raises:
+            ConfigError: one of them is of another kind, or padding has an id that the vocabulary lacks.
         """
+        vocab_size, pad = self.size("vocab_size"), self._token("pad_token_id", TOKEN_ID)
+        if pad is not None and pad >= vocab_size and "pad_token_id" in self._config:
+            raise ConfigError(f"config field pad_token_id={pad} is outside the vocabulary of {vocab_size}.")
         return {
-            "vocab_size": self.size("vocab_size"),
-            "tied": self("tie_word_embeddings", tied),
+            "vocab_size": vocab_size,
+            "tied": self.flag("tie_word_embeddings", tied),
             "max_positions": self.size("max_position_embeddings", max_positions),
-            "eos_ids": self.eos_ids(),
+            "eos_ids": self._token("eos_token_id", TOKEN_IDS) or (),
             # some configs have -1, which has no embedding
-            "pad_id": max(self._token("pad_token_id") or 0, 0),
+            "pad_id": pad if pad is not None and 0 <= pad < vocab_size else 0,
         }
 
-    def no_window(self) -> None:
+    def no_window(self, layers: int) -> None:
         """Read the fields of Qwen's sliding window, which no published mixture uses.
 
         Raises:
             ConfigError: the window is switched on.
         """
         self.must_be("use_sliding_window", False)
-        for name in ("sliding_window", "max_window_layers"):
-            self(name, None)
-        kinds = self("layer_types", [])
-        if set(kinds) - {"full_attention"}:
-            raise ConfigError(f"config field layer_types={kinds!r} is not supported, only full attention is.")
+        self.without_effect("sliding_window", "max_window_layers")
+        self.layer_types(layers, ["full_attention"], ["full_attention"] * layers)
+
+    def layer_types(self, layers: int, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+        """Return ``layer_types``, which names the attention of each of ``layers`` layers.
+
+        Args:
+            layers: the number of layers.
+            known: the names that the family has.
+            default: the names if the field is absent.
+
+        Raises:
+            ConfigError: it is no list of that many names, or a name is not known.
+        """
+        return self("layer_types", list_of(one_of(known), layers), tuple(default))
 
     def windows(self, layers: int, default: int | None = None, *, switched: bool = True) -> list[int | None]:
         """Return the window of each layer, ``None`` for a layer that sees all tokens.
@@ -222,67 +224,67 @@ class Fields:
             default: the family's default of ``sliding_window``.
             switched: the window applies only with ``use_sliding_window``.
         """
-        window = self.given("sliding_window", default)
-        if switched and not self("use_sliding_window", False):
+        window = self.size("sliding_window", default)
+        if switched and not self.flag("use_sliding_window", False):
             window = None
-        first = self("max_window_layers", layers)
-        kinds = self("layer_types", None)
-        if kinds is None:
-            kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-        if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
-            raise ConfigError(
-                f"config field layer_types={kinds!r:.200} does not name the kind of each of {layers} layers."
-            )
-        return [window if kind == "sliding_attention" else None for kind in kinds]
+        first = self("max_window_layers", integer(0, 2**24), layers)
+        kinds = "full_attention", "sliding_attention"
+        usual = [kinds[window is not None and i >= first] for i in range(layers)]
+        return [window if kind == kinds[1] else None for kind in self.layer_types(layers, kinds, usual)]
 
-    def has_experts(self, layer: int) -> bool:
-        """Return whether a layer of a Qwen model is a mixture.
+    def are_mixtures(self, layers: int) -> list[bool]:
+        """Return of each layer of a Qwen model whether it is a mixture.
 
         It is one if it is not in ``mlp_only_layers``, and if its number, counted from one, is a multiple of
         ``decoder_sparse_step``.
         """
-        step, dense = self("decoder_sparse_step", 1), self("mlp_only_layers", ())
-        return layer not in dense and (layer + 1) % step == 0
+        step, dense = self.size("decoder_sparse_step", 1), set(self("mlp_only_layers", INDICES, ()))
+        return [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
 
-    def eos_ids(self) -> tuple[int, ...]:
-        """Return ``eos_token_id``, which may be absent, one id or several, as a tuple."""
-        value = self._token("eos_token_id")
-        return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    def size_or_none(self, name: str, default: int) -> int | None:
+        """Return a size whose absence means the default, and whose ``None`` means none."""
+        self._read.add(name)
+        return self.size(name, None) if name in self._config else default
 
-    def _token(self, name: str) -> Any:
+    def _token(self, name: str, kind: Kind) -> Any:
         """Return a field with token ids; one that is absent, not ``None``, has the default of transformers' class."""
         self._read.add(name)
-        if name in self._config:
-            return self._config[name]
-        return (declared_fields(str(self._config.get("model_type"))) or {}).get(name)
+        value = self._config[name] if name in self._config else self._class_defaults().get(name)
+        return None if value is None else kind.read(name, value)
+
+    def _class_defaults(self) -> Mapping[str, Any]:
+        """The defaults of transformers' config class; empty where it has none."""
+        return self._declared() or {}
+
+    def _declared(self) -> Mapping[str, Any] | None:
+        kind = self._config.get("model_type")
+        return declared_fields(kind) if isinstance(kind, str) else None
 
     def finish(self) -> None:
         """Check that all fields that may change the model were read.
 
         A field that transformers' config class of this ``model_type`` does not declare is a note of some tool: it is
         named in a warning. A declared field that was not read must have the class's default. If transformers does not
-        know the model type, every field must have been read. Unread fields that are ``None`` or false are fine.
+        know the model type, every field must have been read, unless it is false. Unread fields that are ``None`` are
+        fine.
 
         Raises:
             ConfigError: a field that was not read may change the model.
         """
         if "quantization_config" not in self._read:
             self.packed_as(None)
-        unread = {k: v for k, v in self._config.items() if k not in self._read | _WITHOUT_EFFECT}
-        unread = {k: v for k, v in unread.items() if v is not None and v is not False}
-        if not unread:
-            return
-        declared = declared_fields(str(self._config.get("model_type")))
-        if declared is None:
-            unknown = unread
-        else:
-            unknown = {k: v for k, v in unread.items() if k in declared and _plain(declared[k]) != v}
-            if notes := sorted(unread.keys() - declared.keys()):
-                text = f"the config has fields that change nothing in this family and are kept: {', '.join(notes)}."
-                warnings.warn(text, stacklevel=2)
-        if unknown:
-            listed = ", ".join(f"{k}={v!r:.80}" for k, v in sorted(unknown.items()))
-            raise ConfigError(f"this family does not know these config fields, which may change the model: {listed}.")
+        declared = self._declared()
+        unread = {k: v for k, v in self._unread().items() if k not in _WITHOUT_EFFECT}
+        notes = [k for k, v in unread.items() if k not in (declared or unread) and v is not False]
+        tell_of(notes, "the config has fields that change nothing in this family")
+        refuse({k: v for k, v in unread.items() if _may_change(k, v, declared)})
+
+
+def _may_change(name: str, value: Any, declared: Mapping[str, Any] | None) -> bool:
+    """Return whether a field that was not read may change the model."""
+    if declared is None:
+        return value is not False
+    return name in declared and _plain(declared[name]) != value
 
 
 def _plain(value: Any) -> Any:

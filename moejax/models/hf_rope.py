@@ -1,84 +1,80 @@
 """Read the rotary positions of a Hugging Face config, with the defaults of transformers."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from moejax.errors import ConfigError
+from moejax.models.kinds import BASE, CONTEXT, FLAG, NUMBER, TEXT, list_of, number
+from moejax.models.object_fields import ObjectFields
 from moejax.ops.rope import Dynamic, LinearScaling, Llama3, LongRope, Rope, Scaling, Yarn
 
+_ZERO_OR_MORE = number(zero=True)
 
-def read_rope(given: Mapping[str, Any], theta: float, positions: int | None, original: int | None = None) -> Rope:
+
+def read_rope(fields: ObjectFields, theta: float, positions: int | None, original: int | None = None) -> Rope:
     """Return the rotary positions that ``rope_parameters`` or ``rope_scaling`` describes.
 
-    Keys that its type does not use are ignored, as in transformers.
-
     Args:
-        given: the object; empty for plain positions.
+        fields: the object's keys; none for plain positions.
         theta: base of the frequencies, unless the object has its own.
         positions: the config's ``max_position_embeddings``.
         original: the config's own ``original_max_position_embeddings``, which wins over the object's.
 
     Raises:
-        ConfigError: the type is not known, a number is missing or malformed, or only a part of a head turns.
+        ConfigError: the type is not known, a number is missing, of another kind or out of range.
     """
-    kind = given.get("rope_type") or given.get("type") or "default"
-    if (share := given.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError(f"partial_rotary_factor={share!r} is not supported for this family, only whole heads turn.")
-    theta = float(given.get("rope_theta") or theta)
+    older = fields("type", TEXT, "default")
+    kind = fields("rope_type", TEXT, older)
+    theta = fields("rope_theta", BASE, theta)
     if kind == "default":
         return Rope(theta)
     if kind not in _KINDS:
         known = ", ".join(["default", *_KINDS])
-        raise ConfigError(f"rotary positions of type {kind!r} are not supported, only {known} are.")
-    own = original or given.get("original_max_position_embeddings") or positions
-    try:
-        return Rope(theta, _KINDS[kind](given, own, positions))
-    except KeyError as error:
-        raise ConfigError(
-            f"rotary positions of type {kind!r} need {error.args[0]!r}, which the config lacks."
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"rotary positions of type {kind!r} with {dict(given)!r:.200}: {error}.") from error
+        raise ConfigError(f"rotary positions of type {kind!r:.80} are not supported, only {known} are.")
+    return Rope(theta, _KINDS[kind](fields, original, positions))
 
 
-def _linear(given: Mapping[str, Any], original: Any, positions: Any) -> Scaling:
-    return LinearScaling(float(given["factor"]))
+def _linear(fields: ObjectFields, original: int | None, positions: int | None) -> Scaling:
+    return LinearScaling(fields("factor", NUMBER))
 
 
-def _dynamic(given: Mapping[str, Any], original: Any, positions: Any) -> Scaling:
+def _dynamic(fields: ObjectFields, original: int | None, positions: int | None) -> Scaling:
     # transformers takes the context of the config here, whatever the object says of the original one
-    return Dynamic(float(given["factor"]), int(positions))
+    return Dynamic(fields("factor", NUMBER), _known(positions))
 
 
-def _llama3(given: Mapping[str, Any], original: Any, positions: Any) -> Scaling:
-    numbers = (float(given[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    return Llama3(*numbers, original=int(original))
+def _llama3(fields: ObjectFields, original: int | None, positions: int | None) -> Scaling:
+    factor, low, high = (fields(name, NUMBER) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise ConfigError(f"high_freq_factor={high:g} must be above low_freq_factor={low:g}.")
+    return Llama3(factor, low, high, original=_original(fields, original, positions))
 
 
-def _longrope(given: Mapping[str, Any], original: Any, positions: Any) -> Scaling:
-    factor = _factor(given, original, positions)
-    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    short, long = (tuple(map(float, given[name])) for name in ("short_factor", "long_factor"))
-    return LongRope(short, long, int(original), _or(given.get("attention_factor"), default))
+def _longrope(fields: ObjectFields, original: int | None, positions: int | None) -> Scaling:
+    context = _original(fields, original, positions)
+    factor = fields("factor", NUMBER, None) or _known(positions) / context
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    short, long = (fields(name, list_of(NUMBER)) for name in ("short_factor", "long_factor"))
+    return LongRope(short, long, context, fields("attention_factor", NUMBER, default))
 
 
-def _yarn(given: Mapping[str, Any], original: Any, positions: Any) -> Scaling:
-    factor = _factor(given, original, positions)
-    numerator, denominator = given.get("mscale"), given.get("mscale_all_dim")
+def _yarn(fields: ObjectFields, original: int | None, positions: int | None) -> Scaling:
+    context = _original(fields, original, positions)
+    factor = fields("factor", NUMBER)
+    numerator, denominator = (fields(name, _ZERO_OR_MORE, 0.0) for name in ("mscale", "mscale_all_dim"))
     both = bool(numerator and denominator)
     default = _magnitude(factor, numerator) / _magnitude(factor, denominator) if both else _magnitude(factor, 1.0)
     return Yarn(
         factor=factor,
-        original=int(original),
-        beta_fast=float(given.get("beta_fast") or 32),
-        beta_slow=float(given.get("beta_slow") or 1),
-        truncate=bool(given.get("truncate", True)),
-        attention_factor=_or(given.get("attention_factor"), default),
+        original=context,
+        beta_fast=fields("beta_fast", _ZERO_OR_MORE, 0.0) or 32.0,
+        beta_slow=fields("beta_slow", _ZERO_OR_MORE, 0.0) or 1.0,
+        truncate=fields("truncate", FLAG, True),
+        attention_factor=fields("attention_factor", NUMBER, default),
     )
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any], Any, Any], Scaling]] = {
+_KINDS: dict[str, Callable[[ObjectFields, int | None, int | None], Scaling]] = {
     "linear": _linear,
     "dynamic": _dynamic,
     "llama3": _llama3,
@@ -88,15 +84,18 @@ _KINDS: dict[str, Callable[[Mapping[str, Any], Any, Any], Scaling]] = {
 """From ``rope_type`` to the function that reads it."""
 
 
-def _factor(given: Mapping[str, Any], original: Any, positions: Any) -> float:
-    """The extended context over the original one, from the configured lengths if it is not given."""
-    return float(positions / original if given.get("factor") is None else given["factor"])
+def _original(fields: ObjectFields, original: int | None, positions: int | None) -> int:
+    """The context that the model was first trained for."""
+    own = fields("original_max_position_embeddings", CONTEXT, None)
+    return original or own or _known(positions)
 
 
-def _magnitude(factor: float, slope: Any) -> float:
+def _known(positions: int | None) -> int:
+    if positions is None or positions < 2:
+        raise ConfigError("scaled rotary positions need 'max_position_embeddings' of at least 2 in the config.")
+    return positions
+
+
+def _magnitude(factor: float, slope: float) -> float:
     """YaRN's factor of cosine and sine for a stretched context."""
-    return 1.0 if factor <= 1 else 0.1 * float(slope) * math.log(factor) + 1.0
-
-
-def _or(value: Any, default: float) -> float:
-    return default if value is None else float(value)
+    return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0

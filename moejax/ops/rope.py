@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from moejax.errors import ConfigError
+
 
 class Scaling(ABC):
     """How the frequencies of a model are stretched."""
@@ -24,6 +26,9 @@ class Scaling(ABC):
     def magnitude(self) -> float:
         """Multiplies cosine and sine."""
         return 1.0
+
+    def check(self, width: int) -> None:  # noqa: B027 - most scalings fit any width
+        """Raise ``ConfigError`` if this does not fit ``width`` dimensions that turn."""
 
     @abstractmethod
     def frequencies(self, theta: float, width: int, length: Int[Array, ""] | None = None) -> Any:
@@ -63,6 +68,10 @@ class Dynamic(Scaling):
     factor: float
     original: int
     by_length: ClassVar[bool] = True
+
+    def check(self, width: int) -> None:
+        if width < 4:
+            raise ConfigError(f"dynamic rotary positions need heads of at least 4 dimensions that turn, not {width}.")
 
     def frequencies(self, theta: float, width: int, length: Int[Array, ""] | None = None) -> Float[Array, " P"]:
         share = jnp.maximum(self.original if length is None else length, self.original) / self.original
@@ -108,6 +117,11 @@ class LongRope(Scaling):
     attention_factor: float
     by_length: ClassVar[bool] = True
 
+    def check(self, width: int) -> None:
+        for name, factors in (("short_factor", self.short), ("long_factor", self.long)):
+            if len(factors) != width // 2:
+                raise ConfigError(f"{name} of the rotary positions has {len(factors)} numbers, not {width // 2}.")
+
     @property
     def magnitude(self) -> float:
         return self.attention_factor
@@ -148,7 +162,8 @@ class Yarn(Scaling):
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
-        ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
+        # as in transformers, also where beta_fast is below beta_slow
+        ramp = np.clip((np.arange(width // 2) - low) / (high - low if high != low else 0.001), 0, 1)
         return plain * (1 - ramp) + plain / self.factor * ramp
 
     def _dimension(self, rotations: float, theta: float, width: int) -> float:
@@ -167,6 +182,13 @@ class Rope:
     def by_length(self) -> bool:
         """True if the frequencies depend on the length of the sequence."""
         return self.scaling is not None and self.scaling.by_length
+
+    def check(self, width: int) -> None:
+        """Raise ``ConfigError`` if ``width`` dimensions cannot turn in pairs, or not with this scaling."""
+        if width % 2:
+            raise ConfigError(f"rotary positions turn pairs of dimensions: a head of {width} (head_dim) is odd.")
+        if self.scaling is not None:
+            self.scaling.check(width)
 
     def frequencies(self, width: int, length: Int[Array, ""] | None = None) -> Any:
         """Angle per position, in radians, of each of the ``P = width / 2`` pairs of dimensions.

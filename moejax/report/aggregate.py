@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moejax.report.schema import SCHEMA, RelevanceReport
+from moejax.report.visible import visible as visible
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
-# Characters that would reorder or break the surrounding text if shown unchanged.
-_UNSAFE = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u2028", "\u2029", "\u200e", "\u200f"}
-_NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 @dataclass(frozen=True)
@@ -119,27 +115,9 @@ def scale_of(values: Floats) -> float:
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
 
 
-def visible(token: str) -> str:
-    """A token's text with line breaks, tabs and control characters replaced by visible signs.
-
-    Others wrote that text. An escape character or a direction override in it must not reach a terminal or a page, where
-    it would change the surrounding text.
-    """
-    return "".join(map(_visible_character, token)) or "∅"
-
-
 def quoted(token: str) -> str:
     """A token between quotation marks, which show its leading space."""
     return f"'{visible(token)}'"
-
-
-def _visible_character(character: str) -> str:
-    if character in _NAMED:
-        return _NAMED[character]
-    if unicodedata.category(character) in ("Cc", "Cs") or character in _UNSAFE:
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-    return character
 
 
 def floats(values: Any) -> Floats:

@@ -3,13 +3,14 @@
 from rich.table import Table
 
 from moejax.report.schema import DoctorReport, VerificationReport
+from moejax.report.visible import PlainTable, cell
 
 
 def verification_table(report: VerificationReport) -> Table:
     """A table of the dictionary of :meth:`moejax.checkpoints.verify.Verification.to_dict`."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     batch, length = report["tokens"]
-    table = Table("compared with transformers", report["dtype"], title=report["model"], caption=versions)
+    table = PlainTable("compared with transformers", report["dtype"], title=report["model"], caption=versions)
     table.add_row("tokens", f"{batch} x {length}")
     table.add_row("relative rms of logits", f"{report['relative_rms']:.2e}")
     table.add_row("largest difference", f"{report['max_difference']:.2e}")
@@ -25,8 +26,8 @@ def verification_table(report: VerificationReport) -> Table:
     for path, count in report["nonfinite"].items():
         table.add_row(f"NaN or infinite in {path}", str(count))
     verdicts = {
-        True: "[green]the same[/green]",
-        False: "[red]not the same[/red]",
+        True: cell("the same", "green"),
+        False: cell("not the same", "red"),
         None: "unknown: " + ("experts were rounded" if report.get("quantisation") else "the dtype is too coarse"),
     }
     table.add_row("verdict", verdicts[report["passed"]])
@@ -35,11 +36,11 @@ def verification_table(report: VerificationReport) -> Table:
 
 def doctor_tables(report: DoctorReport) -> list[Table]:
     """Tables of versions, devices and memory; the report is what :func:`moejax.checkpoints.doctor.examine` returns."""
-    versions = Table("package", "version")
+    versions = PlainTable("package", "version")
     versions.add_row("python", report["python"])
     for name, version in report["versions"].items():
         versions.add_row(name, version or "not installed")
-    devices = Table("device", "memory", "in use")
+    devices = PlainTable("device", "memory", "in use")
     for device in report["devices"]:
         name = f"{device['platform']}:{device['id']} {device['kind']}"
         devices.add_row(name, _gib(device["bytes"]), _gib(device["used"]))
@@ -53,7 +54,7 @@ def _model_table(report: DoctorReport) -> Table:
     assert memory is not None
     experts = f"{config['num_experts']} experts, {config['num_experts_per_tok']} used for a token"
     about = f"{config['num_hidden_layers']} layers, {experts if config['num_experts'] else 'all dense'}"
-    table = Table("weights", *(column["dtype"] for column in memory), title=f"{report.get('model')}: {about}")
+    table = PlainTable("weights", *(column["dtype"] for column in memory), title=f"{report.get('model')}: {about}")
     if config["num_experts"]:
         largest = [max(column["layers"], key=lambda layer: layer["experts"]) for column in memory]
         table.add_row("largest MoE layer", *(_gib(column["largest_moe_layer"]) for column in memory))

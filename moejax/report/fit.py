@@ -4,6 +4,8 @@ from typing import NotRequired, TypedDict
 
 from rich.table import Table
 
+from moejax.report.visible import PlainTable, cell
+
 
 class FitEntry(TypedDict):
     """Some work with a model on a GPU.
@@ -42,9 +44,9 @@ def fit_table(report: FitReport) -> Table:
     if report["emulates_bfloat16"]:
         caption += "; this GPU has no units for bfloat16 and computes it slowly"
     title = f"{report['model']} on {report['name']}: JAX can use {_gib(report['usable'])} GiB"
-    table = Table("work", "fits", "GiB", "with", title=title, caption=caption)
+    table = PlainTable("work", "fits", "GiB", "with", title=title, caption=caption)
     for entry in report["work"]:
-        fits = "[green]yes[/green]" if entry["fits"] else "[red]no[/red]"
+        fits = cell("yes", "green") if entry["fits"] else cell("no", "red")
         table.add_row(entry["work"], fits, _gib(entry["bytes"]), _options(entry))
     return table
 

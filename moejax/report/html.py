@@ -51,7 +51,7 @@ def to_html(report: RelevanceReport) -> str:
     """
     aggregate.check(report)
     return Template(_asset("page.html")).substitute(
-        title=_ascii(html.escape(f"{report['model']}: relevance")),
+        title=_ascii(html.escape(f"{aggregate.visible(report['model'])}: relevance")),
         style=colours.page_style() + _asset("page.css"),
         fallback=_fallback(report),
         script=_script(),

@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
-from moejax.report.aggregate import visible
 from moejax.report.plots.routing import KIND_NAMES, routing_figures
 from moejax.report.schema import LayerEntry, ProbeEntry, RoutingReport
+from moejax.report.visible import PlainTable, cell, visible
 
 _TABLES = {
     "router": {
@@ -57,8 +56,11 @@ def routing_tables(report: RoutingReport, width: int | None = None) -> list[Tabl
         for part in _TABLES:
             tables += _layers_tables(kind, part, mixtures["layers"], width)
     for kind, changes in (report["changes"] or {}).items():
-        table = Table(
-            "layer", "set overlap", "switch rate", title=f"{KIND_NAMES[kind]}, against {_safe(report['against'] or '')}"
+        table = PlainTable(
+            "layer",
+            "set overlap",
+            "switch rate",
+            title=f"{KIND_NAMES[kind]}, against {visible(report['against'] or '')}",
         )
         for change in changes:
             table.add_row(str(change["layer"]), _number(change["overlap"]), _number(change["switch_rate"]))
@@ -106,13 +108,13 @@ def _scalar(name: str, value: object) -> bool:
 
 
 def _data_table(report: RoutingReport) -> Table:
-    table = Table("data", "", title=_safe(report["model"]))
+    table = PlainTable("data", "", title=visible(report["model"]))
     read, total = report["tokens"], report["tokens_of_data"]
     table.add_row("tokens", f"{read:,}" + (f" of {total:,}, drawn at random" if read < total else ""))
     table.add_row("window", f"{report['length']} tokens")
     table.add_row("loss", f"{_number(report['loss'])} nats a token, {report['predictions']:,} tokens predicted")
     for label, loss in zip(report["labels"], report["label_loss"], strict=True):
-        table.add_row(f"  {_safe(label)}", _number(loss))
+        table.add_row(f"  {visible(label)}", _number(loss))
     for kind, mixtures in report["mixtures"].items():
         layers = mixtures["layers"]
         sizes = ", ".join(sorted({f"{layer['slots']} of {layer['experts']}" for layer in layers}))
@@ -120,7 +122,9 @@ def _data_table(report: RoutingReport) -> Table:
         for layer in layers:
             if layer["nan_tokens"]:
                 nan = f"{layer['nan_tokens']:,} of {layer['nan_tokens'] + layer['tokens']:,} tokens"
-                table.add_row(f"[red]NaN in layer {layer['layer']}[/red]", f"[red]in the router's output, {nan}[/red]")
+                table.add_row(
+                    cell(f"NaN in layer {layer['layer']}", "red"), cell(f"in the router's output, {nan}", "red")
+                )
     return table
 
 
@@ -137,7 +141,7 @@ def _layers_tables(kind: str, part: str, layers: Sequence[LayerEntry], width: in
         groups[-1].append(name)
     tables = []
     for group in groups:
-        table = Table(
+        table = PlainTable(
             "layer", title=f"{KIND_NAMES[kind]}: {part}", caption=_CAPTIONS[part] if group is groups[-1] else ""
         )
         for name in group:
@@ -150,7 +154,7 @@ def _layers_tables(kind: str, part: str, layers: Sequence[LayerEntry], width: in
 
 def _probes_table(probes: Sequence[ProbeEntry]) -> Table:
     title = f"loss with each token's best experts masked in all layers, {probes[0]['predictions']:,} tokens predicted"
-    table = Table("masked", "in their place", "loss (nats)", "increase", title=title)
+    table = PlainTable("masked", "in their place", "loss (nats)", "increase", title=title)
     table.add_row("none", "", _number(probes[0]["intact"]), "")
     for probe in probes:
         loss, intact = probe["loss"], probe["intact"]
@@ -165,8 +169,3 @@ def _number(value: object) -> str:
     if value is None:
         return "-"
     return str(len(value)) if isinstance(value, list) else f"{value:.3f}"
-
-
-def _safe(text: str) -> str:
-    """Text from a file or a user, with control characters made visible and markup escaped."""
-    return escape(visible(text))

@@ -13,6 +13,7 @@ from rich.text import Text
 from moejax.report import aggregate, colours
 from moejax.report.aggregate import ExpertUse
 from moejax.report.schema import RelevanceReport, TargetEntry
+from moejax.report.visible import escaped
 
 _LEGEND_STEPS = 21
 _STRONGEST = 5
@@ -161,8 +162,8 @@ def _style(value: float, largest: float, scale: str) -> Style:
 
 
 def _text(console: Console, content: str, style: str | Style = "") -> Text:
-    """Text that is not parsed as markup, with characters escaped that the console's encoding lacks."""
-    text = Text(content.encode(console.encoding, "backslashreplace").decode(console.encoding))
+    """Text that cannot act and is not parsed as markup, with characters escaped that the console's encoding lacks."""
+    text = Text(escaped(content).encode(console.encoding, "backslashreplace").decode(console.encoding))
     text.stylize(style)
     return text
 

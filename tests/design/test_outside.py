@@ -1,7 +1,7 @@
 """What a stranger adds from a file of their own works everywhere, and no file of the package is edited for it.
 
-The family has attention of its own (keys and values from a latent, of unequal widths), routing in groups, shared experts
-and a dense first layer. It is compared with transformers' DeepSeek-V3, under another name.
+The family has attention of its own (keys and values from a latent, of unequal widths), routing in groups, shared
+experts and a dense first layer. It is compared with transformers' DeepSeek-V3, under another name.
 """
 
 import json

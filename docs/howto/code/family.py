@@ -7,6 +7,7 @@ from moejax.layers import GLU, BlockConfig, MixtureConfig, RouterConfig
 from moejax.models import Config, Fields, register_family
 from moejax.models.families._shared import GROUPED_QUERY, LAYER, OUTER, grouped_query
 from moejax.models.keys import KeyTable, per_expert, whole
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 EXPERT = LAYER + "moe.experts.{expert}."
 
@@ -23,14 +24,15 @@ KEYS: KeyTable = {
 @register_family("example_moe", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields. A field that is set and that nobody reads is an error, unless it cannot change the model."""
-    dim, eps = fields.size("hidden_size"), fields("rms_norm_eps", 1e-5)
+    dim, eps = fields.size("hidden_size"), fields("rms_norm_eps", EPSILON, 1e-5)
     attention = grouped_query(fields, eps, qk_norm="head")
     router = RouterConfig(
         num_experts=fields.size("num_experts"),
         num_selected=fields.size("num_experts_per_tok"),
         weigh="renormalised",
     )
-    mixture = MixtureConfig(dim, fields.size("moe_intermediate_size"), router, GLU(fields("hidden_act", "silu")))
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
+    mixture = MixtureConfig(dim, fields.size("moe_intermediate_size"), router, glu)
     fields.must_be("attention_bias", False)
     return Config(
         model_type="example_moe",

@@ -7,6 +7,7 @@ from moejax.models.config import Config
 from moejax.models.families._shared import ATTENTION, DENSE, OUTER, experts, shared_experts, ungated_shared
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, merged_heads, whole
+from moejax.models.kinds import ACTIVATION, number
 
 _OURS = "layers.{layer}.attention."
 
@@ -42,12 +43,11 @@ def latent_attention(
     YaRN with ``mscale_all_dim`` multiplies the scores by the square of its factor.
     """
     plain, rotary = fields.size("qk_nope_head_dim", plain_dim), fields.size("qk_rope_head_dim", 64)
-    for name in ("qk_head_dim", "head_dim"):
-        fields(name, None)  # as the two above say
-    stretch, slope = fields.rope_number("factor"), fields.rope_number("mscale_all_dim")
+    fields.without_effect("qk_head_dim", "head_dim")  # as the two above say
+    stretch, slope = fields.rope_number("factor"), fields.rope_number("mscale_all_dim", number(zero=True))
     magnitude = 0.1 * slope * math.log(stretch) + 1 if stretch is not None and stretch > 1 and slope else 1.0
     heads = fields.size("num_attention_heads")
-    fields("num_key_value_heads", None)  # every head has its own keys and values
+    fields.without_effect("num_key_value_heads")  # every head has its own keys and values
     return LatentAttentionConfig(
         model_dim=fields.size("hidden_size"),
         num_heads=heads,
@@ -55,11 +55,11 @@ def latent_attention(
         rotary_dim=rotary,
         value_dim=fields.size("v_head_dim", value_dim),
         latent_dim=fields.size("kv_lora_rank", 512),
-        query_dim=fields.given("q_lora_rank", query_dim),
+        query_dim=fields.size_or_none("q_lora_rank", query_dim),
         rope=fields.rope(),
-        rotates_neighbours=fields("rope_interleave", True),
+        rotates_neighbours=fields.flag("rope_interleave", True),
         scale=(plain + rotary) ** -0.5 * magnitude**2,
-        bias=fields("attention_bias", False),
+        bias=fields.flag("attention_bias", False),
     )
 
 
@@ -76,8 +76,8 @@ def deepseek(
     max_positions: int,
 ) -> Config:
     """A decoder of latent attention and mixtures; ``dense`` names the layers without experts, the rest are defaults."""
-    glu = GLU(fields("hidden_act", "silu"))
-    fields("pretraining_tp", None)  # without effect
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
+    fields.without_effect("pretraining_tp")
     size = fields.size("moe_intermediate_size", expert_dim)
     moe = MixtureConfig(attention.model_dim, size, router, glu, shared=ungated_shared(fields, glu, default=shared))
     plain = MLPConfig(attention.model_dim, fields.size("intermediate_size"), glu)

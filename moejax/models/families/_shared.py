@@ -6,6 +6,7 @@ from typing import Any
 from moejax.layers import GLU, AttentionConfig, RouterConfig, SharedConfig
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, grouped_heads, merged_halves, per_expert, stacked, whole
+from moejax.models.kinds import COUNT, NUMBER
 
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
@@ -70,7 +71,8 @@ def grouped_query(
         num_kv_heads=fields.size("num_key_value_heads", kv_heads or heads),
         head_dim=fields.head_dim(dim, heads, head_dim),
         norm_eps=eps,
-        **{"rope": fields.rope(theta, scaling, kind=kind)} | differences,
+        **({} if "rope" in differences else {"rope": fields.rope(theta, scaling, kind=kind)}),
+        **differences,
     )
 
 
@@ -79,7 +81,7 @@ def softmax_router(fields: Fields, *, experts: int, selected: int) -> RouterConf
     return RouterConfig(
         num_experts=fields.size("num_experts", experts, alias="num_local_experts"),
         num_selected=fields.size("num_experts_per_tok", selected),
-        weigh="renormalised" if fields("norm_topk_prob", False) else "raw",
+        weigh="renormalised" if fields.flag("norm_topk_prob", False) else "raw",
     )
 
 
@@ -135,8 +137,8 @@ def sigmoid_router(
         num_experts=fields.size("n_routed_experts", alias="num_experts", **count),
         num_selected=fields.size("num_experts_per_tok", **slots),
         score="sigmoid",
-        weigh="renormalised" if fields("norm_topk_prob", True) else "raw",
-        scale=float(fields("routed_scaling_factor", scale)),
+        weigh="renormalised" if fields.flag("norm_topk_prob", True) else "raw",
+        scale=fields("routed_scaling_factor", NUMBER, scale),
         selection_bias=True,
         num_groups=fields.size("n_group", groups[0]),
         num_selected_groups=fields.size("topk_group", groups[1]),
@@ -147,5 +149,5 @@ def ungated_shared(
     fields: Fields, unit: GLU, *, count: str = "n_shared_experts", default: int = 1
 ) -> SharedConfig | None:
     """Shared experts of the routed experts' width, as many as the field ``count`` says; ``None`` for none."""
-    number = fields(count, default)
+    number = fields(count, COUNT, default)
     return SharedConfig(number * fields.size("moe_intermediate_size"), unit) if number else None

@@ -21,6 +21,7 @@ from moejax.models.families._shared import (
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, whole
+from moejax.models.kinds import ACTIVATION, COUNT, EPSILON, NUMBER
 
 _NORMS = {
     "attention_norm": "input_layernorm",
@@ -46,10 +47,10 @@ KEYS: KeyTable = {
 def config(fields: Fields) -> Config:
     """Map the fields of ``AfmoeConfig``."""
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
-    eps, bias = fields("rms_norm_eps", 1e-5), fields("attention_bias", False)
-    every, window = fields.size("global_attn_every_n_layers", 4), fields("sliding_window", 1024)
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-5), fields.flag("attention_bias", False)
+    every, window = fields.size("global_attn_every_n_layers", 4), fields.size("sliding_window", 1024)
     usual = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
-    kinds = fields("layer_types", usual)
+    kinds = fields.layer_types(layers, ("full_attention", "sliding_attention"), usual)
     for name, only in (("score_func", "sigmoid"), ("route_norm", True), ("n_group", 1), ("topk_group", 1)):
         fields.must_be(name, only)
     router = RouterConfig(
@@ -57,13 +58,13 @@ def config(fields: Fields) -> Config:
         num_selected=fields.size("num_experts_per_tok", 6),
         score="sigmoid",
         weigh="renormalised",
-        scale=float(fields("route_scale", 1.0)),
+        scale=fields("route_scale", NUMBER, 1.0),
         selection_bias=True,
     )
-    glu = GLU(fields("hidden_act", "silu"))
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
     shared = ungated_shared(fields, glu, count="num_shared_experts", default=2)
     moe = MixtureConfig(dim, fields.size("moe_intermediate_size", 1408), router, glu, shared=shared)
-    dense, first = MLPConfig(dim, fields.size("intermediate_size"), glu), fields("num_dense_layers", 1)
+    dense, first = MLPConfig(dim, fields.size("intermediate_size"), glu), fields("num_dense_layers", COUNT, 1)
 
     def block(i: int, kind: str) -> BlockConfig:
         positions = {"window": window} if kind == "sliding_attention" else {"rope": None}
@@ -85,6 +86,6 @@ def config(fields: Fields) -> Config:
         blocks=tuple(block(i, kind) for i, kind in enumerate(kinds)),
         norm_eps=eps,
         norm=WideRMSNorm,
-        embedding_factor=dim**0.5 if fields("mup_enabled", False) else 1.0,
+        embedding_factor=dim**0.5 if fields.flag("mup_enabled", False) else 1.0,
         **fields.common(max_positions=16384),
     )

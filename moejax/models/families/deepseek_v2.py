@@ -4,12 +4,12 @@ Latent attention; softmax scores that are scaled, never renormalised; in the lar
 its best groups.
 """
 
-from moejax.errors import ConfigError
 from moejax.layers import RouterConfig
 from moejax.models.config import Config
 from moejax.models.families._latent import KEYS, deepseek, latent_attention
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
+from moejax.models.kinds import COUNT, EPSILON, NUMBER, one_of
 
 _METHODS = ("greedy", "group_limited_greedy")
 _TRAINING = ("aux_loss_alpha", "seq_aux", "ep_size")
@@ -17,40 +17,31 @@ _TRAINING = ("aux_loss_alpha", "seq_aux", "ep_size")
 
 @register_family("deepseek_v2", KEYS)
 def config(fields: Fields) -> Config:
-    """Map the fields of ``DeepseekV2Config``.
-
-    Raises:
-        ConfigError: the router selects in a way that is not known here, or weights would be renormalised.
-    """
+    """Map the fields of ``DeepseekV2Config``."""
     fields.must_be("mlp_bias", False)
     fields.must_be("moe_layer_freq", 1)
     fields.must_be("scoring_func", "softmax")
     fields.must_be("norm_topk_prob", False)  # transformers never renormalises, whatever it says
-    for name in _TRAINING:
-        fields(name, None)
-    method = fields("topk_method", "greedy")
-    if method not in _METHODS:
-        raise ConfigError(
-            f"config field topk_method={method!r:.80} is not supported, only {' and '.join(_METHODS)} are."
-        )
-    groups, best = (fields(name, None) or 1 for name in ("n_group", "topk_group"))
+    fields.without_effect(*_TRAINING)
+    method = fields("topk_method", one_of(_METHODS), "greedy")
+    groups, best = (fields.size(name, 1) for name in ("n_group", "topk_group"))
     limits = {"num_groups": groups, "num_selected_groups": best} if method == "group_limited_greedy" else {}
     router = RouterConfig(
         num_experts=fields.size("n_routed_experts", 64, alias="num_experts"),
         num_selected=fields.size("num_experts_per_tok"),
         weigh="raw",
-        scale=float(fields("routed_scaling_factor", 1.0)),
+        scale=fields("routed_scaling_factor", NUMBER, 1.0),
         group_score="max",
         **limits,
     )
-    layers, first = fields.size("num_hidden_layers"), fields("first_k_dense_replace", 0)
+    layers, first = fields.size("num_hidden_layers"), fields("first_k_dense_replace", COUNT, 0)
     return deepseek(
         fields,
         "deepseek_v2",
         router,
         latent_attention(fields, query_dim=1536),
         [i < first for i in range(layers)],
-        eps=fields("rms_norm_eps", 1e-6),
+        eps=fields("rms_norm_eps", EPSILON, 1e-6),
         expert_dim=1407,
         shared=2,
         max_positions=2048,

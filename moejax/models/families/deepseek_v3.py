@@ -9,6 +9,7 @@ from moejax.models.families._latent import KEYS, deepseek, latent_attention
 from moejax.models.families._shared import SELECTION_BIAS, sigmoid_router
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
+from moejax.models.kinds import COUNT, EPSILON
 
 LEFT_OUT = ("model.layers.{num_layers}.*",)
 """Tensors of the layer that predicts the token after the next, which only training and drafting use."""
@@ -17,19 +18,18 @@ LEFT_OUT = ("model.layers.{num_layers}.*",)
 @register_family("deepseek_v3", {**KEYS, **SELECTION_BIAS}, left_out=LEFT_OUT)
 def config(fields: Fields) -> Config:
     """Map the fields of ``DeepseekV3Config``."""
-    fields("num_nextn_predict_layers", 1)  # those layers are left out
+    fields.without_effect("num_nextn_predict_layers")  # those layers are left out
     for name, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         fields.must_be(name, only)
-    for name in ("aux_loss_alpha", "seq_aux", "ep_size"):
-        fields(name, None)  # training only
-    layers, first = fields.size("num_hidden_layers"), fields("first_k_dense_replace", 3)
+    fields.without_effect("aux_loss_alpha", "seq_aux", "ep_size")  # training only
+    layers, first = fields.size("num_hidden_layers"), fields("first_k_dense_replace", COUNT, 3)
     return deepseek(
         fields,
         "deepseek_v3",
         sigmoid_router(fields, experts=256, selected=8, groups=(8, 4), scale=2.5),
         latent_attention(fields, query_dim=1536),
         [i < first for i in range(layers)],
-        eps=fields("rms_norm_eps", 1e-6),
+        eps=fields("rms_norm_eps", EPSILON, 1e-6),
         expert_dim=2048,
         shared=1,
         max_positions=4096,

@@ -16,6 +16,7 @@ from moejax.models.families._shared import (
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, COUNT, EPSILON
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts(), **shared_experts(), **SELECTION_BIAS}
 
@@ -24,13 +25,13 @@ KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts(), **shared_exper
 def config(fields: Fields) -> Config:
     """Map the fields of ``Dots1Config``."""
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
-    eps, bias = fields("rms_norm_eps", 1e-6), fields("attention_bias", False)
-    glu = GLU(fields("hidden_act", "silu"))
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-6), fields.flag("attention_bias", False)
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
     router = sigmoid_router(fields)
     moe = MixtureConfig(
         dim, fields.size("moe_intermediate_size", 1408), router, glu, shared=ungated_shared(fields, glu, default=0)
     )
-    dense, first = MLPConfig(dim, fields.size("intermediate_size"), glu), fields("first_k_dense_replace", 0)
+    dense, first = MLPConfig(dim, fields.size("intermediate_size"), glu), fields("first_k_dense_replace", COUNT, 0)
     blocks = tuple(
         BlockConfig(
             grouped_query(fields, eps, qk_norm="head", bias=bias, output_bias=bias, window=window),

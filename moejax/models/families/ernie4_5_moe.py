@@ -18,6 +18,7 @@ from moejax.models.families._shared import (
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, with_unit_axis
+from moejax.models.kinds import ACTIVATION, COUNT, EPSILON, integer
 
 _BIAS = "moe_statics.e_score_correction_bias"
 
@@ -41,8 +42,8 @@ def config(fields: Fields) -> Config:
     """Map the fields of ``Ernie4_5_MoeConfig``."""
     fields.must_be("use_bias", False)
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
-    eps = fields("rms_norm_eps", 1e-5)
-    fields("moe_norm_min", 1e-12)  # a guard of a division by the sum of the selected scores
+    eps = fields("rms_norm_eps", EPSILON, 1e-5)
+    fields.without_effect("moe_norm_min")  # a guard of a division by the sum of the selected scores
     attention = grouped_query(fields, eps, kv_heads=4, theta=5e5, rotates_neighbours=True)
     router = RouterConfig(
         num_experts=fields.size("moe_num_experts", 64, alias="num_experts"),
@@ -50,11 +51,11 @@ def config(fields: Fields) -> Config:
         weigh="renormalised",
         selection_bias=True,
     )
-    glu = GLU(fields("hidden_act", "silu"))
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
     shared = ungated_shared(fields, glu, count="moe_num_shared_experts", default=2)
     moe = MixtureConfig(dim, fields.size("moe_intermediate_size", 1536), router, glu, shared=shared)
     dense = MLPConfig(dim, fields.size("intermediate_size"), glu)
-    first, last = fields("moe_layer_start_index", 1), fields("moe_layer_end_index", -1)
+    first, last = fields("moe_layer_start_index", COUNT, 1), fields("moe_layer_end_index", integer(-1, 2**24), -1)
     last, step = layers - 1 if last == -1 else last, fields.size("moe_layer_interval", 1)
     return Config(
         model_type="ernie4_5_moe",

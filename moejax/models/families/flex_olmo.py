@@ -9,6 +9,7 @@ from moejax.models.families._shared import GROUPED_QUERY, LAYER, OUTER, experts,
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, whole
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 KEYS: KeyTable = {
     **OUTER,
@@ -22,11 +23,11 @@ KEYS: KeyTable = {
 @register_family("flex_olmo", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``FlexOlmoConfig``."""
-    eps, bias = fields("rms_norm_eps", 1e-6), fields("attention_bias", False)
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-6), fields.flag("attention_bias", False)
     attention = grouped_query(fields, eps, theta=5e5, qk_norm="full", bias=bias, output_bias=bias)
     router = softmax_router(fields, experts=7, selected=5)
     moe = MixtureConfig(
-        attention.model_dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", "silu"))
+        attention.model_dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", ACTIVATION, "silu"))
     )
     norms = ("attention_post_norm", "feed_forward_post_norm")
     return Config(

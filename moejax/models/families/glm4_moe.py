@@ -19,6 +19,7 @@ from moejax.models.families._shared import (
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, COUNT, EPSILON
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts(), **shared_experts(), **SELECTION_BIAS}
 LEFT_OUT = ("model.layers.{num_layers}.*",)
@@ -29,23 +30,23 @@ LEFT_OUT = ("model.layers.{num_layers}.*",)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Glm4MoeConfig``."""
     dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    eps, layers = fields("rms_norm_eps", 1e-5), fields.size("num_hidden_layers")
-    fields("num_nextn_predict_layers", 1)  # those layers are left out
+    eps, layers = fields("rms_norm_eps", EPSILON, 1e-5), fields.size("num_hidden_layers")
+    fields.without_effect("num_nextn_predict_layers")  # those layers are left out
     turning = fields.rotary_dim(fields.head_dim(dim, heads), 0.5)
     attention = grouped_query(
         fields,
         eps,
         kv_heads=8,
         rotary_dim=turning,
-        bias=fields("attention_bias", False),
-        qk_norm="head" if fields("use_qk_norm", False) else None,
+        bias=fields.flag("attention_bias", False),
+        qk_norm="head" if fields.flag("use_qk_norm", False) else None,
     )
-    glu = GLU(fields("hidden_act", "silu"))
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
     router = sigmoid_router(fields, experts=128, selected=8)
     moe = MixtureConfig(
         dim, fields.size("moe_intermediate_size", 1408), router, glu, shared=ungated_shared(fields, glu)
     )
-    dense, first = MLPConfig(dim, fields.size("intermediate_size"), glu), fields("first_k_dense_replace", 1)
+    dense, first = MLPConfig(dim, fields.size("intermediate_size"), glu), fields("first_k_dense_replace", COUNT, 1)
     return Config(
         model_type="glm4_moe",
         blocks=tuple(BlockConfig(attention, dense if i < first else moe, eps) for i in range(layers)),

@@ -10,6 +10,7 @@ from moejax.models.families._shared import ATTENTION, GROUPED_QUERY, MLP, OUTER,
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, interleaved, interleaved_rows, transposed, whole
+from moejax.models.kinds import EPSILON, NUMBER
 
 _YARN = {
     "rope_type": "yarn",
@@ -45,16 +46,15 @@ KEYS: KeyTable = {
 def config(fields: Fields) -> Config:
     """Map the fields of ``GptOssConfig``."""
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
-    eps, bias = fields("rms_norm_eps", 1e-5), fields("attention_bias", True)
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-5), fields.flag("attention_bias", True)
     fields.packed_as("mxfp4")  # the tensors say themselves whether they are
-    fields("initial_context_length", None)  # as in the rotary parameters
-    fields("experts_per_token", None)  # as num_experts_per_tok
+    # as in the rotary parameters; as num_experts_per_tok
+    fields.without_effect("initial_context_length", "experts_per_token")
     fields.must_be("hidden_act", "silu")
-    window = fields("sliding_window", 128)
-    kinds = fields("layer_types", [("sliding_attention", "full_attention")[i % 2] for i in range(layers)])
+    windows = {"sliding_attention": fields.size("sliding_window", 128), "full_attention": None}
+    kinds = fields.layer_types(layers, list(windows), [list(windows)[i % 2] for i in range(layers)])
 
-    def attention(kind: str) -> AttentionConfig:
-        seen = window if kind == "sliding_attention" else None
+    def attention(window: int | None) -> AttentionConfig:
         return grouped_query(
             fields,
             eps,
@@ -64,7 +64,7 @@ def config(fields: Fields) -> Config:
             scaling=_YARN,
             bias=bias,
             output_bias=bias,
-            window=seen,
+            window=window,
             sinks=True,
         )
 
@@ -75,11 +75,12 @@ def config(fields: Fields) -> Config:
         weigh="softmax",
         bias=True,
     )
-    glu = GLU("silu", float(fields("swiglu_alpha", 1.702)), float(fields("swiglu_limit", 7.0)), offset=1.0)
+    glu = GLU("silu", fields("swiglu_alpha", NUMBER, 1.702), fields("swiglu_limit", NUMBER, 7.0), offset=1.0)
     moe = MixtureConfig(dim, fields.size("intermediate_size"), router, glu, expert_bias=True)
+    blocks = {kind: BlockConfig(attention(window), moe, eps) for kind, window in windows.items()}
     return Config(
         model_type="gpt_oss",
-        blocks=tuple(BlockConfig(attention(kind), moe, eps) for kind in kinds),
+        blocks=tuple(blocks[kind] for kind in kinds),
         norm_eps=eps,
         **fields.common(max_positions=131072),
     )

@@ -10,6 +10,7 @@ from moejax.models.families._shared import GROUPED_QUERY, LAYER, OUTER, grouped_
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, merged_halves, whole
+from moejax.models.kinds import ACTIVATION, COUNT, EPSILON, NUMBER
 
 _MOE, _SHARED = LAYER + "block_sparse_moe.", LAYER + "shared_mlp."
 _OURS = "layers.{layer}.feed_forward."
@@ -31,9 +32,9 @@ KEYS: KeyTable = {
 
 def granite(fields: Fields, model_type: str, shared_dim: int) -> Config:
     """The architecture of both model types; ``shared_dim`` is the width of the dense layer, zero for none."""
-    eps, bias = fields("rms_norm_eps", 1e-6), fields("attention_bias", False)
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-6), fields.flag("attention_bias", False)
     attention = grouped_query(
-        fields, eps, bias=bias, output_bias=bias, scale=float(fields("attention_multiplier", 1.0))
+        fields, eps, bias=bias, output_bias=bias, scale=fields("attention_multiplier", NUMBER, 1.0)
     )
     router = RouterConfig(
         num_experts=fields.size("num_local_experts", 8),
@@ -41,16 +42,16 @@ def granite(fields: Fields, model_type: str, shared_dim: int) -> Config:
         score="logits",
         weigh="softmax",
     )
-    glu = GLU(fields("hidden_act", "silu"))
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
     shared = SharedConfig(shared_dim, glu) if shared_dim else None
     moe = MixtureConfig(attention.model_dim, fields.size("intermediate_size"), router, glu, shared=shared)
-    block = BlockConfig(attention, moe, eps, branch_factor=float(fields("residual_multiplier", 1.0)))
+    block = BlockConfig(attention, moe, eps, branch_factor=fields("residual_multiplier", NUMBER, 1.0))
     return Config(
         model_type=model_type,
         blocks=(block,) * fields.size("num_hidden_layers"),
         norm_eps=eps,
-        embedding_factor=float(fields("embedding_multiplier", 1.0)),
-        logits_factor=1 / float(fields("logits_scaling", 1.0)),
+        embedding_factor=fields("embedding_multiplier", NUMBER, 1.0),
+        logits_factor=1 / fields("logits_scaling", NUMBER, 1.0),
         **fields.common(max_positions=2048),
     )
 
@@ -64,4 +65,4 @@ def config(fields: Fields) -> Config:
 @register_family("granitemoeshared", KEYS)
 def shared_config(fields: Fields) -> Config:
     """Map the fields of ``GraniteMoeSharedConfig``."""
-    return granite(fields, "granitemoeshared", fields("shared_intermediate_size", 0))
+    return granite(fields, "granitemoeshared", fields("shared_intermediate_size", COUNT, 0))

@@ -20,6 +20,7 @@ from moejax.models.families._shared import (
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, whole
+from moejax.models.kinds import ACTIVATION, EPSILON
 from moejax.ops.rope import Rope
 
 KEYS: KeyTable = {
@@ -36,15 +37,16 @@ KEYS: KeyTable = {
 @register_family("hunyuan_v1_moe", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``HunYuanMoEV1Config``."""
-    eps, bias = fields("rms_norm_eps", 1e-5), fields("attention_bias", False)
-    for name in ("eod_token_id", "sep_token_id", "pretraining_tp"):
-        fields(name, None)  # without effect on the forward pass
-    attention = grouped_query(fields, eps, bias=bias, output_bias=bias, qk_norm="head", norms_rotated=True)
-    if (alpha := fields.rope_number("alpha")) is not None:
-        width = attention.head_dim
-        theta = fields.rope_number("rope_theta") or 10000.0
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-5), fields.flag("attention_bias", False)
+    fields.without_effect("eod_token_id", "sep_token_id", "pretraining_tp")
+    differences = {"bias": bias, "output_bias": bias, "qk_norm": "head", "norms_rotated": True}
+    if (alpha := fields.rope_number("alpha")) is None:
+        attention = grouped_query(fields, eps, **differences)
+    else:
+        attention = grouped_query(fields, eps, rope=None, **differences)
+        width, theta = attention.head_dim, fields.rope_number("rope_theta") or 10000.0
         attention = replace(attention, rope=Rope(theta * alpha ** (width / (width - 2))))
-    width, glu = fields.size("intermediate_size"), GLU(fields("hidden_act", "silu"))
+    width, glu = fields.size("intermediate_size"), GLU(fields("hidden_act", ACTIVATION, "silu"))
     router = RouterConfig(
         num_experts=fields.size("num_experts", 1, alias="num_local_experts"),
         num_selected=fields.size("moe_topk", 1, alias="num_experts_per_tok"),

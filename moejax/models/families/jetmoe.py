@@ -10,6 +10,7 @@ from moejax.models.families._shared import LAYER, MLP, OUTER
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, merged_halves, whole
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 _BLOCK_EPS = 1e-6
 
@@ -43,12 +44,12 @@ def config(fields: Fields) -> Config:
     attention = MixtureAttentionConfig(dim, kv_heads, head_dim, router, rope=fields.rope())
     fields.must_be("num_attention_heads", attention.num_heads)
     fields.must_be("head_dim", attention.head_dim)
-    fields("aux_loss_coef", 0.0)  # training only
-    glu = GLU(fields("activation_function", "silu"))
+    fields.without_effect("aux_loss_coef")  # training only
+    glu = GLU(fields("activation_function", ACTIVATION, "silu"))
     moe = MixtureConfig(dim, fields.size("intermediate_size"), router, glu, output_bias=True)
     return Config(
         model_type="jetmoe",
         blocks=(BlockConfig(attention, moe, _BLOCK_EPS),) * fields.size("num_hidden_layers"),
-        norm_eps=fields("rms_norm_eps", 1e-6),
+        norm_eps=fields("rms_norm_eps", EPSILON, 1e-6),
         **fields.common(max_positions=4096, tied=True),
     )

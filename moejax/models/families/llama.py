@@ -9,6 +9,7 @@ from moejax.models.families._shared import DENSE, GROUPED_QUERY, OUTER, grouped_
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}
 
@@ -16,15 +17,15 @@ KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}
 @register_family("llama", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``LlamaConfig``."""
-    eps, bias = fields("rms_norm_eps", 1e-6), fields("attention_bias", False)
-    fields("pretraining_tp", None)  # how a product was cut up in training; its value is the same
-    fields("is_llama_config", None)  # a note of those who published SmolLM2
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-6), fields.flag("attention_bias", False)
+    # how a product was cut up in training, whose value is the same; a note of those who published SmolLM2
+    fields.without_effect("pretraining_tp", "is_llama_config")
     attention = grouped_query(fields, eps, bias=bias, output_bias=bias)
     dense = MLPConfig(
         attention.model_dim,
         fields.size("intermediate_size"),
-        GLU(fields("hidden_act", "silu")),
-        bias=fields("mlp_bias", False),
+        GLU(fields("hidden_act", ACTIVATION, "silu")),
+        bias=fields.flag("mlp_bias", False),
     )
     return Config(
         model_type="llama",

@@ -6,6 +6,7 @@ from moejax.models.families._shared import DENSE, GROUPED_QUERY, OUTER, experts,
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, EPSILON, list_of, one_of
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts()}
 
@@ -14,13 +15,13 @@ KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts()}
 def config(fields: Fields) -> Config:
     """Map the fields of ``MellumConfig``."""
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
-    eps, bias = fields("rms_norm_eps", 1e-6), fields("attention_bias", False)
-    window = fields("sliding_window", 1024)
-    kinds = fields("layer_types", ["full_attention"] * layers)
-    parts = fields("mlp_layer_types", ["sparse"] * layers)
-    for name in ("num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types"):
-        fields(name, None)  # layers that predict further tokens are left out
-    glu = GLU(fields("hidden_act", "silu"))
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-6), fields.flag("attention_bias", False)
+    window = fields.size("sliding_window", 1024)
+    kinds = fields.layer_types(layers, ("full_attention", "sliding_attention"), ["full_attention"] * layers)
+    parts = fields("mlp_layer_types", list_of(one_of(("dense", "sparse")), layers), ("sparse",) * layers)
+    # layers that predict further tokens are left out
+    fields.without_effect("num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types")
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
     router = softmax_router(fields, experts=64, selected=8)
     moe = MixtureConfig(dim, fields.size("moe_intermediate_size", 896), router, glu)
     dense = MLPConfig(dim, fields.size("intermediate_size"), glu)

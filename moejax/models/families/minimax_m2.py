@@ -10,6 +10,7 @@ from moejax.models.families._shared import GROUPED_QUERY, LAYER, MLP, OUTER, exp
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, whole
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 _BIAS = "e_score_correction_bias"
 
@@ -29,9 +30,9 @@ KEYS: KeyTable = {
 def config(fields: Fields) -> Config:
     """Map the fields of ``MiniMaxM2Config``."""
     dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    eps, head_dim = fields("rms_norm_eps", 1e-6), fields.head_dim(dim, heads, 128)
-    fields("router_jitter_noise", 0.0)  # training only
-    published = fields("rotary_dim", None)
+    eps, head_dim = fields("rms_norm_eps", EPSILON, 1e-6), fields.head_dim(dim, heads, 128)
+    fields.without_effect("router_jitter_noise")  # training only
+    published = fields.size("rotary_dim", None)
     turning = published or fields.rotary_dim(head_dim)
     attention = grouped_query(fields, eps, kv_heads=8, head_dim=128, theta=5e6, qk_norm="full", rotary_dim=turning)
     router = RouterConfig(
@@ -41,7 +42,7 @@ def config(fields: Fields) -> Config:
         weigh="renormalised",
         selection_bias=True,
     )
-    moe = MixtureConfig(dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", "silu")))
+    moe = MixtureConfig(dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", ACTIVATION, "silu")))
     return Config(
         model_type="minimax_m2",
         blocks=(BlockConfig(attention, moe, eps),) * fields.size("num_hidden_layers"),

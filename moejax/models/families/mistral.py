@@ -6,6 +6,7 @@ from moejax.models.families._shared import DENSE, GROUPED_QUERY, OUTER, grouped_
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}
 
@@ -13,10 +14,12 @@ KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}
 @register_family("mistral", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``MistralConfig``; a window that is absent has the class's 4096 tokens, ``null`` is none."""
-    eps = fields("rms_norm_eps", 1e-6)
-    window = fields.given("sliding_window", 4096)
+    eps = fields("rms_norm_eps", EPSILON, 1e-6)
+    window = fields.size_or_none("sliding_window", 4096)
     attention = grouped_query(fields, eps, kv_heads=8, window=window)
-    dense = MLPConfig(attention.model_dim, fields.size("intermediate_size"), GLU(fields("hidden_act", "silu")))
+    dense = MLPConfig(
+        attention.model_dim, fields.size("intermediate_size"), GLU(fields("hidden_act", ACTIVATION, "silu"))
+    )
     return Config(
         model_type="mistral",
         blocks=(BlockConfig(attention, dense, eps),) * fields.size("num_hidden_layers"),

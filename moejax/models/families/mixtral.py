@@ -11,6 +11,7 @@ from moejax.models.families._shared import GROUPED_QUERY, OUTER, experts, groupe
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **experts("block_sparse_moe.", gate="w1", up="w3", down="w2")}
 
@@ -33,15 +34,15 @@ def write_config(config: Config) -> dict[str, Any]:
 def config(fields: Fields) -> Config:
     """Map the fields of ``MixtralConfig``."""
     dim = fields.size("hidden_size")
-    eps = fields("rms_norm_eps", 1e-5)
-    fields("router_jitter_noise", 0.0)  # training only
-    attention = grouped_query(fields, eps, kv_heads=8, theta=1e6, window=fields("sliding_window", None))
+    eps = fields("rms_norm_eps", EPSILON, 1e-5)
+    fields.without_effect("router_jitter_noise")  # training only
+    attention = grouped_query(fields, eps, kv_heads=8, theta=1e6, window=fields.size("sliding_window", None))
     router = RouterConfig(
         num_experts=fields.size("num_local_experts", 8),
         num_selected=fields.size("num_experts_per_tok", 2),
         weigh="renormalised",
     )
-    moe = MixtureConfig(dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", "silu")))
+    moe = MixtureConfig(dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", ACTIVATION, "silu")))
     return Config(
         model_type="mixtral",
         blocks=(BlockConfig(attention, moe, eps),) * fields.size("num_hidden_layers"),

@@ -31,6 +31,7 @@ from moejax.models.families._shared import grouped_query
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, Source, whole
+from moejax.models.kinds import ACTIVATION, EPSILON, INDICES, OBJECT, TEXT, integer, one_of
 from moejax.models.old_paths import old_path
 
 
@@ -52,6 +53,9 @@ class _OwnPaths(Mapping[str, Sequence[Source]]):
 
 
 KEYS: KeyTable = _OwnPaths()
+
+_MAYBE_NONE = integer(0, 100_000)
+"""A number of attention experts; 0 for attention without experts."""
 
 
 def write_config(config: Config) -> dict[str, Any]:
@@ -85,8 +89,8 @@ def write_config(config: Config) -> dict[str, Any]:
 @register_family("moejax", KEYS, write_config=write_config)
 def config(fields: Fields) -> Config:
     """Map the fields above."""
-    layers, eps = fields.size("num_hidden_layers"), fields("rms_norm_eps", 1e-5)
-    chosen = set(fields("moe_layers", range(layers)))
+    layers, eps = fields.size("num_hidden_layers"), fields("rms_norm_eps", EPSILON, 1e-5)
+    chosen = set(fields("moe_layers", INDICES, range(layers)))
     attention, dense, mixture = _attention(fields, eps), _dense(fields), _mixture(fields)
     return Config(
         model_type="moejax",
@@ -99,8 +103,10 @@ def config(fields: Fields) -> Config:
 
 
 def _attention(fields: Fields, eps: float) -> AttentionConfig | MixtureAttentionConfig:
-    experts, bias = fields("num_attention_experts", 0), fields("attention_bias", False)
-    plain = grouped_query(fields, eps, bias=bias, output_bias=bias, qk_norm=fields("qk_norm", None))
+    experts, bias = fields("num_attention_experts", _MAYBE_NONE, 0), fields.flag("attention_bias", False)
+    plain = grouped_query(
+        fields, eps, bias=bias, output_bias=bias, qk_norm=fields("qk_norm", one_of(["full", "head"]), None)
+    )
     if not experts:
         return plain
     router = RouterConfig(experts, fields.size("num_attention_experts_per_tok"), weigh="renormalised")
@@ -108,20 +114,20 @@ def _attention(fields: Fields, eps: float) -> AttentionConfig | MixtureAttention
 
 
 def _dense(fields: Fields) -> MLPConfig:
-    width, act = fields.size("intermediate_size"), fields("hidden_act", "silu")
-    unit = GLU(act) if fields("gated", True) else Activation(act)
+    width, act = fields.size("intermediate_size"), fields("hidden_act", ACTIVATION, "silu")
+    unit = GLU(act) if fields.flag("gated", True) else Activation(act)
     return MLPConfig(fields.size("hidden_size"), fields.size("dense_intermediate_size", width), unit)
 
 
 def _mixture(fields: Fields) -> RegisteredConfig | None:
-    name, args = fields("moe", None), fields("moe_args", {})
-    experts, selected = fields("num_experts", None), fields("num_experts_per_tok", None)
+    name, args = fields("moe", TEXT, None), fields("moe_args", OBJECT, {})
+    experts, selected = fields.size("num_experts", None), fields.size("num_experts_per_tok", None)
     if name is None:
         return None
     usual = {
         "expert_dim": fields.size("intermediate_size"),
-        "activation": fields("hidden_act", "silu"),
-        "gated": fields("gated", True),
+        "activation": fields("hidden_act", ACTIVATION, "silu"),
+        "gated": fields.flag("gated", True),
         "expert_bias": False,
     }
     return RegisteredConfig(name, fields.size("hidden_size"), experts or 8, selected or 2, usual | args)

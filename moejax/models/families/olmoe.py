@@ -10,6 +10,7 @@ from moejax.models.families._shared import GROUPED_QUERY, OUTER, experts, groupe
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, EPSILON, NUMBER
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **experts()}
 
@@ -18,13 +19,11 @@ KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **experts()}
 def config(fields: Fields) -> Config:
     """Map the fields of ``OlmoeConfig``."""
     dim = fields.size("hidden_size")
-    eps, bias = fields("rms_norm_eps", 1e-5), fields("attention_bias", False)
-    clip = fields("clip_qkv", None)
-    attention = grouped_query(
-        fields, eps, qk_norm="full", clip=None if clip is None else float(clip), bias=bias, output_bias=bias
-    )
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-5), fields.flag("attention_bias", False)
+    clip = fields("clip_qkv", NUMBER, None)
+    attention = grouped_query(fields, eps, qk_norm="full", clip=clip, bias=bias, output_bias=bias)
     router = softmax_router(fields, experts=64, selected=8)
-    moe = MixtureConfig(dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", "silu")))
+    moe = MixtureConfig(dim, fields.size("intermediate_size"), router, GLU(fields("hidden_act", ACTIVATION, "silu")))
     return Config(
         model_type="olmoe",
         blocks=(BlockConfig(attention, moe, eps),) * fields.size("num_hidden_layers"),

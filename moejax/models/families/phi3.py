@@ -10,6 +10,7 @@ from moejax.models.families._shared import ATTENTION, MLP, OUTER, grouped_query
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, merged_grouped_heads, merged_halves, whole
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 KEYS: KeyTable = {
     **OUTER,
@@ -23,13 +24,12 @@ KEYS: KeyTable = {
 @register_family("phi3", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Phi3Config``."""
-    eps = fields("rms_norm_eps", 1e-5)
+    eps = fields("rms_norm_eps", EPSILON, 1e-5)
     dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    fields("resid_pdrop", 0.0)  # training only
-    fields("embd_pdrop", 0.0)
+    fields.without_effect("resid_pdrop", "embd_pdrop")  # training only
     turning = fields.rotary_dim(fields.head_dim(dim, heads))
-    attention = grouped_query(fields, eps, rotary_dim=turning, window=fields("sliding_window", None))
-    dense = MLPConfig(dim, fields.size("intermediate_size"), GLU(fields("hidden_act", "silu")))
+    attention = grouped_query(fields, eps, rotary_dim=turning, window=fields.size("sliding_window", None))
+    dense = MLPConfig(dim, fields.size("intermediate_size"), GLU(fields("hidden_act", ACTIVATION, "silu")))
     return Config(
         model_type="phi3",
         blocks=(BlockConfig(attention, dense, eps),) * fields.size("num_hidden_layers"),

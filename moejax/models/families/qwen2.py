@@ -6,6 +6,7 @@ from moejax.models.families._shared import DENSE, GROUPED_QUERY, OUTER, grouped_
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}
 
@@ -13,9 +14,9 @@ KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE}
 @register_family("qwen2", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Qwen2Config``."""
-    eps, layers = fields("rms_norm_eps", 1e-6), fields.size("num_hidden_layers")
+    eps, layers = fields("rms_norm_eps", EPSILON, 1e-6), fields.size("num_hidden_layers")
     dim = fields.size("hidden_size")
-    dense = MLPConfig(dim, fields.size("intermediate_size"), GLU(fields("hidden_act", "silu")))
+    dense = MLPConfig(dim, fields.size("intermediate_size"), GLU(fields("hidden_act", ACTIVATION, "silu")))
     blocks = tuple(
         BlockConfig(grouped_query(fields, eps, kv_heads=32, bias=True, window=window), dense, eps)
         for window in fields.windows(layers)

@@ -9,6 +9,7 @@ from moejax.models.families._shared import DENSE, GROUPED_QUERY, MLP, OUTER, exp
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable, stacked, whole
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 _SHARED = "layers.{layer}.feed_forward.shared."
 
@@ -26,12 +27,12 @@ KEYS: KeyTable = {
 @register_family("qwen2_moe", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Qwen2MoeConfig``."""
-    fields.no_window()
-    dim = fields.size("hidden_size")
-    eps = fields("rms_norm_eps", 1e-6)
-    attention = grouped_query(fields, eps, bias=fields("qkv_bias", True))
+    dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    fields.no_window(layers)
+    eps = fields("rms_norm_eps", EPSILON, 1e-6)
+    attention = grouped_query(fields, eps, bias=fields.flag("qkv_bias", True))
     router = softmax_router(fields, experts=60, selected=4)
-    glu = GLU(fields("hidden_act", "silu"))
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
     shared = fields.size("shared_expert_intermediate_size", 5632)
     moe = MixtureConfig(
         dim, fields.size("moe_intermediate_size"), router, glu, shared=SharedConfig(shared, glu, routed=True)
@@ -39,10 +40,7 @@ def config(fields: Fields) -> Config:
     dense = MLPConfig(dim, fields.size("intermediate_size"), glu)
     return Config(
         model_type="qwen2_moe",
-        blocks=tuple(
-            BlockConfig(attention, moe if fields.has_experts(layer) else dense, eps)
-            for layer in range(fields.size("num_hidden_layers"))
-        ),
+        blocks=tuple(BlockConfig(attention, moe if is_moe else dense, eps) for is_moe in fields.are_mixtures(layers)),
         norm_eps=eps,
         **fields.common(max_positions=32768),
     )

@@ -10,6 +10,7 @@ from moejax.models.families._shared import DENSE, GROUPED_QUERY, OUTER, experts,
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.keys import KeyTable
+from moejax.models.kinds import ACTIVATION, EPSILON
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts()}
 
@@ -17,20 +18,17 @@ KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts()}
 @register_family("qwen3_moe", KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Qwen3MoeConfig``."""
-    fields.no_window()
-    dim = fields.size("hidden_size")
-    eps, bias = fields("rms_norm_eps", 1e-6), fields("attention_bias", False)
+    dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    fields.no_window(layers)
+    eps, bias = fields("rms_norm_eps", EPSILON, 1e-6), fields.flag("attention_bias", False)
     attention = grouped_query(fields, eps, kv_heads=4, qk_norm="head", bias=bias, output_bias=bias)
     router = softmax_router(fields, experts=128, selected=8)
-    glu = GLU(fields("hidden_act", "silu"))
+    glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
     moe = MixtureConfig(dim, fields.size("moe_intermediate_size"), router, glu)
     dense = MLPConfig(dim, fields.size("intermediate_size"), glu)
     return Config(
         model_type="qwen3_moe",
-        blocks=tuple(
-            BlockConfig(attention, moe if fields.has_experts(layer) else dense, eps)
-            for layer in range(fields.size("num_hidden_layers"))
-        ),
+        blocks=tuple(BlockConfig(attention, moe if is_moe else dense, eps) for is_moe in fields.are_mixtures(layers)),
         norm_eps=eps,
         **fields.common(max_positions=32768),
     )

@@ -27,14 +27,14 @@ function fmt(x, sign = true) {
 const percent = x => `${(100 * x).toFixed(1)}%`;
 const largest = rows => rows.reduce((m, row) => row.reduce((n, x) => Math.max(n, Math.abs(x || 0)), m), 0) || 1;
 
-// The same as aggregate.visible in Python: line breaks, tabs, control characters and direction overrides become visible.
+// The same as visible.visible in Python: line breaks, tabs, and characters that act or hide become signs or code points.
 const NAMED = {'\n': '↵', '\t': '⇥', '\r': '␍'};
 function visible(token) {
   const escape = c => {
-    const code = c.charCodeAt(0);
-    return NAMED[c] || (code < 0x100 ? '\\x' + code.toString(16).padStart(2, '0') : '\\u' + code.toString(16).padStart(4, '0'));
+    const hex = n => c.codePointAt(0).toString(16).padStart(n, '0'), code = c.codePointAt(0);
+    return NAMED[c] || (code < 0x100 ? '\\x' + hex(2) : code < 0x10000 ? '\\u' + hex(4) : '\\U' + hex(8));
   };
-  const wild = /[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+  const wild = /(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0\u{e0000}-\u{e0fff}]/gu;
   return token.replace(wild, escape) || '∅';
 }
 const quoted = token => `'${visible(token)}'`;

@@ -36,6 +36,7 @@ from moejax.layers.attention.grouped_query import read_edges
 from moejax.layers.rotary import turn
 from moejax.models import Config, Fields, register_family
 from moejax.models.keys import KeyTable, Layout, Source, merged_halves, per_expert, stacked, whole
+from moejax.models.kinds import ACTIVATION, EPSILON, NUMBER, integer
 from moejax.ops.attention import attention
 from moejax.ops.rope import Rope
 
@@ -184,7 +185,8 @@ KEYS: KeyTable = {
 @register_family(MODEL_TYPE, KEYS)
 def config(fields: Fields) -> Config:
     """Map the fields of ``DeepseekV3Config`` with half-split rotation and without query compression."""
-    dim, eps, heads = fields.size("hidden_size"), fields("rms_norm_eps", 1e-6), fields.size("num_attention_heads")
+    dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    eps = fields("rms_norm_eps", EPSILON, 1e-6)
     for name, value in {
         "q_lora_rank": None,
         "rope_interleave": False,
@@ -192,8 +194,7 @@ def config(fields: Fields) -> Config:
         "pretraining_tp": 1,
     }.items():
         fields.must_be(name, value)
-    for name in ("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"):
-        fields(name, None)
+    fields.without_effect("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers")
     attention = LatentAttentionConfig(
         dim,
         heads,
@@ -203,13 +204,13 @@ def config(fields: Fields) -> Config:
         fields.size("kv_lora_rank"),
         fields.rope(),
     )
-    unit, width = GLU(fields("hidden_act", "silu")), fields.size("moe_intermediate_size")
+    unit, width = GLU(fields("hidden_act", ACTIVATION, "silu")), fields.size("moe_intermediate_size")
     router = RouterConfig(
         fields.size("n_routed_experts"),
         fields.size("num_experts_per_tok"),
         score="sigmoid",
-        weigh="renormalised" if fields("norm_topk_prob", True) else "raw",
-        scale=float(fields("routed_scaling_factor", 2.5)),
+        weigh="renormalised" if fields.flag("norm_topk_prob", True) else "raw",
+        scale=fields("routed_scaling_factor", NUMBER, 2.5),
         selection_bias=True,
         num_groups=fields.size("n_group", 8),
         num_selected_groups=fields.size("topk_group", 4),
@@ -218,7 +219,7 @@ def config(fields: Fields) -> Config:
     shared = SharedConfig(width * fields.size("n_shared_experts", 1), unit)
     mixture = MixtureConfig(dim, width, router, unit, shared=shared)
     dense = MLPConfig(dim, fields.size("intermediate_size"), unit)
-    first = fields("first_k_dense_replace", 3)
+    first = fields("first_k_dense_replace", integer(0, 10_000), 3)
     layers = fields.size("num_hidden_layers")
     return Config(
         model_type=MODEL_TYPE,

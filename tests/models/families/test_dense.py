@@ -50,7 +50,7 @@ def test_config() -> None:
     ("changes", "message"),
     [
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "'llama3' need 'low_freq"),
-        ({"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
+        ({"hidden_act": "mish"}, "hidden_act='mish' is not one of silu"),
     ],
 )
 def test_what_is_not_implemented_is_refused(changes: dict, message: str) -> None:

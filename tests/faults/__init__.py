@@ -1,0 +1,1 @@
+"""What damaged, hostile or full things around a model must never do."""
