@@ -118,4 +118,6 @@ def test_stored_outputs_are_small_and_plain(path: Path) -> None:
     stored = path.read_text()
     assert len(stored) < 450_000
     assert "\\u001b" not in stored, "terminal codes show as rubbish in other viewers"
-    assert "/tmp/" not in texts(code(nbformat.read(path, as_version=4)))
+    said = texts(code(nbformat.read(path, as_version=4)))
+    assert "/tmp/" not in said
+    assert "site-packages" not in said, "no warnings of other libraries, which name folders"
