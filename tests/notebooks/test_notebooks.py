@@ -14,7 +14,7 @@ FAST = ("01_explain", "03_experts")
 PRINTED = {
     "01_explain": ["largest residual of any ledger"],
     "02_convert_and_load": [
-        "of the device's memory",
+        "share of the device's",
         "peak host memory",
         "│ the same ",
         "cpu:3",
