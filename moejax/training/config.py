@@ -195,11 +195,13 @@ class TrainConfig:
 def _decayed(decoder: Any) -> Any:
     """Return a tree of booleans: whether weight decay applies to a leaf.
 
-    Biases are told by name: biases of heads and of experts have several axes.
+    Biases are told by name: biases of heads and of experts have several axes. The first axis of an expert's leaf, which
+    counts experts, makes no matrix of it.
     """
 
     def is_decayed(path: tuple, leaf: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return leaf.ndim > 1 and name != "embedding" and not name.endswith("bias")
+        axes = leaf.ndim - (decoder.config.role(name) == "expert")
+        return axes > 1 and name != "embedding" and not name.endswith("bias")
 
     return jax.tree_util.tree_map_with_path(is_decayed, decoder)

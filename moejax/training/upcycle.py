@@ -188,6 +188,8 @@ def _registered(
     leaves: tuple[Any, ...] = (e.gate_up, e.down, e.gate_up_bias, e.down_bias)
     several = [MLP(*jax.tree.map(lambda leaf, i=i: leaf[i], leaves), config=part) for i in range(count)]
     layer = config.build(k2, [*several, mlp] if config.sizes.num_shared else several)
+    if jax.tree.structure(layer) != jax.tree.structure(config.abstract):
+        raise ConfigError(f"experts of {spec.layer!r} are modules of its own, no dense layers; leave `layer` out.")
     layer = layer if split == 1 else _split_router(layer, spec.layer, split)
     return config, jax.tree.map(lambda leaf: leaf.astype(mlp.gate_up.dtype), layer)
 
