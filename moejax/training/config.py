@@ -49,6 +49,8 @@ class TrainConfig:
         save_every: steps between two saved states, each saved with the next row, and the last at the end; each save
             also computes the held-out loss.
         seed: seed of the initial weights and of the data's order.
+        logger: where metrics go beside the files in the run's folder: ``"wandb"``, Weights & Biases, if it is
+            installed. Its own environment variables (``WANDB_PROJECT``, ``WANDB_MODE``) hold.
         mesh: sizes of the mesh axes ``data``, ``expert`` and ``tensor``; empty for one device.
     """
 
@@ -73,6 +75,7 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 200
     seed: int = 0
+    logger: str | None = None
     mesh: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
