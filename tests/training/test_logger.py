@@ -82,7 +82,7 @@ def test_what_is_not_there_is_said_before_anything_is_written(
     config = TrainConfig(MODEL, str(corpus_folder / "train.npz"), length=9, logger="wandb")
     for absent in (None, ModuleType("wandb")):
         monkeypatch.setitem(sys.modules, "wandb", absent)
-        with pytest.raises(ConfigError, match="logger='wandb' needs the package wandb.*: pip install wandb"):
+        with pytest.raises(ConfigError, match=r"logger='wandb' needs the package wandb.*: pip install wandb"):
             next(iter(Run(config, tmp_path / "run")))
     with pytest.raises(ConfigError, match="logger='comet' is unknown; choose from wandb"):
         Run(replace(config, logger="comet"), tmp_path / "run").check()
