@@ -301,7 +301,8 @@ class Backtrace(Visuals):
         """
         if not self._predicted:
             raise MoejaxError("there is nothing to evaluate: call predict first, or eval with values of your own.")
-        return self.eval(self._predicted, None, mode, **{"task": "generation"} | options)
+        options.setdefault("task", "generation")
+        return self.eval(self._predicted, None, mode, **options)
 
     @staticmethod
     def load_step(path: str | Path) -> dict[str, Any]:
