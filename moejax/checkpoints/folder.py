@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.checkpoints.files import MARK, adapter_message, read_object
-from moejax.checkpoints.hub import Hub
+from moejax.checkpoints.hub import Hub, is_cached
 from moejax.checkpoints.safetensors import SafetensorsFolder
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models.kinds import check_sizes
@@ -143,6 +143,13 @@ def find(source: Any, files: Sequence[str] | None = None, hub: Hub = Hub()) -> P
         return hub.download(name, files)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_near(folder)}") from error
+
+
+def is_on_disk(source: str | Path) -> bool:
+    """Return whether :func:`find` needs no hub for it: a path, a bundled name, or a hub id of which there is a copy."""
+    if Path(source).expanduser().exists() or (BUNDLED / str(source)).is_dir():
+        return True
+    return is_cached(str(source))
 
 
 def bundled_names() -> list[str]:

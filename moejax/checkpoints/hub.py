@@ -1,9 +1,11 @@
 """Models on the Hugging Face hub: which of their files are downloaded, once, into the hub's cache."""
 
+import contextlib
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from moejax.checkpoints.files import read_object
@@ -67,3 +69,36 @@ class Hub:
 def download(name: str, files: Sequence[str] | None = None) -> Path:
     """Download a model with the hub's own defaults (:meth:`Hub.download`)."""
     return Hub().download(name, files)
+
+
+def is_cached(name: str) -> bool:
+    """Return whether the hub's cache has a model's config, and so most likely the model."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with contextlib.suppress(HFValidationError):
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return False
+
+
+def is_reachable(seconds: float = 5.0) -> bool:
+    """Return whether the hub answers within so many seconds.
+
+    The question is asked in a thread of its own, since looking up a name has no time limit.
+    """
+    answers: list[bool] = []
+    asking = Thread(target=lambda: answers.append(_answers(seconds)), daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers == [True]
+
+
+def _answers(seconds: float) -> bool:
+    """Return whether the hub answers at all; an HTTP error is an answer."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # offline mode, and whatever the HTTP library raises without a network
+        return False
+    return True

@@ -103,7 +103,10 @@ def doctor(
     ] = None,
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help="Say what fits this GPU, and how: t4, l4, a100-40, h100, ..; may be given several times."),
+        typer.Option(
+            help="Say what fits this GPU, and how: t4, l4, a100-40, h100, .., or the one that is here; may be given "
+            "several times."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, for --gpu.")] = 512,
     targets: Annotated[int, typer.Option(min=1, help="Targets of the explanation, for --gpu.")] = 16,

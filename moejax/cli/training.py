@@ -32,6 +32,9 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead.")] = None,
     log_every: Annotated[int | None, typer.Option(min=1, help="Steps between two rows of metrics instead.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between two saved states instead.")] = None,
+    logger: Annotated[
+        str | None, typer.Option(help="Log there too, if it is installed: wandb (Weights & Biases).")
+    ] = None,
     plugin: Plugin = None,
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +45,7 @@ def train(
     from moejax.checkpoints.folder import BUNDLED
     from moejax.training import Run, TrainConfig
 
-    changes = {"data": data, "steps": steps, "log_every": log_every, "save_every": save_every}
+    changes = {"data": data, "steps": steps, "log_every": log_every, "save_every": save_every, "logger": logger}
     settings = TrainConfig.read(config or BUNDLED / "sample.json", **changes)
     if data is not None:
         settings = replace(settings, heldout=None)

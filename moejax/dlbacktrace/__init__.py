@@ -6,5 +6,6 @@ of a row.
 """
 
 from moejax.dlbacktrace.api import Backtrace
+from moejax.dlbacktrace.auto_sampler import DLBAutoSampler
 
-__all__ = ["Backtrace"]
+__all__ = ["Backtrace", "DLBAutoSampler"]

@@ -1,35 +1,33 @@
 """DLBacktrace's interface: one object that generates, explains every step, and draws."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from moejax.dlbacktrace import devices, evaluation, figures, nodes, relevance_trace, results
+from moejax.dlbacktrace import devices, evaluation, nodes, relevance_trace, results
 from moejax.dlbacktrace.initial_relevance import InitialRelevance, check_task, find_rule
-from moejax.dlbacktrace.inputs import read_inputs, to_numpy
+from moejax.dlbacktrace.inputs import read_inputs
 from moejax.dlbacktrace.model_type import check_model_type
 from moejax.dlbacktrace.propagation import StepRelevance
 from moejax.dlbacktrace.relevance_trace import CachePolicy
 from moejax.dlbacktrace.settings import BacktraceSettings
-from moejax.dlbacktrace.tasks import Returned, TaskRequest, carry_out
+from moejax.dlbacktrace.tasks import Returned, TaskRequest, carry_out, layer_outputs
+from moejax.dlbacktrace.visuals import Visuals
 from moejax.errors import MoejaxError
 from moejax.lm import LM, load
 from moejax.relevance.ledger import Ledger
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Outputs = dict[str, np.ndarray]
 """Arrays by the names of nodes."""
 
 
-class Backtrace:
+class Backtrace(Visuals):
     """Generation with the relevance of every step, under the names of DLBacktrace.
 
     Attributes:
@@ -89,6 +87,7 @@ class Backtrace:
         ends = {"outputs": [nodes.HEAD], "inputs": [nodes.EMBEDDINGS]}
         self.model_resource: dict[str, Any] = {"layers": self.layer_stack, "graph": graph, **ends}
         self._generated: np.ndarray | None = None
+        self._predicted: Outputs = {}
         self._last_request: TaskRequest | None = None
         self.clear_intermediates()
 
@@ -122,22 +121,24 @@ class Backtrace:
     ) -> dict[str, Any]:
         """Generate, and explain every new token by the tokens before it.
 
-        All steps are read from one forward pass over prompt and answer. Arrays have a row for each prompt, in the
-        columns in which the prompts were given. Relevance is zero at padding and behind a row's end.
+        All steps are read from one forward pass over prompt and answer; of a beam search, over the answer that is
+        returned. Arrays have a row for each prompt, in the columns in which the prompts were given. Relevance is zero
+        at padding and behind a row's end. The classification tasks return ``predictions``, the logits ``[B V]``.
 
         Args:
-            task: ``"generation"``; ``"binary-classification"`` or ``"multi-class-classification"`` generate nothing
-                and explain the tokens that are likely next.
+            task: ``"generation"``, which is what ``"auto"`` stands for with these models; ``"binary-classification"``
+                or ``"multi-class-classification"`` generate nothing and explain the tokens that are likely next.
             inputs: a text or several, a mapping with ``input_ids`` and ``attention_mask``, the pair of them, or ids.
             tokenizer: for texts, special tokens and figures; by default the model's tokenizer.
             mode: ``"default"``, DLBacktrace's proportional rule, or a rule or its name in ``moejax.rules.RULES``.
             multiplier: relevance of each explained logit.
             scaler: the sum to which every node's relevance is rescaled; 0 does not rescale.
             thresholding: in classification, the probability above which a token is explained.
-            temperature: temperature of the draw; 1 takes the best token unless ``top_k`` or ``top_p`` ask for a draw.
+            temperature: temperature of the draw; 1 takes the best token unless ``top_k``, ``top_p`` or ``do_sample``
+                ask for a draw.
             return_scores: return ``scores_trace``: the scores ``[B V]`` that each step's token was chosen from.
             return_relevance: return ``relevance_trace``: for each explained step ``step_index``, ``token_id``,
-                ``ledger``, ``all_wt`` and ``expert_relevance``.
+                ``ledger``, ``all_wt`` and ``expert_relevance``; and ``relevance``, the last step's ``all_wt``.
             return_layerwise_output: return ``layerwise_output_trace``: the values in and out of each node by step.
             relevance_cache_policy: what ``relevance_trace`` keeps of a step: ``"full"``, ``"summary"``, ``"disk"`` or
                 ``"none"`` (:class:`~moejax.dlbacktrace.relevance_trace.CachePolicy`). The last step is in attributes.
@@ -258,6 +259,51 @@ class Backtrace:
         """
         return self.eval(all_in, all_out, "default", **options)
 
+    def predict(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        temperature: float | int = 1.0,
+        tokenizer: Any = None,
+        debug: bool = False,
+    ) -> dict[str, Outputs]:
+        """Values of one forward pass: ``input_values`` and ``output_values`` of every node, by its name.
+
+        Under ``"output"`` stand the logits over the temperature ``[B T V]``, whose softmax is the probability of each
+        token. A temperature divides these alone: values of nodes are the model's, and so is :meth:`evaluation`.
+
+        Args:
+            input_ids: token ids, a text, or several texts.
+            temperature: above 1, probabilities become more even.
+            debug: not needed and not read.
+
+        Raises:
+            MoejaxError: a temperature that is not positive, or inputs that cannot be read.
+        """
+        if not 0 < temperature < float("inf"):
+            raise MoejaxError(f"temperature={temperature} must be positive.")
+        with self._running() as lm:
+            inputs = input_ids if attention_mask is None else (input_ids, attention_mask)
+            entering, leaving = layer_outputs(lm, read_inputs(inputs, tokenizer, lm))
+        self._predicted = entering
+        found = results.node_io(entering, leaving)
+        return found | {"output": {"output_values": leaving[nodes.HEAD] / np.float32(temperature)}}
+
+    def evaluation(self, mode: Any = "default", **options: Any) -> Outputs:
+        """:meth:`eval` of the pass that :meth:`predict` ran last, for the best token behind it.
+
+        Args:
+            options: those of :meth:`eval`.
+
+        Raises:
+            MoejaxError: there was no such pass, or as in :meth:`eval`.
+        """
+        if not self._predicted:
+            raise MoejaxError("there is nothing to evaluate: call predict first, or eval with values of your own.")
+        options.setdefault("task", "generation")
+        return self.eval(self._predicted, None, mode, **options)
+
     @staticmethod
     def load_step(path: str | Path) -> dict[str, Any]:
         """``all_wt`` and ``expert_relevance`` of a step, from the file that its trace entry names.
@@ -266,79 +312,6 @@ class Backtrace:
             MoejaxError: the file is missing or was not written by a run.
         """
         return relevance_trace.load_step(path)
-
-    def visualize_tokenwise_relevance_map(
-        self,
-        trace: Sequence[dict[str, Any]],
-        input_ids: Any,
-        tokenizer: Any = None,
-        *,
-        generated_ids: Any = None,
-        input_key: str = nodes.EMBEDDINGS,
-        figsize: figures.Size = (12, 6),
-        row: int = 0,
-    ) -> "Figure":
-        """A figure of every token's relevance (vertical) for every explained step (horizontal), for one prompt.
-
-        Args:
-            trace: the ``relevance_trace`` of a run.
-            input_ids: token ids of the prompts, as they were given.
-            tokenizer: names the tokens; by default the model's tokenizer.
-            generated_ids: ids of prompts and answers, which name the tokens of steps that were not explained; by
-                default the ids of the last run.
-            input_key: the node whose relevance is shown.
-            figsize: width and height in inches.
-            row: index of the prompt or answer in the batch.
-
-        Raises:
-            MoejaxError: an empty trace, a trace that holds sums only, or an unknown node.
-        """
-        axes = self._axes(trace, input_ids, generated_ids, row, tokenizer)
-        return figures.token_map(trace, axes, input_key, figsize)
-
-    def visualize_input_heatmap_for_token(
-        self,
-        trace: Sequence[dict[str, Any]],
-        n: int,
-        input_ids: Any,
-        tokenizer: Any = None,
-        *,
-        generated_ids: Any = None,
-        input_key: str = nodes.EMBEDDINGS,
-        figsize: figures.Size = (12, 3),
-        row: int = 0,
-    ) -> "Figure":
-        """A figure of every token's relevance for step ``n``, counted from 0.
-
-        Other parameters are as in :meth:`visualize_tokenwise_relevance_map`.
-
-        Raises:
-            MoejaxError: a step that was not explained, a trace that holds sums only, or an unknown node.
-        """
-        axes = self._axes(trace, input_ids, generated_ids, row, tokenizer)
-        return figures.token_bar(trace, n, axes, input_key, figsize)
-
-    def visualize_dlbacktrace(
-        self,
-        output_path: str | Path | None = None,
-        top_k: int | None = None,
-        relevance_threshold: float | int | None = None,
-        engine_auto_threshold: int = 1500,
-    ) -> "Figure":
-        """A figure of the model's nodes, each with its sum of absolute relevance at the last explained step.
-
-        Args:
-            output_path: a file to which the figure is saved too, as SVG unless its suffix says otherwise.
-            top_k: show this many nodes only, those with the largest sums.
-            relevance_threshold: show nodes with at least this sum only.
-            engine_auto_threshold: more nodes than this are drawn as colours without text, which is fast.
-
-        Raises:
-            MoejaxError: nothing was explained yet, or no node has enough relevance.
-        """
-        return figures.node_graph(
-            self.all_wt, self.model_resource["graph"], output_path, top_k, relevance_threshold, engine_auto_threshold
-        )
 
     def clear_intermediates(self, clear_relevance: bool = True, clear_weight_cache: bool = False) -> None:
         """Drop the last call's values and relevance from the attributes; returned results are not changed.
@@ -357,6 +330,7 @@ class Backtrace:
         """Drop all that was computed, with ``unload_model`` the model too; returned results are not changed."""
         self.clear_intermediates()
         self._generated = self._last_request = None
+        self._predicted = {}
         if unload_model:
             self._lm = None
 
@@ -371,15 +345,6 @@ class Backtrace:
     def _keep(self, relevance: StepRelevance) -> None:
         """Make ``relevance`` the last explained step, which the attributes show."""
         self.all_wt, self.all_layer_expert_relevance, self.ledger = relevance.nodes, relevance.experts, relevance.ledger
-
-    def _axes(
-        self, trace: Sequence[dict[str, Any]], input_ids: Any, generated_ids: Any, row: int, tokenizer: Any
-    ) -> figures.TokenAxes:
-        """Names of the tokens; without ``generated_ids``, the last run's are used if it had the same prompt."""
-        ids = np.atleast_2d(to_numpy(input_ids))
-        if generated_ids is None:
-            generated_ids = figures.continuation(self._generated, ids, row)
-        return figures.TokenAxes(trace, ids, generated_ids, row, tokenizer, self._need_lm())
 
     def _need_lm(self) -> LM:
         if self._lm is None:

@@ -115,6 +115,15 @@ def node_graph(
     if not shown:
         raise MoejaxError(f"no node has relevance_threshold={threshold}; the most is {max(sums.values()):.4g}.")
     figure = report.node_graph(shown, graph, title="sum |R| of each node", with_text=len(shown) <= most_with_text)
+    return _saved(figure, path)
+
+
+def plain_graph(graph: Mapping[str, Any], stack: Sequence[str], path: str | Path | None) -> "Figure":
+    """A figure of the model's nodes alone; ``path`` as in :func:`node_graph`."""
+    return _saved(report.node_graph(dict.fromkeys(stack), graph, title="nodes"), path)
+
+
+def _saved(figure: "Figure", path: str | Path | None) -> "Figure":
     if path is not None:
         path = Path(path)
         figure.savefig(path if path.suffix else path.with_suffix(".svg"))

@@ -15,12 +15,14 @@ CLASSIFICATION = ("binary-classification", "multi-class-classification")
 
 
 def check_task(task: str) -> str:
-    """The task's name, with hyphens.
+    """The task's name, with hyphens; ``"auto"`` is generation, as these models generate.
 
     Raises:
         MoejaxError: an unknown task.
     """
     name = task.replace(" ", "-").replace("_", "-")
+    if name == "auto":
+        return GENERATION
     if name not in (GENERATION, *CLASSIFICATION):
         raise MoejaxError(f"task={task!r} is unknown; choose from {', '.join((GENERATION, *CLASSIFICATION))}.")
     return name

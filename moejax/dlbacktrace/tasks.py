@@ -99,9 +99,9 @@ def carry_out(lm: LM, prompts: EncodedInputs, request: TaskRequest) -> TaskOutco
 
 def _generate(lm: LM, prompts: EncodedInputs, request: TaskRequest) -> TaskOutcome:
     settings = request.settings
-    options = settings.for_generation(lm, request.temperature)
+    longest = int(prompts.lengths.max())
+    options = settings.for_generation(lm, request.temperature, longest)
     if request.max_length is not None:
-        longest = int(prompts.lengths.max())
         room = request.max_length - longest
         if room < 1:
             raise PromptError(f"a prompt of {longest} tokens leaves no room in max_length={request.max_length}.")

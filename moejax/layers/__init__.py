@@ -6,8 +6,11 @@ from moejax.layers.attention.mixture import MixtureAttention, MixtureAttentionCo
 from moejax.layers.block import Block, BlockAux, BlockConfig
 from moejax.layers.feed_forward.activation import GLU, Activation, HiddenActivation
 from moejax.layers.feed_forward.dense import MLP, MLPConfig
+from moejax.layers.feed_forward.expert_stack import ExpertStack
 from moejax.layers.feed_forward.experts import Experts
+from moejax.layers.feed_forward.initial_experts import stack_experts
 from moejax.layers.feed_forward.mixture import Mixture, MixtureConfig
+from moejax.layers.feed_forward.module_experts import ModuleExperts
 from moejax.layers.feed_forward.moe_args import MoeArgs
 from moejax.layers.feed_forward.moe_layer import MoeLayer, RouteCounts
 from moejax.layers.feed_forward.registry import LAYERS, RegisteredConfig, get_moe, register_moe, registered
@@ -32,6 +35,7 @@ __all__ = [
     "BlockAux",
     "BlockConfig",
     "Call",
+    "ExpertStack",
     "Experts",
     "HiddenActivation",
     "KeyValue",
@@ -43,6 +47,7 @@ __all__ = [
     "MixtureAttention",
     "MixtureAttentionConfig",
     "MixtureConfig",
+    "ModuleExperts",
     "MoeArgs",
     "MoeLayer",
     "Part",
@@ -62,4 +67,5 @@ __all__ = [
     "get_moe",
     "register_moe",
     "registered",
+    "stack_experts",
 ]

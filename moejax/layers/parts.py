@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -179,6 +178,11 @@ class PartConfig(ABC):
         roles.update((path, "expert") for path, axes in self.axes.items() if axes[:1] == ("expert",))
         return roles
 
+    @property
+    def leaks(self) -> frozenset[str]:
+        """Names under which the ledger books what the part does not conserve under any rule; by default none."""
+        return frozenset()
+
     def init_cache(self, batch: int, positions: int, dtype: DTypeLike) -> Cache:
         """An empty cache for ``positions`` tokens of ``batch`` sequences; by default the part keeps nothing."""
         return None
@@ -207,17 +211,20 @@ class NoPart(NamedTuple):
     rotary: Rotary | None = None
     axes: Mapping[str, Axes] = {}
     roles: Mapping[str, Role] = {}
+    leaks: frozenset[str] = frozenset()
 
     def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
         """Nothing."""
         return ActivationSizes()
 
 
-def leaf_at(part: nnx.Module, path: str) -> Any:
+def leaf_at(part: Any, path: str) -> Any:
     """The leaf (or packed matrix) at a dotted path within a part; ``None`` if the part does not have it."""
-    for name in path.split("."):
-        part = getattr(part, name, None)  # type: ignore[assignment]
-    return part
+    if isinstance(part, Mapping):
+        return part.get(path)
+    name, _, rest = path.partition(".")
+    found = getattr(part, name, None)
+    return leaf_at(found, rest) if rest else found
 
 
 def cast(part: Any, dtype: DTypeLike) -> Any:

@@ -136,6 +136,11 @@ class Config:
         return self.feed_forward.couples_sequences or self.attention.couples_sequences
 
     @property
+    def leaks(self) -> frozenset[str]:
+        """Names under which the ledger books what a part does not conserve under any rule."""
+        return frozenset().union(*(half.leaks for block in self.blocks for half in block.halves))
+
+    @property
     def packed(self) -> str:
         """The packed format in which experts are held (:data:`moejax.ops.packed.FORMATS`); empty for plain arrays."""
         return self.feed_forward.packed or self.attention.packed

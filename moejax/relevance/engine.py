@@ -175,7 +175,8 @@ def _read(
     dtype = decoder.accumulation_dtype
     # probes keep the axis of tokens, and one sum over it ends the pass: a sum at each operation costs two kernels there
     entries = (decoder.config.num_layers + 1, *tokens.shape)
-    probes = {name: jnp.zeros(entries, dtype) for name in sorted(rule.leaks | ({"edits"} if inputs.edits else set()))}
+    booked = rule.leaks | decoder.config.leaks | ({"edits"} if inputs.edits else set())
+    probes = {name: jnp.zeros(entries, dtype) for name in sorted(booked)}
     readout = jax.tree.map(lambda g: g.astype(dtype), Gates.readout(decoder.config, tokens))
     taps = {node: jnp.ones(explained_shape(decoder.config, node, tokens.shape), dtype) for node in nodes}
 

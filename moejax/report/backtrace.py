@@ -75,12 +75,17 @@ def token_heatmap(scores: Floats, tokens: Sequence[str], step: str, figsize: Siz
 
 
 def node_graph(
-    nodes: Mapping[str, float], graph: Mapping[str, Mapping[str, Any]], *, title: str = "", with_text: bool = True
+    nodes: Mapping[str, float | None],
+    graph: Mapping[str, Mapping[str, Any]],
+    *,
+    title: str = "",
+    with_text: bool = True,
 ) -> Figure:
     """Nodes as boxes coloured by their value, inputs at the bottom, with arrows in the direction of the forward pass.
 
     Args:
-        nodes: the value of each node to draw, the output first. Arrows to nodes that are not drawn are left out.
+        nodes: the value of each node to draw, the output first; ``None`` draws it without one. Arrows to nodes that are
+            not drawn are left out.
         graph: the ``class`` of every node, its ``type`` (``"stream"`` or ``"branch"``) and its ``child`` nodes.
         title: text above the graph.
         with_text: write names and draw arrows; without them, a graph of very many nodes is drawn quickly.
@@ -92,16 +97,17 @@ def node_graph(
     axes, cmap = drawing.subplots(), diverging_map()
     # the text must fit into its row, whatever the height of a row
     size = min(7.5, 72 * height / max(len(nodes) + 2, 1) * 0.4)
-    largest = max((v for v in nodes.values() if np.isfinite(v)), default=0.0) or 1.0
+    largest = max((v for v in nodes.values() if v is not None and np.isfinite(v)), default=0.0) or 1.0
     places = {name: (float(graph[name]["type"] == "branch"), -float(i)) for i, name in enumerate(nodes)}
     for name, value in nodes.items():
         x, y = places[name]
-        shade = cmap(0.5 + 0.5 * min(value / largest, 1.0)) if np.isfinite(value) else GREY
+        is_coloured = value is None or np.isfinite(value)
+        shade = cmap(0.5 + 0.5 * min((value or 0.0) / largest, 1.0)) if is_coloured else GREY
         box = FancyBboxPatch((x - 0.42, y - 0.3), 0.84, 0.6, "round,pad=0,rounding_size=0.06", fc=shade, ec=GREY)
         axes.add_patch(box)
         if with_text:
-            ink = "white" if value > 0.7 * largest else "black"
-            text = f"{name}  [{graph[name]['class']}]  {value:.4g}"
+            ink = "white" if (value or 0.0) > 0.7 * largest else "black"
+            text = f"{name}  [{graph[name]['class']}]" + ("" if value is None else f"  {value:.4g}")
             axes.text(x, y, text, ha="center", va="center", fontsize=size, color=ink)
         for child in graph[name]["child"]:
             if with_text and child in places:

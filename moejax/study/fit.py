@@ -1,9 +1,14 @@
-"""Which work with a model fits which GPU, and with what options; from estimates alone, for ``moejax doctor --gpu``."""
+"""Which work with a model fits which GPU, and with what options; from estimates alone, for ``moejax doctor --gpu``.
+
+Before a large model is loaded, :func:`options_here` says with which options it fits the device at hand.
+"""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -11,12 +16,15 @@ import numpy as np
 
 from moejax.checkpoints.convert import parse_dtype
 from moejax.checkpoints.describe import architecture
+from moejax.checkpoints.dtypes import free_memory
+from moejax.checkpoints.folder import is_on_disk
+from moejax.checkpoints.hub import is_reachable
 from moejax.checkpoints.load import pack
 from moejax.checkpoints.memory import Memory, estimate
-from moejax.errors import ConfigError, MoejaxError
+from moejax.errors import CheckpointError, ConfigError, MoejaxError
 from moejax.models import Config, Decoder
-from moejax.ops.device import assumed_gpu
-from moejax.ops.memory import FRACTION, MARGIN
+from moejax.ops.device import assumed_gpu, compute_capability, target
+from moejax.ops.memory import FRACTION, MARGIN, reserve_memory
 from moejax.ops.packed import FORMATS, is_packed
 from moejax.relevance.budget import Arrangement, Footprint
 from moejax.report.fit import FitEntry, FitReport
@@ -29,17 +37,24 @@ class GPU:
     Attributes:
         name: its name.
         mebibytes: the memory that its driver shows.
-        capability: its compute capability, which decides about kernels.
+        capability: its compute capability, which decides about kernels; empty for other devices.
+        free: bytes that are known to be free.
     """
 
     name: str
     mebibytes: int
     capability: str
+    free: int | None = None
 
     @property
     def usable(self) -> int:
         """The bytes that JAX can use (:func:`moejax.ops.memory.reserve_memory`)."""
-        return int(FRACTION * (self.mebibytes << 20))
+        return int(FRACTION * (self.mebibytes << 20)) if self.free is None else self.free
+
+    @property
+    def emulates_bfloat16(self) -> bool:
+        """Whether it has no units for bfloat16."""
+        return 0 < compute_capability(SimpleNamespace(compute_capability=self.capability)) < 8
 
 
 GPUS: Mapping[str, GPU] = {
@@ -62,6 +77,9 @@ GPUS: Mapping[str, GPU] = {
 }
 """GPUs by the names that ``moejax doctor --gpu`` takes."""
 
+HERE = "here"
+"""The name of the device at hand, which ``moejax doctor --gpu`` takes too."""
+
 _TRAINED = 18
 """Bytes of a parameter in training: float32 weights, gradients and AdamW's two moments, and a copy of the weights in
 bfloat16. A small model's program took 16 on a CPU."""
@@ -82,6 +100,22 @@ class Work:
     new_tokens: int = 256
 
 
+def here() -> GPU:
+    """Return the device that JAX computes on and the memory that is free on it, this machine's if it is a CPU.
+
+    Raises:
+        MoejaxError: the device does not say how much memory is free.
+    """
+    reserve_memory()
+    device = target()
+    stats = device.memory_stats() or {}
+    size = stats.get("bytes_limit")
+    free = free_memory() if device.platform == "cpu" else size and size - stats.get("bytes_in_use", 0)
+    if free is None:
+        raise MoejaxError(f"{device.device_kind} does not say how much memory is free.")
+    return GPU(device.device_kind, (size or free) >> 20, str(getattr(device, "compute_capability", "")), free)
+
+
 def fit(model: Any, gpu: str, *, dtype: Any = None, work: Work = Work()) -> FitReport:
     """Estimate whether loading, explaining, generating and training fit a GPU. No weights are read.
 
@@ -90,7 +124,7 @@ def fit(model: Any, gpu: str, *, dtype: Any = None, work: Work = Work()) -> FitR
 
     Args:
         model: a loaded model, a folder with a ``config.json``, a bundled name or a hub id.
-        gpu: a name in :data:`GPUS`.
+        gpu: a name in :data:`GPUS`, or ``"here"`` for the device that JAX computes on and what is free of its memory.
         dtype: the dtype of the weights; by default bfloat16.
 
     Returns:
@@ -101,8 +135,8 @@ def fit(model: Any, gpu: str, *, dtype: Any = None, work: Work = Work()) -> FitR
         ConfigError: the model's configuration is not supported.
         CheckpointError: there is no such model.
     """
-    if (card := GPUS.get(gpu)) is None:
-        raise MoejaxError(f"GPU {gpu!r} is not in the table; choose from {', '.join(GPUS)}.")
+    if (card := here() if gpu == HERE else GPUS.get(gpu)) is None:
+        raise MoejaxError(f"GPU {gpu!r} is not in the table; choose from {', '.join(GPUS)}, {HERE}.")
     weights = parse_dtype("bfloat16" if dtype is None else dtype)
     config = architecture(model)
     # estimates ask which kernels the device has
@@ -113,7 +147,37 @@ def fit(model: Any, gpu: str, *, dtype: Any = None, work: Work = Work()) -> FitR
         entries += [way.generate(work.tokens, work.new_tokens) for way in ways]
         entries += [_train(config, weights, card.usable, work.tokens)]
     report = {"gpu": gpu, "name": card.name, "bytes": card.mebibytes << 20, "usable": card.usable}
-    return cast(FitReport, report | {"model": str(model), "work": entries, "emulates_bfloat16": card.capability < "8"})
+    return cast(FitReport, report | {"model": str(model), "work": entries, "emulates_bfloat16": card.emulates_bfloat16})
+
+
+def options_here(model: str | Path, work: str = "explain", *, size: Work = Work()) -> dict[str, Any]:
+    """Return options of :func:`moejax.load` with which some work fits the device at hand.
+
+    Experts are held exactly, unless only rounded ones leave the room to explain all targets at a time. Of a model that
+    is not on this machine the config is downloaded, if the hub answers within five seconds.
+
+    Args:
+        model: a folder, a bundled name or a hub id.
+        work: ``"load"``, ``"explain"`` or ``"generate"``.
+        size: tokens and targets.
+
+    Raises:
+        MoejaxError: it does not fit, or the device does not say how much memory is free.
+        ConfigError: the model's configuration is not supported.
+        CheckpointError: there is no such model, or the hub cannot be reached.
+    """
+    if not is_on_disk(model) and not is_reachable():
+        raise CheckpointError(f"{model} is not on this machine, and the hub cannot be reached.")
+    report = fit(model, HERE, work=size)
+    ways = [entry for entry in report["work"] if entry["work"].split()[0] == work]
+    if not ways:
+        raise MoejaxError(f"work {work!r} is unknown; choose from load, explain, generate.")
+    roomy = [entry for entry in ways if entry.get("chunk", size.targets) == size.targets]
+    for entry in [*roomy, *ways]:
+        if entry["fits"]:
+            return {"dtype": entry["dtype"]} | ({"experts": entry["experts"]} if entry["experts"] else {})
+    least, free = (number / 2**30 for number in (min(entry["bytes"] for entry in ways), report["usable"]))
+    raise MoejaxError(f"to {work} {model} takes {least:.1f} GiB, and {free:.1f} are free on {report['name']}.")
 
 
 def _held(config: Config) -> Iterator[Config]:

@@ -49,6 +49,8 @@ class TrainConfig:
         save_every: steps between two saved states, each saved with the next row, and the last at the end; each save
             also computes the held-out loss.
         seed: seed of the initial weights and of the data's order.
+        logger: where metrics go beside the files in the run's folder: ``"wandb"``, Weights & Biases, if it is
+            installed. Its own environment variables (``WANDB_PROJECT``, ``WANDB_MODE``) hold.
         mesh: sizes of the mesh axes ``data``, ``expert`` and ``tensor``; empty for one device.
     """
 
@@ -73,6 +75,7 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 200
     seed: int = 0
+    logger: str | None = None
     mesh: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -195,11 +198,13 @@ class TrainConfig:
 def _decayed(decoder: Any) -> Any:
     """Return a tree of booleans: whether weight decay applies to a leaf.
 
-    Biases are told by name: biases of heads and of experts have several axes.
+    Biases are told by name: biases of heads and of experts have several axes. The first axis of an expert's leaf, which
+    counts experts, makes no matrix of it.
     """
 
     def is_decayed(path: tuple, leaf: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return leaf.ndim > 1 and name != "embedding" and not name.endswith("bias")
+        axes = leaf.ndim - (decoder.config.role(name) == "expert")
+        return axes > 1 and name != "embedding" and not name.endswith("bias")
 
     return jax.tree_util.tree_map_with_path(is_decayed, decoder)

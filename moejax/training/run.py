@@ -20,7 +20,7 @@ from moejax.models import Decoder
 from moejax.program import Program
 from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus
-from moejax.training.logs import MetricsLog
+from moejax.training.logs import MetricsLog, check_logger
 from moejax.training.losses import cross_entropy
 from moejax.training.state_store import StateStore, newest_step
 from moejax.training.step import TrainState, TrainSteps, make_train_steps
@@ -29,7 +29,7 @@ from moejax.training.texts import find_text
 Row = dict[str, Any]
 """Metrics of one or more steps: a number, or a list with one number for each mixture layer."""
 
-_MAY_CHANGE = ("steps", "log_every", "save_every", "mesh")
+_MAY_CHANGE = ("steps", "log_every", "save_every", "logger", "mesh")
 """Settings that may change when a run is resumed; a change of any other setting would make it another run."""
 
 _OLD_DEFAULTS = {"balance_loss_coef": 0.01, "router_z_loss_coef": 0.001}
@@ -100,6 +100,7 @@ class Run:
         Raises:
             ConfigError, MoejaxError: as the class says.
         """
+        check_logger(self.config.logger)
         self.config.device_mesh()
         _ = self.corpora
         self._train_steps(1)
@@ -180,7 +181,7 @@ class Run:
         self.started_from = step = int(state.step)
         train_steps = cache(self._train_steps)
 
-        with MetricsLog(self.folder, from_step=step) as log:
+        with MetricsLog(self.folder, step, c.logger, json.loads(self._settings())) as log:
             while step < c.steps and not self._shall_stop:
                 # up to the next multiple of `log_every`; a run that was stopped may have had another `log_every`
                 count = min(c.log_every - step % c.log_every, c.steps - step)

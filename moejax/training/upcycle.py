@@ -184,10 +184,14 @@ def _registered(
     args = replace(kind.Args.of(spec.args), **computes, expert_dim=part.hidden_dim, key=None)
     config = RegisteredConfig(spec.layer, c.model_dim, spec.num_experts, spec.num_selected, args)
     count = config.sizes.num_weighted
+    if split > 1 and config.sizes.num_shared:
+        raise _cannot_split(spec.layer)
     e = expert_stack(mlp, count, k1, **options)
     leaves: tuple[Any, ...] = (e.gate_up, e.down, e.gate_up_bias, e.down_bias)
     several = [MLP(*jax.tree.map(lambda leaf, i=i: leaf[i], leaves), config=part) for i in range(count)]
     layer = config.build(k2, [*several, mlp] if config.sizes.num_shared else several)
+    if jax.tree.structure(layer) != jax.tree.structure(config.abstract):
+        raise ConfigError(f"experts of {spec.layer!r} are modules of its own, no dense layers; leave `layer` out.")
     layer = layer if split == 1 else _split_router(layer, spec.layer, split)
     return config, jax.tree.map(lambda leaf: leaf.astype(mlp.gate_up.dtype), layer)
 
@@ -199,15 +203,19 @@ def _split_router(layer: MoeLayer, name: str, split: int) -> MoeLayer:
         ConfigError: a token's slots are not routed experts alone, with weights that sum to one.
     """
     counts = layer.counts
-    splittable = layer.shared is None and counts.router_outputs == counts.experts and counts.slots == layer.num_selected
+    splittable = counts.router_outputs == counts.experts and counts.slots == layer.num_selected
     if splittable:
         probe = jax.random.normal(jax.random.key(0), (1, 64, layer.in_embed_dim))
         sums = layer.topk_expert(layer.gate(probe))[0].sum(-1)
         splittable = bool(jnp.abs(sums - 1).max() < 1e-3)
     if not splittable:
-        raise ConfigError(f"{name!r} cannot be split: its slots are not routed experts with weights that sum to one.")
+        raise _cannot_split(name)
     rows = jnp.arange(counts.experts) // split * split
     return layer.replace(gate_weight=layer.gate_weight[rows])
+
+
+def _cannot_split(name: str) -> ConfigError:
+    return ConfigError(f"{name!r} cannot be split: its slots are not routed experts with weights that sum to one.")
 
 
 def expert_stack(

@@ -87,6 +87,7 @@ def test_own_layer_is_trained_analysed_and_explained(
         ([], {"length": 200}, "heldout_share=0.1 of"),
         ([], {"heldout_tokens": 16}, "heldout_tokens=16 are too few for length=16"),
         ([], {"data": "no/such/file.txt"}, "no such file"),
+        (["--logger", "comet"], {}, "logger='comet' is unknown; choose from wandb"),
     ],
 )
 def test_what_may_go_wrong_is_said_in_a_line(

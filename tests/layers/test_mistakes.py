@@ -66,3 +66,35 @@ def test_overrides_of_the_guide() -> None:
     info = jax.jit(lambda layer, x: layer(x)[3])(layer, jnp.asarray(X))
     np.testing.assert_allclose(info["mean_input"], X.mean(), rtol=1e-5)
     assert layer.log_metrics == {}
+
+
+class OfTorch(MoeLayer):
+    def forward(self, x: Any, return_id_experts: bool = False) -> Any:
+        output, loss, nothing, info = super().forward(x)
+        return output, loss, nothing, {name: value.clone().detach() for name, value in info.items()}
+
+
+class InPlace(MoeLayer):
+    def init_gate_weights(self, std: float = 0.02) -> Any:
+        self.gate_weights = std
+
+
+def test_habits_of_torch_are_answered() -> None:
+    layer = OfTorch(D, OUT, E, K)
+    message = r"OfTorch\.forward calls \.(clone|detach)\(\) on an array of JAX, which has none; leave \.clone"
+    with pytest.raises(MoejaxError, match=message):
+        layer(X)
+    with pytest.raises(MoejaxError, match=message):
+        jax.jit(lambda x: layer(x)[0])(X)
+    with pytest.raises(MoejaxError, match=r"InPlace\.init_gate_weights returned None; it returns the initial weights"):
+        InPlace(D, OUT, E, K)
+
+
+def test_calls_are_written_as_in_libmoe(layer: MoeLayer) -> None:
+    output, auxiliary_loss, nothing, infor_aux = layer(X, return_id_experts=True)
+    assert nothing is None
+    assert {"selected_experts", "weights", "gate_softmax", "router_magine"} <= set(infor_aux)
+    np.testing.assert_allclose(layer.forward(jnp.asarray(X), return_id_experts=True)[0], output, rtol=1e-6)
+    assert layer(X, True)[3].keys() == infor_aux.keys()
+    assert set(layer(X)[3]) == {"balance_loss", "router_z_loss"}
+    assert auxiliary_loss.shape == ()

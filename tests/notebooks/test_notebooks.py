@@ -1,7 +1,6 @@
 """Every notebook runs from top to bottom and shows the kinds of output that are stored with it."""
 
 import os
-import re
 from pathlib import Path
 
 import nbformat
@@ -15,7 +14,7 @@ FAST = ("01_explain", "03_experts")
 PRINTED = {
     "01_explain": ["largest residual of any ledger"],
     "02_convert_and_load": [
-        "of the device's memory",
+        "share of the device's",
         "peak host memory",
         "│ the same ",
         "cpu:3",
@@ -50,6 +49,6 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert kinds(before) <= kinds(now), (
             f"cell {now.id} shows fewer kinds of output than stored; run the notebook and store it"
         )
-    texts = [re.sub(r"\x1b\[[\d;]*m", "", output.get("text", "")) for _, now in pairs for output in now.outputs]
-    for words in PRINTED[path.stem]:
+    texts = [output.get("text", "") for _, now in pairs for output in now.outputs]
+    for words in [*PRINTED[path.stem], "skipped: JAX has no GPU here"]:
         assert any(words in text for text in texts), f"no cell prints {words!r}"

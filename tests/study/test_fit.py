@@ -1,11 +1,14 @@
 """Which work fits which GPU, from configs alone."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from moejax import MoejaxError
+from moejax import CheckpointError, MoejaxError
+from moejax.checkpoints import hub
 from moejax.checkpoints.load import pack
 from moejax.checkpoints.memory import estimate
 from moejax.models import Config
@@ -13,7 +16,7 @@ from moejax.ops.device import assumed_gpu, compute_capability, target
 from moejax.relevance.budget import Footprint
 from moejax.report.fit import FitEntry, FitReport
 from moejax.study.bench.shapes import SHAPES, published
-from moejax.study.fit import GPUS, Work, fit
+from moejax.study.fit import GPU, GPUS, Work, fit, here, options_here
 
 GIB = 2**30
 
@@ -96,3 +99,66 @@ def test_a_config_file_suffices_and_a_gpu_must_be_known(tmp_path: Path) -> None:
     assert json.loads(json.dumps(fit(tmp_path, "l4")))["work"][0]["fits"]
     with pytest.raises(MoejaxError, match="GPU 'voodoo2' is not in the table; choose from t4"):
         fit(tmp_path, "voodoo2")
+
+
+def test_gpus_after_ampere_have_units_for_bfloat16() -> None:
+    emulating = {name for name, card in GPUS.items() if card.emulates_bfloat16}
+    assert emulating == {"t4", "v100-16", "v100-32"}
+
+
+# ------------------------------------------------------------------------------------------------ the device at hand
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What JAX is made to compute on: a T4 with all of its memory free."""
+    stats = {"bytes_limit": GPUS["t4"].usable, "bytes_in_use": 0}
+    found = SimpleNamespace(device_kind="Tesla T4", platform="gpu", compute_capability="7.5", stats=stats)
+    found.memory_stats = lambda: found.stats
+    monkeypatch.setattr("moejax.study.fit.target", lambda: found)
+    return found
+
+
+@pytest.fixture
+def olmoe(tmp_path: Path) -> Path:
+    """A folder with the config of OLMoE-1B-7B."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["olmoe-1b-7b"]))
+    return tmp_path
+
+
+def test_a_model_is_loaded_exactly_where_it_fits(device: SimpleNamespace, olmoe: Path) -> None:
+    assert options_here(olmoe, "load") == {"dtype": "bfloat16"}
+    assert options_here(olmoe, "explain") == {"dtype": "bfloat16", "experts": "int8"}, "room for all targets at a time"
+    assert options_here(olmoe, "explain", size=Work(64, 1)) == {"dtype": "bfloat16"}
+    device.stats = {"bytes_limit": GPUS["a100-40"].usable, "bytes_in_use": GIB}
+    device.compute_capability = "8.0"
+    assert here() == GPU("Tesla T4", GPUS["a100-40"].usable >> 20, "8.0", GPUS["a100-40"].usable - GIB)
+    assert options_here(olmoe, "explain") == {"dtype": "bfloat16"}
+
+
+def test_what_does_not_fit_is_said_in_numbers(device: SimpleNamespace, olmoe: Path) -> None:
+    device.stats["bytes_in_use"] = 12 * GIB
+    with pytest.raises(MoejaxError, match=r"to load .* takes 7\.\d GiB, and 2\.2 are free on Tesla T4"):
+        options_here(olmoe, "load")
+    with pytest.raises(MoejaxError, match="work 'paint' is unknown; choose from load, explain, generate"):
+        options_here(olmoe, "paint")
+    device.stats = {}
+    with pytest.raises(MoejaxError, match="Tesla T4 does not say how much memory is free"):
+        options_here(olmoe)
+
+
+def test_a_cpu_has_the_memory_of_the_machine() -> None:
+    assert options_here("tiny-olmoe") == {"dtype": "bfloat16"}
+    assert here().usable > 0
+    assert fit("tiny-olmoe", "here")["work"][0]["fits"]
+
+
+def test_a_hub_that_does_not_answer_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_answers", lambda seconds: bool(time.sleep(0.5)) or True)
+    assert hub.is_reachable(5.0)
+    begin = time.monotonic()
+    assert not hub.is_reachable(0.1)
+    assert time.monotonic() - begin < 0.4
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="nobody/nothing is not on this machine, and the hub cannot be reached"):
+        options_here("nobody/nothing")

@@ -16,13 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.attention.grouped_query import KeyValue, attend, attention_activations
-from moejax.layers.feed_forward.experts import (
-    buffer_rows,
-    combine,
-    expert_linear,
-    random_matrices,
-    unpacked_values,
-)
+from moejax.layers.feed_forward.expert_stack import combine
+from moejax.layers.feed_forward.experts import buffer_rows, expert_linear, random_matrices, unpacked_values
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.linear import Linear
 from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes

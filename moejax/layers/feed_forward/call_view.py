@@ -102,7 +102,15 @@ class ViewedMixture(Mixture, metaclass=_ArraysAreData):
     ) -> tuple[Float[Array, "B T O"], None, Aux]:
         """:meth:`forward` on a view of this layer; returns the output, no cache, and all that the call told."""
         state = _CallState(call, {})
-        returned = self.replace(_state=state).forward(x, return_id_experts=True)
+        try:
+            returned = self.replace(_state=state).forward(x, return_id_experts=True)
+        except AttributeError as error:
+            if isinstance(error.obj, jax.Array) and (hint := _OF_TORCH.get(error.name or "")):
+                name = f"{type(self).__name__}.forward"
+                raise MoejaxError(
+                    f"{name} calls .{error.name}() on an array of JAX, which has none; {hint}."
+                ) from error
+            raise
         if not (isinstance(returned, tuple) and len(returned) == 4 and isinstance(returned[3], Mapping)):
             raise MoejaxError(
                 f"{type(self).__name__}.forward returned {type(returned).__name__}; it returns four things: output, "
@@ -134,6 +142,20 @@ class ViewedMixture(Mixture, metaclass=_ArraysAreData):
         copy.router = Router(router.weight, router.bias, router.selection_bias, config)
         return copy
 
+
+_DETACHED = "leave .clone().detach() out: what a layer returns to be logged is detached"
+_OF_TORCH = {
+    "clone": _DETACHED,
+    "detach": _DETACHED,
+    "cpu": "leave it out",
+    "to": "x.astype(dtype) changes a dtype",
+    "float": "x.astype(jnp.float32) changes a dtype",
+    "unsqueeze": "write x[..., None]",
+    "view": "write x.reshape(..)",
+    "permute": "write x.transpose(..)",
+    "numel": "write x.size",
+}
+"""Methods of torch that layers call out of habit, and what to write."""
 
 _ROUTING = ("ids", "weights", "scores", "logits", "carry")
 

@@ -78,6 +78,11 @@ class MLP(nnx.Module):
             c,
         )
 
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden units ``F``."""
+        return self.down.shape[-1]
+
     def __call__(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T O"]:
         unit = self.config.unit
         hidden = reading.linear(matmul, x, self.gate_up, self.gate_up_bias, unit.slope)

@@ -1,25 +1,16 @@
-"""The experts of a mixture as stacked arrays: their products for the routed slots, and the weighted sum of these.
+"""Experts that are two products with a unit between them, as stacked matrices, and products by expert."""
 
-Three things are passed in as functions here, each so that a step is written once:
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
-- :func:`moejax.ops.experts.expert_parallel` is given the body of a step and runs it on one device with all experts, or
-  on every device with its own; ``psum`` is the sum over these devices, or the identity.
-- ``rule.combine`` is given the sum over slots, so that a rule may put something else in front of it or behind it.
-- ``reading.book`` and ``reading.linear`` are given an operation, so that the ledger sees its inputs and outputs.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from typing import Self
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from moejax.errors import ConfigError
 from moejax.layers.feed_forward.activation import HiddenActivation
-from moejax.layers.feed_forward.dense import DOWN_AXES, MLP, UP_AXES
+from moejax.layers.feed_forward.dense import DOWN_AXES, MLP, UP_AXES, MLPConfig
+from moejax.layers.feed_forward.expert_stack import ExpertStack, by_token, rows_of
 from moejax.layers.linear import normal
 from moejax.layers.parts import Axes
 from moejax.ops.device import takes_triton
@@ -30,7 +21,6 @@ from moejax.ops.experts import (
     expert_parallel,
     grouped_matmul,
     padded_rows,
-    permute,
     supports_shapes,
     unpermute,
 )
@@ -48,7 +38,7 @@ EXPERT_AXES: Mapping[str, Axes] = {
 
 
 @nnx.dataclass
-class Experts(nnx.Module):
+class Experts(ExpertStack):
     """``down[e] unit(gate_up[e] x)`` for expert ``e``.
 
     Attributes:
@@ -86,53 +76,49 @@ class Experts(nnx.Module):
             unit,
         )
 
+    def widths(self, inputs: int) -> tuple[int, int]:
+        """Widths of an expert's input ``D`` and output ``O``, whatever it is to take."""
+        return self.gate_up.shape[-1], self.down.shape[1]
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden units ``F`` of an expert."""
+        return self.down.shape[-1]
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        """Logical axes of the leaves, by their paths within the stack."""
+        return {path.removeprefix("experts."): axes for path, axes in EXPERT_AXES.items()}
+
+    def summed(self, times: int) -> MLP:
+        """The dense layer that has ``times`` the hidden units of all experts side by side."""
+
+        def side_by_side(leaf: Any) -> Any:
+            return None if leaf is None else jnp.concatenate([*leaf] * times, axis=1)
+
+        inputs, outputs = side_by_side(self.gate_up), side_by_side(self.down)
+        bias = None if self.down_bias is None else times * self.down_bias.sum(0)
+        config = MLPConfig(inputs.shape[-1], inputs.shape[1], self.unit, bias is not None)
+        return MLP(inputs, outputs, side_by_side(self.gate_up_bias), bias, config)
+
     def __call__(
         self, x: Float[Array, "B T One D"], assignment: Assignment, reading: Reading
     ) -> Float[Array, "B T K O"]:
         """The output of the expert of every routed slot; zero for unassigned slots."""
         if reading.needs_whole("neurons"):
             return self._by_whole_neurons(x, assignment, reading)
+        return super().__call__(x, assignment, reading)
 
-        def run(experts, own, psum, x, reading):
-            return psum(experts._slots(x, own, reading))
-
-        return expert_parallel(run, self, assignment, x, reading)
-
-    def mixed(
-        self,
-        x: Float[Array, "B T One D"],
-        assignment: Assignment,
-        weights: Float[Array, "B T K"],
-        ids: Int[Array, "B T K"],
-        reading: Reading,
-    ) -> Float[Array, "B T O"]:
-        """:func:`combine` of the slots' outputs; where experts are split over devices, these send sums alone."""
-
-        def run(
-            experts: Experts,
-            own: Assignment,
-            psum: Psum,
-            x: Array,
-            weights: Array,
-            ids: Array,
-            reading: Reading,
-        ) -> Array:
-            return combine(experts._slots(x, own, reading), weights, ids, reading, psum=psum)
-
-        if reading.touches("expert_outputs") or reading.needs_whole("neurons"):
-            # an edit must see each slot's output whole and once, not on every device
-            return combine(self(x, assignment, reading), weights, ids, reading)
-        return expert_parallel(run, self, assignment, x, weights, ids, reading)
-
-    def _slots(self, x: Array, assignment: Assignment, reading: Reading) -> Float[Array, "B T K O"]:
+    def slots(self, x: Float[Array, "B T One D"], assignment: Assignment, reading: Reading) -> Float[Array, "B T K O"]:
+        """Outputs of the slots that are assigned to these experts; zero for all others."""
         hidden, in_rows = self._hidden(x, assignment, reading)
         outputs = _linear(in_rows.node("neurons", hidden), self.down, self.down_bias, assignment, in_rows)
-        return _by_token(unpermute(outputs, assignment), x)
+        return by_token(unpermute(outputs, assignment), x)
 
     def _hidden(self, x: Array, assignment: Assignment, reading: Reading) -> tuple[Float[Array, "P F"], Reading]:
         """Hidden units by row, and the reading of rows."""
         # kernels for MXFP4 take rows in another order: one copy for XLA
-        rows, in_rows = _rows(x, assignment, reading, copied=not isinstance(self.gate_up, MXFP4))
+        rows, in_rows = rows_of(x, assignment, reading, copied=not isinstance(self.gate_up, MXFP4))
         branches = _linear(rows, self.gate_up, self.gate_up_bias, assignment, in_rows, self.unit.slope)
         return self.unit(branches, in_rows), in_rows
 
@@ -141,12 +127,12 @@ class Experts(nnx.Module):
 
         def first(experts: Experts, own: Assignment, psum: Psum, x: Array, reading: Reading) -> Array:
             hidden, _ = experts._hidden(x, own, reading)
-            return psum(_by_token(unpermute(hidden, own), x))
+            return psum(by_token(unpermute(hidden, own), x))
 
         def second(experts: Experts, own: Assignment, psum: Psum, hidden: Array, reading: Reading) -> Array:
-            rows, in_rows = _rows(hidden, own, reading, copied=not isinstance(experts.down, MXFP4))
+            rows, in_rows = rows_of(hidden, own, reading, copied=not isinstance(experts.down, MXFP4))
             outputs = _linear(rows, experts.down, experts.down_bias, own, in_rows)
-            return psum(_by_token(unpermute(outputs, own), hidden))
+            return psum(by_token(unpermute(outputs, own), hidden))
 
         hidden = expert_parallel(first, self, assignment, x, reading)
         hidden = reading.node("neurons", hidden, assignment.ids.reshape(hidden.shape[:3]))
@@ -169,36 +155,10 @@ def expert_linear(
     """``weight[e] x`` for the expert ``e`` of every routed slot; zero for unassigned slots."""
 
     def run(weight: Array | Packed, own: Assignment, psum: Psum, x: Array, reading: Reading) -> Array:
-        rows, in_rows = _rows(x, own, reading)
-        return psum(_by_token(unpermute(_linear(rows, weight, None, own, in_rows), own), x))
+        rows, in_rows = rows_of(x, own, reading)
+        return psum(by_token(unpermute(_linear(rows, weight, None, own, in_rows), own), x))
 
     return expert_parallel(run, weight, assignment, x, reading)
-
-
-def combine(
-    outputs: Float[Array, "B T K D"],
-    weights: Float[Array, "B T K"],
-    ids: Int[Array, "B T K"],
-    reading: Reading,
-    prefix: str = "",
-    psum: Psum = lambda x: x,
-) -> Float[Array, "B T D"]:
-    """Gated weighted sum of the routed slots' outputs.
-
-    Args:
-        prefix: names the gates.
-        psum: sum over devices, on each of which the slots of other devices' experts are zero.
-    """
-    outputs = reading.node(f"{prefix}expert_outputs", outputs, ids)
-    weights, outputs = weights.astype(outputs.dtype), reading.ledger_in("router", outputs)
-    mixed = reading.ledger_out("router", reading.rule.mix(weights, outputs))
-
-    def over_all(terms: Float[Array, "B T K D"]) -> Float[Array, "B T D"]:
-        # rounded once, however many devices there are
-        wide = jnp.promote_types(terms.dtype, jnp.float32)
-        return psum(terms.sum(-2, dtype=wide)).astype(terms.dtype)
-
-    return reading.rule.combine(reading.gate_experts(mixed, ids, prefix), over_all)
 
 
 def _linear(
@@ -220,23 +180,6 @@ def _linear(
     return reading.linear(product, rows, weight, bias, slope)
 
 
-def _rows(
-    x: Float[Array, "B T KorOne D"], assignment: Assignment, reading: Reading, *, copied: bool = True
-) -> tuple[Array, Reading]:
-    """The experts' rows (``copied`` as for :func:`permute`), and the reading whose batch they are."""
-
-    def by_row(slots):
-        return permute(slots.reshape(-1, *slots.shape[2:]), assignment)
-
-    batch, tokens = x.shape[:2]
-    rows = permute(x.reshape(-1, *x.shape[2:]), assignment, copied=copied)
-    return rows, reading.rearranged(by_row, (batch, tokens, assignment.ids.shape[1]))
-
-
-def _by_token(slots: Float[Array, "N K *M"], x: Float[Array, "B T KorOne D"]) -> Float[Array, "B T K *M"]:
-    return slots.reshape(*x.shape[:2], *slots.shape[1:])
-
-
 def buffer_rows(rows: int, slots: int, experts: int, itemsize: int, *widths: int) -> int:
     """Rows that the grouped products take beside one for each slot, for estimates of memory.
 
@@ -255,24 +198,3 @@ def unpacked_values(packed: str, experts: int, *matrices: tuple[int, int]) -> in
     if not packed or (FORMATS.find(packed) is MXFP4 and takes_triton()):
         return 0
     return experts * sum(rows * width for rows, width in matrices)
-
-
-def stack_experts(expert: MLP | Sequence[MLP], count: int, inputs: int, outputs: int) -> Experts:
-    """``count`` experts: copies of one dense layer, or one from each of several.
-
-    Raises:
-        ConfigError: they do not have the layer's widths, one shape, or the right number.
-    """
-    several = [expert] * count if isinstance(expert, MLP) else list(expert)
-    if len(several) != count:
-        raise ConfigError(f"{len(several)} experts are given for a layer of {count}.")
-    if not all(isinstance(e, MLP) for e in several):
-        raise ConfigError(f"an expert is a moejax.layers.MLP, not a {type(several[0]).__name__}.")
-    if len({e.config for e in several}) > 1:
-        raise ConfigError("the experts that are given differ in their architecture; one stack needs one.")
-    widths = several[0].gate_up.shape[-1], several[0].down.shape[0]
-    if widths != (inputs, outputs):
-        raise ConfigError(f"an expert from {widths[0]} to {widths[1]} is given for a layer from {inputs} to {outputs}.")
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
-    unit = several[0].config.unit
-    return Experts(stacked.gate_up, stacked.down, stacked.gate_up_bias, stacked.down_bias, unit)

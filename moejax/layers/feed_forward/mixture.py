@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.feed_forward.activation import GLU, HiddenActivation
+from moejax.layers.feed_forward.expert_stack import ExpertStack
 from moejax.layers.feed_forward.experts import EXPERT_AXES, Experts, buffer_rows, unpacked_values
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.feed_forward.shared import SHARED_AXES, SharedConfig, SharedExpert
@@ -121,13 +122,13 @@ class Mixture(nnx.Module):
 
     Attributes:
         router: where tokens go.
-        experts: the stacked matrices of the routed experts.
+        experts: the routed experts.
         bias: added after the sum over experts.
         shared: what every token takes.
     """
 
     router: Router = nnx.data()
-    experts: Experts = nnx.data()
+    experts: ExpertStack = nnx.data()
     bias: Float[Array, " D"] | None = nnx.data()
     shared: SharedExpert | None = nnx.data()
 

@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moejax.errors import ConfigError, MoejaxError
 from moejax.layers.feed_forward.activation import GLU, Activation, HiddenActivation
 from moejax.layers.feed_forward.call_view import Info, ViewedMixture
-from moejax.layers.feed_forward.dense import MLP
-from moejax.layers.feed_forward.experts import Experts, combine, stack_experts
+from moejax.layers.feed_forward.expert_stack import ExpertStack, combine
+from moejax.layers.feed_forward.experts import Experts
+from moejax.layers.feed_forward.initial_experts import Expert, stack_experts
 from moejax.layers.feed_forward.moe_args import MoeArgs
 from moejax.layers.feed_forward.router import Router, RouterConfig
 from moejax.layers.parts import Call, Sizes
@@ -56,8 +57,9 @@ class MoeLayer(ViewedMixture):
         out_embed_dim: output width ``O``.
         num_of_experts: ``E``.
         num_selected: slots of a token ``K``.
-        expert: an :class:`~moejax.layers.MLP`, of which every expert becomes a copy (sparse upcycling), or a sequence
-            with one for each expert; by default experts are drawn anew.
+        expert: what the experts are: any module ``[N D] -> [N O]``, of which every expert becomes a copy (sparse
+            upcycling), a sequence with one for each expert, or a class or function that makes one; see
+            :func:`~moejax.layers.stack_experts`. By default experts are drawn anew.
         args: settings, an :class:`MoeArgs` of the class's own kind, a mapping, or any object with such attributes.
 
     Raises:
@@ -73,7 +75,7 @@ class MoeLayer(ViewedMixture):
         out_embed_dim: int = 768,
         num_of_experts: int = 4,
         num_selected: int = 2,
-        expert: MLP | Sequence[MLP] | None = None,
+        expert: Expert | None = None,
         args: Any = None,
     ) -> None:
         args = self.Args.of(args)
@@ -86,10 +88,11 @@ class MoeLayer(ViewedMixture):
         config = self.router_config()
         bias = jnp.zeros(config.num_experts) if config.selection_bias else None
         self.router = Router(_draw(self.init_gate_weights, args.std_gate, args.draw("gate")), None, bias, config)
-        self.experts = (
-            _draw(self.init_expert_weights, args.std_expert, args.draw("experts"))
+        key = args.draw("experts")
+        self.experts: ExpertStack = (
+            _draw(self.init_expert_weights, args.std_expert, key)
             if expert is None
-            else stack_experts(expert, self.counts.experts, in_embed_dim, out_embed_dim)
+            else stack_experts(expert, self.counts.experts, in_embed_dim, out_embed_dim, key)
         )
         self.bias = self.shared = None
         self.add_weights(args)
@@ -125,8 +128,8 @@ class MoeLayer(ViewedMixture):
             num_selected=c.slots,
             num_router_outputs=c.router_outputs,
             num_shared=int(shared is not None),
-            expert_dim=self.experts.down.shape[-1],
-            shared_dim=0 if shared is None else shared.mlp.down.shape[-1],
+            expert_dim=self.experts.hidden_dim,
+            shared_dim=0 if shared is None else shared.mlp.hidden_dim,
             couples_sequences=self.couples_sequences,
         )
 
@@ -147,7 +150,7 @@ class MoeLayer(ViewedMixture):
         """Initial weights of the router."""
         return self._initial(key, (self.counts.router_outputs, self.in_embed_dim), std)
 
-    def init_expert_weights(self, std: float = 0.02, *, key: PRNGKeyArray) -> Experts:
+    def init_expert_weights(self, std: float = 0.02, *, key: PRNGKeyArray) -> ExpertStack:
         """Initial experts, with zero biases. Not called for a layer that is given an ``expert``."""
         a, (k1, k2) = self.args, jax.random.split(key)
         unit: HiddenActivation = GLU(a.activation) if a.gated else Activation(a.activation)
@@ -360,7 +363,10 @@ def _draw(init: Callable[..., Any], std: float, key: PRNGKeyArray) -> Any:
     """Initial weights; an override that is written as in LibMoE takes no key, and draws as it likes."""
     parameters = inspect.signature(init).parameters.values()
     takes_key = any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return init(std, key=key) if takes_key else init(std)
+    drawn = init(std, key=key) if takes_key else init(std)
+    if drawn is None:
+        raise MoejaxError(f"{init.__qualname__} returned None; it returns the initial weights and assigns nothing.")
+    return drawn
 
 
 def as_routing(selected: Array | None, scores: Array | None, logits: Array) -> Routing:

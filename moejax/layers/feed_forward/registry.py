@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -13,12 +13,12 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from moejax.errors import ConfigError
-from moejax.layers.feed_forward.mixture import MIXTURE_AXES, mixture_activations
+from moejax.layers.feed_forward.mixture import mixture_activations
 from moejax.layers.parts import ActivationSizes, Axes, PartConfig, Sizes, cast
 from moejax.registry import Registry
 
 if TYPE_CHECKING:
-    from moejax.layers.feed_forward.dense import MLP
+    from moejax.layers.feed_forward.initial_experts import Expert
     from moejax.layers.feed_forward.moe_layer import MoeArgs, MoeLayer
 
 Layer = TypeVar("Layer", bound="type[MoeLayer]")
@@ -78,7 +78,7 @@ class RegisteredConfig(PartConfig):
     def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> MoeLayer:
         return cast(self.build(key), dtype)
 
-    def build(self, key: PRNGKeyArray | None, expert: MLP | Sequence[MLP] | None = None) -> MoeLayer:
+    def build(self, key: PRNGKeyArray | None, expert: Expert | None = None) -> MoeLayer:
         """The layer with random weights in float32.
 
         Args:
@@ -102,11 +102,20 @@ class RegisteredConfig(PartConfig):
     @property
     def axes(self) -> Mapping[str, Axes]:
         """Experts are split as everywhere; whatever else a registered layer has lies on every device."""
-        experts = {path: axes for path, axes in MIXTURE_AXES.items() if path.startswith("experts.")}
+        experts = {f"experts.{path}": axes for path, axes in self.abstract.experts.axes.items()}
         return experts | {"router.weight": (None, None), "router.selection_bias": (None,)}
 
+    @property
+    def leaks(self) -> frozenset[str]:
+        return self.abstract.experts.leaks
+
     def activations(self, batch: int, tokens: int, itemsize: int) -> ActivationSizes:
-        return mixture_activations(self.sizes, self.model_dim, batch * tokens, itemsize)
+        sizes, experts = self.sizes, self.abstract.experts
+        if not sizes.expert_dim:
+            # of experts that do not tell, as many hidden units as a dense layer with their weights would have
+            weights = sum(leaf.size for leaf in jax.tree.leaves(experts)) // experts.num_experts
+            sizes = replace(sizes, expert_dim=max(1, weights // (2 * self.model_dim)))
+        return mixture_activations(sizes, self.model_dim, batch * tokens, itemsize)
 
     def on_mesh(self, mesh: Mesh | None) -> Self:
         return replace(self, mesh=mesh)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moejax.layers.feed_forward.activation import GLU, HiddenActivation
 from moejax.layers.feed_forward.dense import DOWN_AXES, MLP, UP_AXES, MLPConfig
+from moejax.layers.feed_forward.module_experts import SumOfModules
 from moejax.layers.linear import Linear, matmul_f32_accum
 from moejax.layers.parts import Axes
 from moejax.rules import Reading
@@ -47,7 +48,7 @@ SHARED_AXES: Mapping[str, Axes] = {
 class SharedExpert(nnx.Module):
     """An expert that every token takes; with a ``router``, weighted by the sigmoid of its one output."""
 
-    mlp: MLP = nnx.data()
+    mlp: MLP | SumOfModules = nnx.data()
     router: Linear | None = nnx.data(default=None)
 
     @classmethod

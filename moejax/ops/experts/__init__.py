@@ -8,6 +8,7 @@ from moejax.ops.experts.dispatch.assignment import Assignment, assign
 from moejax.ops.experts.dispatch.permute import permute, unpermute
 from moejax.ops.experts.dispatch.rank_slots import padded_rows
 from moejax.ops.experts.expert_parallel import Psum, expert_parallel
+from moejax.ops.experts.grouped_map import grouped_map
 from moejax.ops.experts.matmul.api import grouped_matmul, register_matmul
 from moejax.ops.experts.matmul.hopper import supports_shapes
 from moejax.ops.experts.matmul.padded import capacities
@@ -18,6 +19,7 @@ __all__ = [
     "assign",
     "capacities",
     "expert_parallel",
+    "grouped_map",
     "grouped_matmul",
     "padded_rows",
     "permute",

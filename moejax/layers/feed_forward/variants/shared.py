@@ -1,6 +1,6 @@
 """Mixtures with a shared expert: DeepSeekMoE (arXiv 2401.06066) and DeepSeek-V3 (arXiv 2412.19437)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import ConfigError
+from moejax.layers.feed_forward.activation import GLU, Activation, HiddenActivation
 from moejax.layers.feed_forward.call_view import Info
 from moejax.layers.feed_forward.dense import MLP, MLPConfig
+from moejax.layers.feed_forward.initial_experts import Expert, stack_experts
 from moejax.layers.feed_forward.moe_args import MoeArgs
 from moejax.layers.feed_forward.moe_layer import MoeLayer
 from moejax.layers.feed_forward.registry import register_moe
@@ -32,7 +34,7 @@ class SharedArgs(MoeArgs):
 class SharedMoE(MoeLayer):
     """Shared experts beside the routed ones, whose softmax weights are not renormalised; both are added.
 
-    Of a sequence given as ``expert`` the last is the shared one.
+    ``expert`` gives the routed experts and one more, the last, which is the shared one.
 
     In LibMoE the last of the ``E`` experts is the shared one, ``K - 1`` of the others are selected, with weights that
     sum to one, and each side counts one half, so that a layer of copies computes what the copied layer did.
@@ -49,7 +51,7 @@ class SharedMoE(MoeLayer):
         out_embed_dim: int = 768,
         num_of_experts: int = 4,
         num_selected: int = 2,
-        expert: MLP | Sequence[MLP] | None = None,
+        expert: Expert | None = None,
         args: Any = None,
     ) -> None:
         args = self.Args.of(args)
@@ -57,13 +59,17 @@ class SharedMoE(MoeLayer):
             if num_selected < 2:
                 raise ConfigError(f"num_selected={num_selected}: the shared expert takes one slot of at least two.")
             num_of_experts, num_selected = num_of_experts - 1, num_selected - 1
-        given = [expert] * (num_of_experts + 1) if isinstance(expert, MLP) else expert and list(expert)
-        super().__init__(in_embed_dim, out_embed_dim, num_of_experts, num_selected, given and given[:-1], args)
+        widths = in_embed_dim, out_embed_dim
+        given = None if expert is None else stack_experts(expert, num_of_experts + 1, *widths, args.draw("experts"))
+        routed = given if given is None else given.only(slice(-1))
+        super().__init__(*widths, num_of_experts, num_selected, routed, args)
         copies = 1 if args.compat else args.num_shared
-        self.shared = SharedExpert(_side_by_side([given[-1]] * copies) if given else self._drawn(args, copies))
+        shared = self._drawn(args, copies) if given is None else given.only(slice(-1, None)).summed(copies)
+        self.shared = SharedExpert(shared)
 
     def _drawn(self, args: SharedArgs, copies: int) -> MLP:
-        unit, hidden = self.experts.unit, copies * self.experts.down.shape[-1]
+        unit: HiddenActivation = GLU(args.activation) if args.gated else Activation(args.activation)
+        hidden = copies * (args.expert_dim or self.out_embed_dim)
         k1, k2 = jax.random.split(args.draw("shared"))
         return MLP(
             self._initial(k1, (unit.branches, hidden, self.in_embed_dim), args.std_expert),
@@ -85,19 +91,6 @@ class SharedMoE(MoeLayer):
         if self.args.compat:
             shared, routed = 0.5 * shared, 0.5 * routed
         return self.reading.rule.add(routed, shared), auxiliary_loss, None, info
-
-
-def _side_by_side(several: Sequence[MLP]) -> MLP:
-    """One dense layer that computes the sum of several."""
-    c, input_biases = several[0].config, [e.gate_up_bias for e in several if e.gate_up_bias is not None]
-    output_biases = [e.down_bias for e in several if e.down_bias is not None]
-    return MLP(
-        jnp.concatenate([e.gate_up for e in several], axis=1),
-        jnp.concatenate([e.down for e in several], axis=1),
-        jnp.concatenate(input_biases, axis=1) if input_biases else None,
-        jnp.stack(output_biases).sum(0) if output_biases else None,
-        MLPConfig(c.model_dim, c.hidden_dim * len(several), c.unit, c.bias),
-    )
 
 
 @dataclass(frozen=True)

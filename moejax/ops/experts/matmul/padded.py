@@ -16,6 +16,7 @@ read)::
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def matmul(
 
     def one_pass(capacity: int, x: Array, weight: Array, start: Array | int) -> Array:
         # buffer rows beyond the end of a group are multiplied too, and never read
-        product = jnp.einsum(spec, take(x, _buffer_rows(assignment, capacity, start)), weight).reshape(-1, *width)
+        product = jnp.einsum(spec, take(x, buffer_rows(assignment, capacity, start)), weight).reshape(-1, *width)
         return take(product.astype(x.dtype), expert * capacity + (row_in_group - start).clip(0, capacity - 1))
 
     def several_passes(capacity: int, x: Array, weight: Array) -> Array:
@@ -63,7 +64,7 @@ def matmul(
     def single_pass(capacity, x, weight):
         return one_pass(capacity, x, weight, 0)
 
-    return _with_capacity(single_pass, several_passes, assignment, x, weight)
+    return with_capacity(single_pass, several_passes, assignment, x, weight)
 
 
 def weight_gradient(
@@ -78,7 +79,7 @@ def weight_gradient(
     spec = f"ec{m},ecd->e{m}d" if transpose else f"ecd,ec{m}->e{m}d"
 
     def single_pass(capacity: int, x: Array, cotangent: Array, start: Array | int = 0) -> Array:
-        rows = _buffer_rows(assignment, capacity, start)
+        rows = buffer_rows(assignment, capacity, start)
         has_slot = start + jnp.arange(capacity) < assignment.group_sizes[:, None]
 
         def fill(a):
@@ -93,11 +94,11 @@ def weight_gradient(
         passes = -(-assignment.group_sizes.max() // capacity)
         return jax.lax.fori_loop(0, passes, update, jnp.zeros(weight.shape, x.dtype))
 
-    return _with_capacity(single_pass, several_passes, assignment, x, cotangent).astype(weight.dtype)
+    return with_capacity(single_pass, several_passes, assignment, x, cotangent).astype(weight.dtype)
 
 
-def _with_capacity(
-    single_pass: Callable[..., Array], several_passes: Callable[..., Array], assignment: Assignment, *operands: Array
+def with_capacity(
+    single_pass: Callable[..., Array], several_passes: Callable[..., Array], assignment: Assignment, *operands: Any
 ) -> Array:
     """Run ``single_pass`` with the smallest capacity that holds the largest group; ``several_passes`` if none does."""
     tokens, slots = assignment.ids.shape
@@ -111,7 +112,7 @@ def _with_capacity(
     return jax.lax.switch(branch, branches, *operands)
 
 
-def _buffer_rows(assignment: Assignment, capacity: int, start: Array | int) -> Int[Array, "E Q"]:
+def buffer_rows(assignment: Assignment, capacity: int, start: Array | int) -> Int[Array, "E Q"]:
     """The row at each of the Q positions of the experts' buffers, beginning at row ``start`` of each group."""
     rows = assignment.group_offsets[:, None] + start + jnp.arange(capacity, dtype=jnp.int32)
     return jnp.minimum(rows, len(assignment.row_to_slot) - 1)
