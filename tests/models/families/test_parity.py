@@ -24,7 +24,8 @@ GATE = 1e-5
 def test_logits(family: str) -> None:
     tokens, valid = random_batch()
     ours = np.asarray(loaded(family)(tokens, valid=valid))
-    theirs = torch_logits(torch_model(family), tokens, valid)
+    # norms after a rotation see the positions themselves, which transformers counts over padding unless it is told
+    theirs = torch_logits(torch_model(family), tokens, valid, positions=family == "hunyuan_v1_moe")
     assert relative_rms(ours[valid], theirs[valid]) <= GATE
 
 
