@@ -327,15 +327,13 @@ def load(
             unpacked when a step uses them; the same numbers for less memory.
         experts: ``"int8"`` rounds the experts' matrices alone to 8 bits a value, with a scale for each output channel;
             results are those of the rounded model. ``"mxfp4"`` is ``keep_packed``.
-        tokenizer: a tokenizer of transformers or of the ``tokenizers`` library, or any object with ``encode`` and
-            ``decode``, instead of the one that the folder has.
+        tokenizer: in place of the folder's: of transformers, of ``tokenizers``, or any with ``encode`` and ``decode``.
         revision, token, cache_dir: branch, tag or commit of a hub id; access token; folder of the hub's cache.
         rules: the earlier name of ``sharding``.
         check_weights: read them once more, and raise if any is NaN or infinite.
 
     Raises:
-        ConfigError: the configuration is missing or not supported, the rules do not fit it or the mesh, or ``dtype`` is
-            none for weights.
+        ConfigError: the configuration or ``dtype`` is missing or not supported, or the rules do not fit it or the mesh.
         CheckpointError: the weights are missing, truncated, do not fit the configuration, or are not finite.
     """
     if rules is not None:
@@ -344,11 +342,9 @@ def load(
     if sharding is not None and mesh is None:
         raise ConfigError("sharding lays weights over a mesh; pass mesh=jax.make_mesh(..) too.")
     reserve_memory()
-    if dtype is not None:
-        check_dtype(dtype)
+    check_dtype(dtype)
     wrapped = None if tokenizer is None else Tokenizer.wrap(tokenizer)
-    placed = {"mesh": mesh, "rules": sharding}
-    held = {"keep_packed": keep_packed, "experts": experts}
+    placed, held = {"mesh": mesh, "rules": sharding}, {"keep_packed": keep_packed, "experts": experts}
     if hasattr(source, "state_dict"):
         lm = _load_torch(source, dtype, held, placed, wrapped)
     else:
