@@ -21,14 +21,16 @@ from moejax.checkpoints.quantise import Quantisation
 from moejax.checkpoints.tied_head import config_as_read
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.compilation_cache import keep_programs
-from moejax.errors import ConfigError, PromptError
+from moejax.errors import ConfigError, PromptError, one_line
 from moejax.generation import Generation, generate_tokens
+from moejax.generation.finite import check_finite
 from moejax.generation.options import GenerateOptions, Watcher
 from moejax.models import Config, Decoder, FlatDecoder, ShardingRules
 from moejax.models.activations import checked_apply
+from moejax.models.finite import check_leaves
 from moejax.models.padding import left_pad, padded_length, warn_beyond_context
 from moejax.ops.memory import reserve_memory
-from moejax.prompts import Chat, EncodedPrompt, as_prompt, is_single
+from moejax.prompts import Chat, EncodedPrompt, as_prompt, checked_ids, is_single
 from moejax.rules import Edits, Gates, Reading
 from moejax.rules.gates import TokenIds
 
@@ -67,9 +69,7 @@ class LM:
         return f"LM({self.name!r}, {self.decoder!r}{tokenizer})"
 
     def _repr_html_(self) -> str:
-        from moejax.report.visible import visible
-
-        return self.decoder._repr_html_().replace("Decoder", f"LM {html.escape(visible(self.name))}", 1)
+        return self.decoder._repr_html_().replace("Decoder", f"LM {html.escape(one_line(self.name))}", 1)
 
     @property
     def config(self) -> Config:
@@ -185,7 +185,7 @@ class LM:
 
         Raises:
             PromptError: no prompts, an empty one, or an id outside the vocabulary.
-            MoejaxError: an option that is not known or out of range.
+            MoejaxError: an option that is not known or out of range; logits that are not finite.
         """
         if len(prompts) == 0:
             raise PromptError("there are no prompts to continue.")
@@ -231,6 +231,7 @@ class LM:
             return_scores=return_scores,
             watch=watcher if watched else None,
         )
+        check_finite(self.flat, found, tokens, valid, reading, self.name)
         if options.streamer is not None:
             watcher.end(watcher.cut(np.asarray(found.tokens)[0, : int(found.lengths[0])].tolist()))
         return found, watcher
@@ -272,18 +273,7 @@ class LM:
         Raises:
             PromptError: it is empty, or an id lies outside the vocabulary.
         """
-        try:
-            ids = np.asarray(tokens)
-        except ValueError as error:
-            raise PromptError("token ids of unequal length: pad the rows and say so with `valid`.") from error
-        if ids.size == 0:
-            raise PromptError("the prompt is empty: there is no token to predict from.")
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise PromptError(f"token ids must be integers, not {ids.dtype}.")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            worst = ids.min() if ids.min() < 0 else ids.max()
-            raise PromptError(f"token id {worst} is outside the vocabulary of {self.config.vocab_size}.")
-        return ids.astype(np.int32)
+        return checked_ids(tokens, self.config.vocab_size)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token of a sequence, or its id where there is no tokenizer; joined, they are the text."""
@@ -317,6 +307,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     rules: ShardingRules | None = None,
+    check_weights: bool = False,
 ) -> LM:
     """Load a model: a bundled name, a folder (of Hugging Face files, or what ``moejax convert`` wrote), a hub id, or a
     ``transformers`` model in memory.
@@ -338,15 +329,14 @@ def load(
             unpacked when a step uses them; the same numbers for less memory.
         experts: ``"int8"`` rounds the experts' matrices alone to 8 bits a value, with a scale for each output channel;
             results are those of the rounded model. ``"mxfp4"`` is ``keep_packed``.
-        tokenizer: a tokenizer of transformers or of the ``tokenizers`` library, or any object with ``encode`` and
-            ``decode``, instead of the one that the folder has.
+        tokenizer: in place of the folder's: of transformers, of ``tokenizers``, or any with ``encode`` and ``decode``.
         revision, token, cache_dir: branch, tag or commit of a hub id; access token; folder of the hub's cache.
         rules: the earlier name of ``sharding``.
+        check_weights: read them once more, and raise if any is NaN or infinite.
 
     Raises:
-        ConfigError: the configuration is missing or not supported, the rules do not fit it or the mesh, or ``dtype`` is
-            none for weights.
-        CheckpointError: the weights are missing, truncated, or do not fit the configuration.
+        ConfigError: the configuration or ``dtype`` is missing or not supported, or the rules do not fit it or the mesh.
+        CheckpointError: the weights are missing, truncated, do not fit the configuration, or are not finite.
     """
     if rules is not None:
         warnings.warn("load(rules=) is called sharding= now.", DeprecationWarning, stacklevel=2)
@@ -355,25 +345,27 @@ def load(
         raise ConfigError("sharding lays weights over a mesh; pass mesh=jax.make_mesh(..) too.")
     reserve_memory()
     keep_programs()
-    if dtype is not None:
-        check_dtype(dtype)
+    check_dtype(dtype)
     wrapped = None if tokenizer is None else Tokenizer.wrap(tokenizer)
-    placed = {"mesh": mesh, "rules": sharding}
+    placed, held = {"mesh": mesh, "rules": sharding}, {"keep_packed": keep_packed, "experts": experts}
     if hasattr(source, "state_dict"):
-        if keep_packed:
-            raise ConfigError("a transformers model in memory has unpacked its experts; load its folder instead.")
-        return _load_torch(source, dtype, experts, placed, wrapped)
-    folder = open_folder(source, hub=Hub(revision, token, cache_dir))
-    lm = _load_folder(folder, dtype, {"keep_packed": keep_packed, "experts": experts}, placed, wrapped)
-    return replace(lm, name=str(source))
+        lm = _load_torch(source, dtype, held, placed, wrapped)
+    else:
+        lm = _load_folder(open_folder(source, hub=Hub(revision, token, cache_dir)), dtype, held, placed, wrapped)
+        lm = replace(lm, name=str(source))
+    if check_weights:
+        check_leaves(lm.decoder, lm.name)
+    return lm
 
 
 def _load_torch(
-    model: Any, dtype: DTypeLike | None, experts: str | None, placed: Mapping[str, Any], tokenizer: Tokenizer | None
+    model: Any, dtype: DTypeLike | None, held: Mapping[str, Any], placed: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> LM:
-    """Load a model of transformers; ``placed`` has the mesh and the sharding rules."""
+    """Load a model of transformers; ``held`` and ``placed`` are as in :func:`_load_folder`."""
+    if held["keep_packed"]:
+        raise ConfigError("a transformers model in memory has unpacked its experts; load its folder instead.")
     errors: dict[str, float] = {}
-    decoder = load_torch(model, dtype, experts=experts, errors=errors, **placed)
+    decoder = load_torch(model, dtype, experts=held["experts"], errors=errors, **placed)
     config, quantisation = config_as_read(model.config.to_dict(), decoder), Quantisation.of(decoder.config, errors)
     stored = getattr(model, "generation_config", None)
     settings = {} if stored is None else dict(stored.to_dict())

@@ -154,6 +154,26 @@ def as_prompt(prompt: Any) -> Any:
     return ids if mask is None else ids[_row(mask).astype(bool)]
 
 
+def checked_ids(tokens: Any, vocab_size: int) -> np.ndarray:
+    """Return token ids as an int32 array.
+
+    Raises:
+        PromptError: there are none, they are no integers, or an id lies outside the vocabulary.
+    """
+    try:
+        ids = np.asarray(tokens)
+    except ValueError as error:
+        raise PromptError("token ids of unequal length: pad the rows and say so with `valid`.") from error
+    if ids.size == 0:
+        raise PromptError("the prompt is empty: there is no token to predict from.")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(f"token ids must be integers, not {ids.dtype}.")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        raise PromptError(f"token id {worst} is outside the vocabulary of {vocab_size}.")
+    return ids.astype(np.int32)
+
+
 def _row(values: Any) -> np.ndarray:
     """An array without a batch axis of one."""
     try:

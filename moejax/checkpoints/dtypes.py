@@ -21,8 +21,10 @@ _MARGIN = 1.25
 """Memory that must be free for each byte of weights, so that there is room for a pass too."""
 
 
-def check_dtype(dtype: DTypeLike) -> None:
-    """Raise ``ConfigError`` if weights cannot be held in a dtype."""
+def check_dtype(dtype: DTypeLike | None) -> None:
+    """Raise ``ConfigError`` if weights cannot be held in a dtype; ``None`` is any."""
+    if dtype is None:
+        return
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

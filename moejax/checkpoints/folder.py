@@ -17,7 +17,7 @@ from moejax.checkpoints.files import MARK, adapter_message, read_object
 from moejax.checkpoints.hub import Hub, is_cached
 from moejax.checkpoints.safetensors import SafetensorsFolder
 from moejax.errors import CheckpointError, ConfigError
-from moejax.models.kinds import check_sizes
+from moejax.models.kinds import check_generation, check_sizes
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 """The folder of the models that are installed with the package."""
@@ -76,10 +76,13 @@ class ModelFolder:
         """The fields of ``generation_config.json``; empty if there is none.
 
         Raises:
-            ConfigError: the file is not a JSON object.
+            ConfigError: the file is not a JSON object, or a field is of another kind.
             CheckpointError: it is a link that leaves the folder.
         """
-        return read_object(self.path, "generation_config.json", ConfigError, _MAX_CONFIG) or {}
+        name = "generation_config.json"
+        config = read_object(self.path, name, ConfigError, _MAX_CONFIG) or {}
+        check_generation(config, f"{self.path}/{name}")
+        return config
 
     def tensors(self) -> SafetensorsFolder:
         """Open the safetensors files and read their headers; no data is read yet.

@@ -1,7 +1,6 @@
 """The progress bar of a long run over a checkpoint, and the summary at its end."""
 
 import importlib.util
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +52,9 @@ def peak_bytes() -> int:
         # on Linux, getrusage counts the memory before exec too, when the process was a copy of its parent
         lines = (line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return next((int(kibibytes) * 1024 for _, kibibytes, _ in lines), 0)
+    # imported here: Windows has no such module
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -18,6 +18,7 @@ from moejax.checkpoints.load import load_folder
 from moejax.checkpoints.plan import count_nonfinite, leaf_paths
 from moejax.errors import CheckpointError, MoejaxError
 from moejax.models import Decoder
+from moejax.report.numbers import finite
 from moejax.report.schema import SCHEMA, VerificationReport
 
 TOLERANCE = 1e-5
@@ -66,8 +67,8 @@ class Verification:
         return self.relative_rms <= TOLERANCE if self.dtype in ("float32", "float64") else None
 
     def to_dict(self) -> VerificationReport:
-        """Return a dictionary that can be written as JSON."""
-        return cast(VerificationReport, {"schema": SCHEMA} | asdict(self) | {"passed": self.passed})
+        """Return a dictionary that can be written as JSON; a number that is not finite is ``None``."""
+        return cast(VerificationReport, {"schema": SCHEMA} | finite(asdict(self)) | {"passed": self.passed})
 
 
 def verify(

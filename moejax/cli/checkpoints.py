@@ -1,6 +1,5 @@
 """``moejax convert``, ``export``, ``verify``, ``doctor`` and ``models``."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ import typer
 from rich.console import Console
 
 from moejax.cli.options import AsJson, Loading, Plugin, add, shows_bar, use_host_only
-from moejax.cli.output import say
+from moejax.cli.output import say, say_json
 from moejax.compilation_cache import SETTING, keep_programs
 
 Source = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or bundled name.")]
@@ -42,7 +41,7 @@ def convert(
     except KeyboardInterrupt:
         print("stopped; the same command goes on with what is left", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(json.dumps(done.to_dict())) if as_json else say(done)
+    say_json(done.to_dict()) if as_json else say(done)
 
 
 def export(
@@ -63,7 +62,7 @@ def export(
     model = source if experts is None else Loading(experts=experts).load(source)
     options = {"max_shard_bytes": max_shard_bytes, "dequantise": dequantise, "progress": shows_bar(as_json)}
     done = moejax.export(model, destination, **options)
-    print(json.dumps(done.to_dict())) if as_json else say(done)
+    say_json(done.to_dict()) if as_json else say(done)
 
 
 def verify(
@@ -87,7 +86,7 @@ def verify(
     loading.check_forward(architecture(source), batch, length, parse_dtype(dtype).itemsize)
     result = compare(source, dtype=dtype, **options, batch=batch, length=length)
     if as_json:
-        print(json.dumps(result.to_dict()))
+        say_json(result.to_dict())
     else:
         Console().print(verification_table(result.to_dict()))
     if result.passed is False:
@@ -128,7 +127,7 @@ def doctor(
     facts, folder = examine(model, dtype=dtype), keep_programs()
     if as_json:
         kept = {"compilation_cache": None if folder is None else str(folder)}
-        print(json.dumps(dict(facts) | kept | ({"fit": fits} if fits else {})))
+        say_json(dict(facts) | kept | ({"fit": fits} if fits else {}))
     else:
         # of a GPU that is asked for, the answer alone
         Console().print(*(map(fit_table, fits) if fits else doctor_tables(facts)))
@@ -145,7 +144,7 @@ def models(as_json: AsJson = False, plugin: Plugin = None) -> None:
 
     found = {"bundled": bundled_names(), "families": sorted(FAMILIES), "shapes": sorted(SHAPES)}
     if as_json:
-        print(json.dumps(found))
+        say_json(found)
         return
     print(f"bundled, by name: {', '.join(found['bundled'])}")
     print(f"families (model_type of a folder or hub id): {', '.join(found['families'])}")

@@ -1,6 +1,5 @@
 """``moejax explain`` and ``moejax generate``."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from moejax.cli.options import AsJson, Loading, Model, Plugin, Seed, add, check_file
-from moejax.cli.output import say
+from moejax.cli.output import say, say_json
 from moejax.cli.prompts import Prompts
 
 
@@ -75,7 +74,7 @@ def _show_scores(scores: Any, as_json: bool) -> None:
     """Print what a method says."""
     from moejax.report.scores import render_scores
 
-    print(json.dumps(scores), flush=True) if as_json else render_scores(scores)
+    say_json(scores) if as_json else render_scores(scores)
 
 
 def _show(
@@ -90,7 +89,7 @@ def _show(
     name, out = plot
     if name is not None and out is not None:
         report.plot(name, pictured.to_dict()).savefig(out, bbox_inches="tight")
-    print(json.dumps(relevance.to_dict()), flush=True) if as_json else report.render(pictured.to_dict())
+    say_json(relevance.to_dict()) if as_json else report.render(pictured.to_dict())
 
 
 def generate(
@@ -137,7 +136,7 @@ def generate(
         shown = prompt if isinstance(prompt, str) else ""
         if as_json:
             about = {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt.messages)}
-            print(json.dumps(about | {"text": lm.generate(prompt, **options)}), flush=True)
+            say_json(about | {"text": lm.generate(prompt, **options)})
         elif streams:
             _stream(lm, prompt, shown, options)
         else:

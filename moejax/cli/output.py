@@ -1,5 +1,6 @@
 """What the command prints of texts that others wrote: a model's answer, names and paths."""
 
+import json
 import sys
 from typing import Any, TextIO
 
@@ -19,3 +20,18 @@ def say(*texts: Any, end: str = "\n", to: TextIO | None = None) -> None:
 
     shown = "".join(printed(str(text)) for text in texts)
     print(shown, end=end, file=sys.stdout if to is None else to, flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Print data as one line of JSON; a number that is not finite is null, which every program can read."""
+    print(one_object(value), flush=True)
+
+
+def one_object(value: Any) -> str:
+    """Return data as one line of JSON, with null for a number that is not finite."""
+    from moejax.report.numbers import finite
+
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:  # rare, and looking at each number takes long
+        return json.dumps(finite(value), allow_nan=False)

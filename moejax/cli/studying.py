@@ -1,6 +1,5 @@
 """``moejax analyse`` and ``moejax bench``."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 from rich.console import Console
 
 from moejax.cli.options import AsJson, Loading, Plugin, Seed, add, check_folder, shows_bar
-from moejax.cli.output import say
+from moejax.cli.output import one_object, say, say_json
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -63,7 +62,7 @@ def analyse(
     statistics = study.analyse(lm, windows, against=other, **options, progress=shows_bar(as_json)).to_dict()
     written = write_routing(statistics, out)
     if as_json:
-        print(json.dumps(statistics, allow_nan=False))
+        say_json(statistics)
     else:
         console = Console()
         console.print(*routing_tables(statistics, console.width))
@@ -93,10 +92,10 @@ def bench(
     # a row is printed as soon as it is measured, with --json as a line of its own
     for part in measure(name, decoder, tokens=tokens, long_tokens=long_tokens, cases=words, repeats=repeats):
         if isinstance(part, dict):
-            lines = [json.dumps(part)] if as_json else heading_lines(part)
+            lines = [one_object(part)] if as_json else heading_lines(part)
         else:
             row = part.to_dict()
-            lines = [json.dumps(row) if as_json else row_line(row)]
+            lines = [one_object(row) if as_json else row_line(row)]
         print(*lines, sep="\n", flush=True)
 
 

@@ -1,6 +1,5 @@
 """``moejax train``."""
 
-import json
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moejax.cli.options import AsJson, Plugin, add, check_folder
-from moejax.cli.output import say
+from moejax.cli.output import say, say_json
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -78,7 +77,7 @@ def _follow(run: Any, steps: int, as_json: bool) -> None:
     try:
         if as_json:
             for row in run:
-                print(json.dumps(row), flush=True)
+                say_json(row)
         else:
             follow(run, steps)
         ended = f"stopped at step {run.saved_step}, saved" if run.stopped else ""

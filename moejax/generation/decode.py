@@ -86,11 +86,13 @@ class _State(NamedTuple):
         cache: keys and values of the prompts and of all new tokens but the last; its rows are in the order from before
             the last token was chosen (see ``choice.parents``).
         choice: the tokens chosen so far.
+        finite: whether the largest logit of every step so far was finite, for each row that was computed.
     """
 
     num_chosen: Int[Array, ""]
     cache: Cache
     choice: SampledRows | Beams
+    finite: Bool[Array, " Q"]
 
 
 def generate_tokens(
@@ -173,7 +175,7 @@ def _prefill(call: _Call, options: StaticOptions) -> _State:
         logits, cache = logits[prompt_of_row], _take_rows(cache, prompt_of_row)
     kind = Beams if call.sampling.num_beams > 1 else SampledRows
     choice = kind.start(logits, call.sampling, options)
-    return _choose(call, options, choice, logits, cache, 0, options.max_new_tokens)
+    return _choose(call, options, choice, logits, cache, 0, options.max_new_tokens, jnp.ones(len(logits), bool))
 
 
 def _decode(
@@ -198,7 +200,7 @@ def _decode(
         position = prompt + state.num_chosen - 1
         reading_now = _for_tokens(reading, lambda gate: jax.lax.dynamic_slice_in_dim(gate, position, 1, axis=2))
         logits, cache = _forward(decoder, newest, jnp.ones(newest.shape, bool), cache, reading_now)
-        return _choose(call, options, state.choice, logits, cache, state.num_chosen, limit)
+        return _choose(call, options, state.choice, logits, cache, state.num_chosen, limit, state.finite)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -216,11 +218,14 @@ def _choose(
     cache: Cache,
     num_chosen: Int[Array, ""] | int,
     limit: Int[Array, ""] | int,
+    finite: Bool[Array, " Q"],
 ) -> _State:
     """The state after one more token of each row, chosen from ``logits``."""
     history = _history(call, choice, num_chosen) if call.sampling.reads_history else None
     step = DecodeStep(logits, history, num_chosen, limit, _keys(call, num_chosen))
-    return _State(jnp.asarray(num_chosen + 1, jnp.int32), cache, choice.choose(step, call.sampling, options))
+    # the maximum is NaN if any logit is; the host looks at it once, at the end
+    finite = finite & jnp.isfinite(logits.max(-1))
+    return _State(jnp.asarray(num_chosen + 1, jnp.int32), cache, choice.choose(step, call.sampling, options), finite)
 
 
 def _keys(call: _Call, num_chosen: Int[Array, ""] | int) -> Key[Array, " Q"]:
@@ -242,7 +247,8 @@ def _history(call: _Call, choice: SampledRows | Beams, num_chosen: Int[Array, ""
 
 
 def _result(call: _Call, state: _State, options: StaticOptions) -> Generation:
-    return state.choice.result(state.num_chosen, call.sampling, options)
+    finite = state.finite.reshape(len(call.tokens), -1).all(-1)
+    return state.choice.result(state.num_chosen, call.sampling, options)._replace(finite=finite)
 
 
 def _forward(

@@ -70,6 +70,7 @@ class Generation(NamedTuple):
             end. ``None`` unless asked for.
         sequence_scores: the score that ranks beams: sum of processed log-probabilities / length ** length_penalty.
             ``None`` without beam search.
+        finite: for each prompt, whether the largest logit of every step was finite; if not, its tokens mean nothing.
     """
 
     tokens: Int[Array, "B A"]
@@ -77,9 +78,11 @@ class Generation(NamedTuple):
     scores: Float[Array, "B A V"] | None = None
     log_probs: Float[Array, "B A"] | None = None
     sequence_scores: Float[Array, " B"] | None = None
+    finite: Bool[Array, " P"] | None = None
 
     def __repr__(self) -> str:
-        fields = [f"{name}={_short(value)}" for name, value in self._asdict().items() if value is not None]
+        shown = {name: value for name, value in self._replace(finite=None)._asdict().items() if value is not None}
+        fields = [f"{name}={_short(value)}" for name, value in shown.items()]
         return f"Generation({', '.join(fields)})"
 
 

@@ -171,9 +171,33 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
         config: the fields of ``config.json``.
         where: the file, as the error message names it.
     """
-    for name, kind in SIZES.items():
+    _check(SIZES, config, where)
+
+
+def _check(kinds: Mapping[str, Kind], config: Mapping[str, Any], where: str) -> None:
+    for name, kind in kinds.items():
         if config.get(name) is not None:
             try:
                 kind.read(name, config[name])
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
+
+
+def _texts(value: Any) -> Any:
+    return value if isinstance(value, str) else list_of(TEXT).convert(value)
+
+
+GENERATION: Mapping[str, Kind] = {
+    "eos_token_id": TOKEN_IDS,
+    "pad_token_id": TOKEN_IDS,
+    "temperature": number(zero=True),
+    "top_k": integer(0, _MOST_TOKENS),
+    "top_p": number(most=1.0),
+    "stop_strings": Kind("a text, or a list of texts", _texts),
+}
+"""Kinds of the fields of ``generation_config.json`` that are read."""
+
+
+def check_generation(config: Mapping[str, Any], where: str) -> None:
+    """Raise ``ConfigError`` if a field of a ``generation_config.json`` is of another kind."""
+    _check(GENERATION, config, where)

@@ -1,6 +1,7 @@
 """``explain``: which tokens, experts, heads and layers caused an output."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import MoejaxError, PromptError
 from moejax.lm import LM, Prompt
+from moejax.models.finite import first_not_finite
 from moejax.models.node_table import checked_edits, from_first_token
 from moejax.ops.memory import free_bytes
 from moejax.relevance.budget import Footprint
@@ -79,7 +81,7 @@ def explain(
 
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
-        MoejaxError: an unknown rule, gates or edits of another model, weights in float16.
+        MoejaxError: an unknown rule, gates or edits of another model, weights in float16, values that are not finite.
     """
     options = PassOptions(by_name(rule), gates, edits, tuple(nodes), checked_chunk(chunk), rematerialise, max_bytes)
     return _explain(lm, [prompt], checked_target(target), options)[0]
@@ -126,7 +128,7 @@ def explain_batch(
     Raises:
         PromptError: an empty prompt, an id out of range, a named token that is several tokens, no such node.
         MoejaxError: an unknown rule, gates or edits of another model, weights in float16, ``max_bytes`` too little for
-            a target, a negative ``rematerialise``, a ``chunk`` that is not positive.
+            a target, a negative ``rematerialise``, a ``chunk`` that is not positive, values that are not finite.
     """
     if len(prompts) == 0:
         return []
@@ -166,7 +168,31 @@ def _explain(lm: LM, prompts: Sequence[Prompt], target: Target, options: PassOpt
         rematerialised_layers=layers or 0,
     )
     out, likely = jax.device_get((replace(out, logits=None), _likely(out.logits)))
+    _check_finite(resolved, out, options)
     return [_result(resolved, row, repr(options.rule), out, likely) for row in range(len(prompts))]
+
+
+def _check_finite(resolved: ResolvedTarget, out: Readout, options: PassOptions) -> None:
+    """Look at what has come to the host: raise where nothing was explained, warn where some relevance is no number.
+
+    Raises:
+        MoejaxError: a target's value is not finite; the pass is run again to say where that begins.
+    """
+    lm = resolved.lm
+    for row, ids in enumerate(resolved.sequences):
+        if np.isfinite(out.target[row, : len(resolved.terms[row])]).all():
+            continue
+        alone = len(resolved.sequences) == 1
+        changes = (options.gates, options.edits) if alone else (None, None)
+        where = first_not_finite(lm.flat, np.array([ids]), None, *changes)
+        raise MoejaxError(f"{lm.name}: the explained values are not finite; {where}.")
+    layers = np.isfinite(np.asarray(out.cut(resolved.length).gates.tokens)).all((0, 2, 3))
+    if not layers.all():
+        warnings.warn(
+            f"relevance is NaN or infinite from layer {np.flatnonzero(~layers)[-1]} down to the tokens, though the "
+            "explained values are finite; relevance of higher layers is right. Try another rule or a wider dtype.",
+            stacklevel=4,
+        )
 
 
 def _edits(resolved: ResolvedTarget, edits: Edits | None) -> Edits:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from moejax.errors import MoejaxError
 from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
+from moejax.report.numbers import finite, listed, number
 from moejax.report.schema import SCHEMA, RelevanceReport
 
 
@@ -135,27 +136,27 @@ class Relevance(Attribution):
         return ExpertRelevance(np.zeros(shape, self.heads.dtype), weights.astype(np.int32), weights, 0)
 
     def to_dict(self) -> RelevanceReport:
-        """Return the result as plain data, for JSON and for the reports."""
+        """Return the result as plain data, for JSON and for the reports; a number that is not finite is ``None``."""
         ledger, residual = self.ledger, self.ledger.residual
         edges = {node.removeprefix("edges."): v for node, v in self.vectors.items() if node.startswith("edges.")}
         targets = [
             {
                 "label": self.labels[n],
                 "position": int(self.positions[n]),
-                "value": float(ledger.target[n]),
-                "candidates": [c._asdict() for c in self.candidates[n]],
-                "tokens": self.tokens[n].tolist(),
-                "layers": self.layers[n].tolist(),
-                "experts": self.experts[n].tolist(),
-                "heads": self.heads[n].tolist(),
+                "value": number(ledger.target[n]),
+                "candidates": [finite(c._asdict()) for c in self.candidates[n]],
+                "tokens": listed(self.tokens[n]),
+                "layers": listed(self.layers[n]),
+                "experts": listed(self.experts[n]),
+                "heads": listed(self.heads[n]),
                 "ledger": {
-                    "target": float(ledger.target[n]),
-                    "tokens": float(ledger.tokens[n]),
-                    "leaks": {name: leak[n].tolist() for name, leak in ledger.leaks.items()},
-                    "residual": float(residual[n]),
+                    "target": number(ledger.target[n]),
+                    "tokens": number(ledger.tokens[n]),
+                    "leaks": {name: listed(leak[n]) for name, leak in ledger.leaks.items()},
+                    "residual": number(residual[n]),
                 },
             }
-            | ({"edges": {layer: v[n].tolist() for layer, v in edges.items()}} if edges else {})
+            | ({"edges": {layer: listed(v[n]) for layer, v in edges.items()}} if edges else {})
             for n in range(len(self.labels))
         ]
         report = {
@@ -168,7 +169,7 @@ class Relevance(Attribution):
             "token_ids": self.token_ids.tolist(),
             "num_experts": self._mixture.count,
             "expert_ids": self.expert_ids.tolist(),
-            "expert_weights": self.expert_weights.tolist(),
+            "expert_weights": listed(self.expert_weights),
             "targets": targets,
         }
         return cast(RelevanceReport, report)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from moejax.report.numbers import number
 from moejax.routing import statistics as s
 from moejax.study.accumulators import MixtureSizes, RoutingSums
 from moejax.study.similarity import Similarity
@@ -194,7 +195,10 @@ def _relative(nats: float, options: int) -> float | None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, arrays and tuples as dictionaries and lists for JSON; floats are rounded to seven digits."""
+    """Dataclasses, arrays and tuples as dictionaries and lists for JSON; floats are rounded to seven digits.
+
+    A number that is not finite is ``None``.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
@@ -203,4 +207,4 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    return number(float(f"{value:.7g}")) if isinstance(value, float) else value

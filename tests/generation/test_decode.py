@@ -165,8 +165,9 @@ def test_repr_of_a_generation_gives_shapes(toy_lm: moejax.LM) -> None:
     assert repr(generation) == "Generation(tokens=int32[3,4], lengths=int32[3])"
     scored = generation._replace(scores=jnp.zeros((3, 4, 53)))
     assert repr(scored) == "Generation(tokens=int32[3,4], lengths=int32[3], scores=float32[3,4,53])"
-    tokens, lengths, *scores = generation
+    tokens, lengths, *scores, finite = generation
     assert (tokens.shape, lengths.shape, scores) == ((3, 4), (3,), [None, None, None])
+    assert finite.shape == (3,)
     shapes = jax.tree.map(jnp.shape, generation)
     assert repr(shapes) == "Generation(tokens=(3, 4), lengths=(3,))"
 

@@ -15,6 +15,7 @@ from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.question import ResolvedTarget
 from moejax.relevance.result import Attribution
 from moejax.relevance.targets import Target, TargetLike
+from moejax.report.numbers import listed
 from moejax.report.schema import SCHEMA, ScoresReport
 
 
@@ -49,7 +50,7 @@ class Scores(Attribution):
         arrays = {"tokens": self.tokens, "experts": by_expert, "heads": self.heads, "gap": self.gap}
         targets = [
             {"label": label, "position": int(self.positions[n])}
-            | {name: None if array is None else array[n].tolist() for name, array in arrays.items()}
+            | {name: None if array is None else listed(array[n]) for name, array in arrays.items()}
             for n, label in enumerate(self.labels)
         ]
         report = {"method": self.method, "unit": self.unit, "tokens": self.pieces, "token_ids": self.token_ids.tolist()}

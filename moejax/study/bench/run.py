@@ -19,6 +19,7 @@ from moejax.errors import MoejaxError
 from moejax.lm import LM
 from moejax.models import Decoder, FlatDecoder
 from moejax.program import fast_tracing
+from moejax.report.numbers import finite
 from moejax.report.schema import SCHEMA, BenchEntry, BenchHeading
 from moejax.study.bench.cases import CASES, NEW_TOKENS, Case, decode_function, forward
 from moejax.study.bench.floor import DeviceLimits, device_limits, floor_ms, median_ms, queued_ms
@@ -65,7 +66,7 @@ class BenchRow:
 
     def to_dict(self) -> BenchEntry:
         """Plain data for JSON, and for :func:`moejax.report.bench.row_line`."""
-        return cast(BenchEntry, {"schema": SCHEMA} | asdict(self) | {"ratio": self.ratio})
+        return cast(BenchEntry, {"schema": SCHEMA} | finite(asdict(self)) | {"ratio": self.ratio})
 
 
 def heading(name: str, decoder: Decoder, limits: DeviceLimits) -> BenchHeading:
