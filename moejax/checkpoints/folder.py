@@ -6,15 +6,16 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoints.files import MARK, adapter_message, check_sizes, read_object
+from moejax.checkpoints.files import MARK, adapter_message, check_sizes, read_object, side_files
 from moejax.checkpoints.hub import Hub
 from moejax.checkpoints.safetensors import SafetensorsFolder
+from moejax.checkpoints.stamps import Stamps
 from moejax.errors import CheckpointError, ConfigError
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
@@ -37,12 +38,14 @@ class ModelFolder:
         kind: how its weights are stored.
         hugging_face: the fields of ``config.json``, without the mark that ``moejax convert`` adds.
         mark: that mark as it stands in the file, unchecked; ``None`` for Hugging Face files.
+        stamps: its files as they were before the first was read.
     """
 
     path: Path
     kind: FolderKind
     hugging_face: Mapping[str, Any]
     mark: Any = None
+    stamps: Stamps = field(kw_only=True, repr=False, compare=False)
 
     @classmethod
     def read(cls, path: Path) -> "ModelFolder":
@@ -52,6 +55,7 @@ class ModelFolder:
             ConfigError: the file is missing or not a JSON object, or one of its sizes is not a positive integer.
             CheckpointError: the file is a link that leaves the folder.
         """
+        stamps = Stamps(path)
         config = read_object(path, "config.json", ConfigError)
         if config is None:
             adapter = (path / "adapter_config.json").is_file()
@@ -59,12 +63,17 @@ class ModelFolder:
         check_sizes(config, f"{path}/config.json")
         kind = FolderKind.ORBAX if MARK in config else FolderKind.HUGGING_FACE
         mark = config.pop(MARK, None)
-        return cls(path, kind, config, mark)
+        return cls(path, kind, config, mark, stamps=stamps)
 
     @property
     def is_orbax(self) -> bool:
         """True if ``moejax convert`` wrote the folder."""
         return self.kind is FolderKind.ORBAX
+
+    @cached_property
+    def side_files(self) -> list[str]:
+        """The names of the files beside config and weights (:func:`moejax.checkpoints.files.side_files`)."""
+        return side_files(self.path)
 
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:

@@ -117,5 +117,5 @@ def node_graph(
     figure = report.node_graph(shown, graph, title="sum |R| of each node", with_text=len(shown) <= most_with_text)
     if path is not None:
         path = Path(path)
-        figure.savefig(path if path.suffix else path.with_suffix(".svg"))
+        save_figure(figure, path if path.suffix else path.with_suffix(".svg"))
     return figure
