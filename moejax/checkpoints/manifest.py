@@ -86,9 +86,16 @@ class Manifest:
         fields = {"version": VERSION, "about": self.about, "complete": self.complete, "made": self.made}
         write_object(folder / MANIFEST, fields | {"files": self.files})
 
-    def damaged(self, folder: Path, under: str = "") -> list[str]:
-        """Return what is wrong with the files whose paths begin with ``under``, each with its name."""
-        listed = {name: value for name, value in self.files.items() if name.startswith(under)}
+    def damaged(self, folder: Path, under: str = "", largest: int | None = None) -> list[str]:
+        """Return what is wrong with the files whose paths begin with ``under``, each with its name.
+
+        Args:
+            folder: the folder.
+            under: the beginning of the paths.
+            largest: leave out files of more bytes.
+        """
+        files = {name: value for name, value in self.files.items() if name.startswith(under)}
+        listed = {name: value for name, value in files.items() if largest is None or value[0] <= largest}
         sizes = {name: _size(folder / name) for name in listed}
         problems = [f"{name} is missing" for name in listed if sizes[name] is None]
         problems += [

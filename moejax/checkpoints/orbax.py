@@ -42,6 +42,9 @@ WEIGHTS = "weights"
 _CHUNK = 64 << 20
 """Most bytes of a chunk. glibc returns copies above 32 MiB to the system at once, but keeps smaller ones per thread."""
 
+_METADATA = 1 << 20
+"""Most bytes of a file of metadata."""
+
 Shardings = Mapping[str, jax.sharding.Sharding]
 """From the paths of leaves to their places on devices."""
 
@@ -168,6 +171,8 @@ class OrbaxFolder:
             if not self._part(part).is_dir():
                 problems.append(f"missing part {part}")
             else:
+                # metadata first: of damaged ones the libraries raise anything
+                self._check_sums(part, _METADATA)
                 stored |= _entries(self._part(part))
         if not problems:
             expected = {self._stored_paths[path]: leaf.shape for path, leaf in wanted.items()}
@@ -218,11 +223,11 @@ class OrbaxFolder:
         self.folder.stamps.check(WEIGHTS)
         return {path: restored[name] for path, name in names.items()}
 
-    def _check_sums(self, part: str) -> None:
-        """Compare the files of a part with the manifest, if the folder has one."""
+    def _check_sums(self, part: str, largest: int | None = None) -> None:
+        """Compare the files of a part, up to ``largest`` bytes, with the manifest, if the folder has one."""
         if self._manifest is None:
             return
-        if problems := self._manifest.damaged(self.folder.path, f"{WEIGHTS}/{part}/"):
+        if problems := self._manifest.damaged(self.folder.path, f"{WEIGHTS}/{part}/", largest):
             raise CheckpointError(
                 f"{self.folder.path}: {part} is damaged: {problems[0]}. Convert the model again. (If you changed it on "
                 f"purpose, remove {MANIFEST}.)"
@@ -314,14 +319,16 @@ def load_orbax(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the messages that Orbax logs for every part."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Suppress what Orbax logs for every part, and the tracebacks that it logs of errors which it raises as well."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from moejax.dlbacktrace.relevance_trace import TraceEntry, all_wt
 from moejax.errors import MoejaxError
 from moejax.lm import LM
 from moejax.report import backtrace as report
+from moejax.report import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
