@@ -31,6 +31,9 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead.")] = None,
     log_every: Annotated[int | None, typer.Option(min=1, help="Steps between two rows of metrics instead.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between two saved states instead.")] = None,
+    fall_back: Annotated[
+        bool, typer.Option(help="Set damaged states aside and go on from the newest that is whole.")
+    ] = True,
     plugin: Plugin = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,7 +49,7 @@ def train(
     if data is not None:
         settings = replace(settings, heldout=None)
     check_folder(out)
-    run = Run(settings if moe_name is None else settings.with_moe(moe_name), out)
+    run = Run(settings if moe_name is None else settings.with_moe(moe_name), out, falls_back=fall_back)
     if run.is_done:
         print(f"already done: {run.saved_step} steps; --steps of more goes on.", file=sys.stderr)
     else:

@@ -1,6 +1,6 @@
 """A program that attacks what writes folders: two writers at once, kills, full disks. It prints counts as JSON.
 
-``python harness.py ATTACK COMMAND COUNT SEED FOLDER``. Every run is a fork of a process that has imported everything
+``python harness.py COMMAND SEED FOLDER ATTACK=COUNT ..``. Every run is a fork of a process that has imported everything
 but has not started JAX, so that a run takes a second, and the moments of the attacks are spread over its work.
 """
 
@@ -28,13 +28,13 @@ from safetensors.numpy import save_file
 
 import moejax
 from moejax import cli
-from moejax.training import Run, TrainConfig
+from moejax.training import Run
 
-WORDS = "the king of the sea said unto the woman of the night "
-MODEL = {
-    "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "moe": "smoe", "num_experts": 4, "num_experts_per_tok": 2,
-}  # fmt: skip
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints.files import olmoe_shapes
+from faults.tiny_run import settings_of
+from tiny.tokenizers import words
+
 OLMOE = {
     "model_type": "olmoe", "vocab_size": 131, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2,
@@ -44,10 +44,6 @@ OLMOE = {
 
 def make_source(folder: Path) -> None:
     """Write a small OLMoE with a tokenizer."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from checkpoints.files import olmoe_shapes
-    from tiny.tokenizers import words
-
     draw = np.random.default_rng(0)
     folder.mkdir()
     shapes = olmoe_shapes(OLMOE)
@@ -73,7 +69,6 @@ class Attacks:
             jax.config.update(f"jax_compilation_cache_{name}", value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        (work / "text.txt").write_text(WORDS * 200)
         self.out = work / "place" / "out"
         self.expected, self.seconds = b"", 0.0
         self.clear()
@@ -86,9 +81,7 @@ class Attacks:
     def run(self) -> None:
         """Run the command."""
         if self.command == "train":
-            rows = dict(steps=6, batch=2, length=8, warmup=2, log_every=1, save_every=2, heldout_tokens=64)
-            settings = TrainConfig(model=MODEL, data=str(self.work / "text.txt"), **rows, compute_dtype="float32")
-            run = Run(settings.checked(), self.out)
+            run = Run(settings_of(self.work), self.out)
             if not run.is_done:
                 list(run)
         else:
@@ -224,8 +217,9 @@ class Attacks:
 
 
 if __name__ == "__main__":
-    attack, command, count, seed, folder = sys.argv[1:]
+    command, seed, folder, *wanted = sys.argv[1:]
     attacks = Attacks(command, Path(folder), int(seed))
-    for _ in range(int(count)):
-        getattr(attacks, attack)()
+    for attack, count in (text.split("=") for text in wanted):
+        for _ in range(int(count)):
+            getattr(attacks, attack)()
     print(json.dumps(attacks.counts))
