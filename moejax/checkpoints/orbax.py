@@ -13,6 +13,8 @@ import asyncio
 import contextlib
 import logging
 import math
+import sys
+import time
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +43,9 @@ WEIGHTS = "weights"
 
 _CHUNK = 64 << 20
 """Most bytes of a chunk. glibc returns copies above 32 MiB to the system at once, but keeps smaller ones per thread."""
+
+_LAST_WRITES = 0.5
+"""Seconds in which writes end that are on their way when another has failed."""
 
 _METADATA = 1 << 20
 """Most bytes of a file of metadata."""
@@ -85,9 +90,18 @@ def _writer() -> Any:
 
         def __init__(self) -> None:
             super().__init__(deepcopy_host_arrays=False)
-            self._turn = asyncio.Lock()
+            self._turn, self._failed = asyncio.Lock(), False
 
         async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+            async with self._turn:
+                if self._failed:
+                    return
+                # if the next write fails, nothing else may be on its way when Orbax closes the loop
+                self._failed = True
+                await self._write(value, tspec, ts_context)
+                self._failed = False
+
+        async def _write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
             rows = _chunk_rows(value) if value.ndim else 1
             tspec["metadata"]["chunks"] = [max(size, 1) for size in (rows, *value.shape[1:])][: value.ndim]
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
@@ -95,18 +109,17 @@ def _writer() -> Any:
                 await store.write(value)
                 _compare(value, await store.read())
                 return
-            async with self._turn:
-                # one buffer for all chunks of a transposed leaf, since the heap would keep the memory of many buffers
-                buffer = None if value.flags.c_contiguous else np.empty((rows, *value.shape[1:]), value.dtype)
-                for start in range(0, len(value), rows):
-                    piece = value[start : start + rows]
-                    if buffer is not None:
-                        buffer[: len(piece)] = piece
-                        piece = buffer[: len(piece)]
-                    # the chunk is on disk when this returns
-                    place = store[start : start + len(piece)]
-                    await place.write(piece, can_reference_source_data_indefinitely=True)
-                    _compare(piece, await place.read())
+            # one buffer for all chunks of a transposed leaf, since the heap would keep the memory of many buffers
+            buffer = None if value.flags.c_contiguous else np.empty((rows, *value.shape[1:]), value.dtype)
+            for start in range(0, len(value), rows):
+                piece = value[start : start + rows]
+                if buffer is not None:
+                    buffer[: len(piece)] = piece
+                    piece = buffer[: len(piece)]
+                # the chunk is on disk when this returns
+                place = store[start : start + len(piece)]
+                await place.write(piece, can_reference_source_data_indefinitely=True)
+                _compare(piece, await place.read())
 
     return OneByOne()
 
@@ -321,12 +334,23 @@ def load_orbax(
 def quiet() -> Iterator[None]:
     """Suppress what Orbax logs for every part, and the tracebacks that it logs of errors which it raises as well."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.level for logger in loggers]
+    before, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def without_loops(said: Any) -> None:
+        if "Event loop is closed" not in str(said.exc_value):
+            hook(said)
+
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = without_loops
     try:
         yield
+    except Exception:
+        # Orbax closes its loop after the first error, and the other writes complain when they are done
+        time.sleep(_LAST_WRITES)
+        raise
     finally:
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
 

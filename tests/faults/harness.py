@@ -69,7 +69,8 @@ class Attacks:
             jax.config.update(f"jax_compilation_cache_{name}", value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        self.out = work / "place" / "out"
+        self.place = work / "disk" / "place"
+        self.out = self.place / "out"
         self.expected, self.seconds = b"", 0.0
         self.clear()
         start = time.perf_counter()
@@ -117,8 +118,8 @@ class Attacks:
 
     def clear(self) -> None:
         """Remove all that runs have left."""
-        shutil.rmtree(self.work / "place", ignore_errors=True)
-        (self.work / "place").mkdir()
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
 
     def content(self) -> bytes:
         """Return what the finished folder holds, without what depends on the time; raise if it is not whole."""
@@ -153,7 +154,7 @@ class Attacks:
             print((self.work / "said").read_text()[-2000:], file=sys.stderr)
         self.counts["lost"] += code != 0
         self.judge([code])
-        left = sorted(path.name for path in (self.work / "place").iterdir() if path != self.out)
+        left = sorted(path.name for path in self.place.iterdir() if path != self.out)
         self.counts["left behind"] += len(left)
         self.clear()
 
@@ -189,15 +190,15 @@ class Attacks:
         """A small disk of its own; needs root."""
         import subprocess
 
-        size = self.draw.randrange(20, 2000) * 1024
-        place = str(self.work / "place")
+        size = int(10 ** self.draw.uniform(4.2, 6))
+        place = str(self.place.parent)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+        self.clear()
         try:
             self._full(
                 lambda: None, size, more=lambda: subprocess.run(["mount", "-o", "remount,size=1G", place], check=True)
             )
         finally:
-            self.clear()
             subprocess.run(["umount", place], check=True)
 
     def _full(self, fill: Callable[[], Any], size: int, more: Callable[[], Any] = lambda: None) -> None:
