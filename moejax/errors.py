@@ -42,3 +42,7 @@ class CheckpointError(MoejaxError):
 
 class PromptError(MoejaxError):
     """A prompt or target that the model cannot read."""
+
+
+class BusyError(MoejaxError):
+    """A folder that another run is writing."""

@@ -380,7 +380,7 @@ def _load_folder(
     tokenizer: Tokenizer | None,
 ) -> LM:
     """Load a folder; ``held`` has the options for experts, ``placed`` the mesh and the sharding rules."""
-    errors: dict[str, float] = {}
+    errors, tokenizer = dict[str, float](), tokenizer or Tokenizer.from_folder(folder.path)
     is_kept = held["keep_packed"] or held["experts"] == "mxfp4"
     wide, stored_dtypes = widening(folder, dtype, placed["mesh"], is_kept)
     decoder = load_folder(folder, wide, errors=errors, **held, **placed)
@@ -389,7 +389,7 @@ def _load_folder(
         stored_dtypes = {path: stored_dtypes[path] for path, _ in leaf_paths(decoder) if path in stored_dtypes}
     return LM(
         decoder,
-        tokenizer or Tokenizer.from_folder(folder.path),
+        tokenizer,
         hugging_face=config_as_read(folder.hugging_face, decoder),
         generation_config=folder.generation_config,
         stored_dtypes=stored_dtypes,

@@ -1,35 +1,24 @@
 """Convert Hugging Face files to a folder of Orbax checkpoints, with one part of the model in memory at a time."""
 
-import hashlib
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moejax.checkpoints.files import (
-    MARK,
-    copy_side_files,
-    need_room,
-    read_object,
-    refuse_existing,
-    staged,
-    write_object,
-)
+from moejax.checkpoints.files import MARK
 from moejax.checkpoints.folder import open_folder
 from moejax.checkpoints.orbax import FORMAT, WEIGHTS, save_part
 from moejax.checkpoints.plan import parts, report
 from moejax.checkpoints.readers import HuggingFaceReader
+from moejax.checkpoints.source import describe_source
+from moejax.checkpoints.staging import Staging, is_made, making, need_room, staged
 from moejax.checkpoints.summary import Conversion, peak_bytes, progress_bar
+from moejax.checkpoints.tokenizer import check_tokenizer
 from moejax.errors import CheckpointError
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 """The dtypes that weights can be converted to."""
-
-_FINGERPRINT = "fingerprint.json"
-"""The file of a partial folder that says what it is made from."""
 
 
 def convert(
@@ -37,9 +26,10 @@ def convert(
 ) -> Conversion:
     """Write a Hugging Face model as a folder of Orbax checkpoints that :func:`moejax.load` reads.
 
-    The headers of the source's files are checked completely before a weight is read. Then one part of the model at a
-    time is read, written and freed. ``<destination>.partial`` is renamed to ``destination`` at the very end. If a run
-    is stopped, the next run keeps its finished parts, provided that source and options are the same.
+    The headers of the source's files, its tokenizer and its other files are checked before a weight is read. Then one
+    part of the model at a time is read, written, read back and freed. ``<destination>.partial`` is renamed to
+    ``destination`` at the very end. If a run is stopped, the next run keeps its finished parts, provided that source
+    and options are the same. If the destination is there already, made from the same, nothing is done.
 
     Args:
         source: a Hugging Face folder, a hub id or a bundled name.
@@ -50,42 +40,53 @@ def convert(
 
     Raises:
         ConfigError: the configuration is not supported.
-        CheckpointError: the source's files are damaged, do not fit its configuration or hold NaN or infinite weights;
-            or the destination exists.
+        CheckpointError: the source's files are damaged, change meanwhile, do not fit its configuration or hold NaN or
+            infinite weights; the destination exists, made from something else; its partial folder is not ours; or the
+            disk is full.
+        BusyError: another run is making the destination.
     """
     start, folder, target = time.perf_counter(), open_folder(source), Path(destination)
-    refuse_existing(target)
     if folder.is_orbax:
         raise CheckpointError(f"{folder.path} is converted already; `moejax export` writes Hugging Face files from it.")
-    reader = HuggingFaceReader(folder, None if dtype is None else parse_dtype(dtype))
-    fingerprint = _fingerprint(reader, dtype, allow_nonfinite)
-    with staged(target, keep=lambda partial: _has_fingerprint(partial, fingerprint)) as partial:
-        write_object(partial / _FINGERPRINT, fingerprint)
-        read, resumed = _write_parts(reader, partial / WEIGHTS, allow_nonfinite, progress)
-        copy_side_files(folder.path, partial)
-        write_object(partial / "config.json", _config(reader))
-        (partial / _FINGERPRINT).unlink()
-    return Conversion(target, read, time.perf_counter() - start, peak_bytes(), len(parts(reader.leaves)), resumed)
+    wanted = None if dtype is None else parse_dtype(dtype)
+    with making(target):
+        reader = HuggingFaceReader(folder, wanted)
+        about = {"command": "convert", "format": FORMAT, "source": describe_source(folder, reader.source.entries)}
+        about |= {"dtype": None if wanted is None else wanted.name, "allow_nonfinite": allow_nonfinite}
+        names = folder.side_files
+        check_tokenizer(folder.path)
+        count = len(parts(reader.leaves))
+        if is_made(target, about):
+            return Conversion(target, 0, time.perf_counter() - start, peak_bytes(), count, count, already=True)
+        with staged(target, about, resumes=True) as staging:
+            staging.copy(folder.path, names)
+            read, resumed = _write_parts(reader, staging, allow_nonfinite, progress)
+            staging.write("config.json", _config(reader))
+            folder.stamps.check()
+    return Conversion(target, read, time.perf_counter() - start, peak_bytes(), count, resumed)
 
 
-def _write_parts(reader: HuggingFaceReader, folder: Path, allow_nonfinite: bool, progress: bool) -> tuple[int, int]:
-    """Write the parts that ``folder`` does not have yet.
+def _write_parts(reader: HuggingFaceReader, staging: Staging, allow_nonfinite: bool, progress: bool) -> tuple[int, int]:
+    """Write the parts that an earlier run has not written.
 
     Returns:
         The bytes read from the source, and the number of parts that were already written.
     """
-    folder.mkdir(exist_ok=True)
-    for stale in folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(stale)
     sizes = {part: reader.nbytes(part) for part in parts(reader.leaves)}
-    todo = [part for part in sizes if not (folder / part).exists()]
-    written = {part: sum(reader.leaves[path].nbytes for path in paths) for part, paths in parts(reader.leaves).items()}
-    need_room(folder, sum(written[part] for part in todo))
+    staging.declare(WEIGHTS, *(f"{WEIGHTS}/{part}" for part in sizes))
+    (staging.folder / WEIGHTS).mkdir(exist_ok=True)
+    todo = [part for part in sizes if not staging.has(f"{WEIGHTS}/{part}")]
+    for part in todo:
+        staging.forget(f"{WEIGHTS}/{part}")
+    paths = [path for part in todo for path in parts(reader.leaves)[part]]
+    # beside its data, a leaf has a file of metadata
+    need_room(staging.folder, [size for path in paths for size in (reader.leaves[path].nbytes, 1)])
     with progress_bar(progress, "converting", sum(sizes.values())) as advance:
         advance(sum(size for part, size in sizes.items() if part not in todo))
         for part in todo:
             # the leaves are bound to no name here, so that they are freed before the next part is read
-            _save_checked(folder / part, reader, part, allow_nonfinite)
+            if _save_checked(staging.folder / WEIGHTS / part, reader, part, allow_nonfinite):
+                staging.record(f"{WEIGHTS}/{part}")
             advance(sizes[part])
     bad = [f"{key!r} ({count})" for key, count in reader.nonfinite.items()]
     if not allow_nonfinite:
@@ -93,14 +94,16 @@ def _write_parts(reader: HuggingFaceReader, folder: Path, allow_nonfinite: bool,
     return sum(sizes[part] for part in todo), len(sizes) - len(todo)
 
 
-def _save_checked(path: Path, reader: HuggingFaceReader, part: str, allow_nonfinite: bool) -> None:
-    """Read a part and write it.
+def _save_checked(path: Path, reader: HuggingFaceReader, part: str, allow_nonfinite: bool) -> bool:
+    """Read a part and write it; return whether it was written.
 
     Once a weight is NaN or infinite, further parts are only read, so that the error can list all such weights.
     """
     leaves = reader.read(part)
-    if allow_nonfinite or not reader.nonfinite:
-        save_part(path, leaves)
+    if not allow_nonfinite and reader.nonfinite:
+        return False
+    save_part(path, leaves)
+    return True
 
 
 def _config(reader: HuggingFaceReader) -> dict[str, Any]:
@@ -110,27 +113,6 @@ def _config(reader: HuggingFaceReader) -> dict[str, Any]:
     # experts that were MXFP4 in the source are stored in full
     config.pop("quantization_config", None)
     return config | {"dtype": dtype, MARK: {"format": FORMAT, "dtype": dtype}}
-
-
-def _fingerprint(reader: HuggingFaceReader, dtype: Any, allow_nonfinite: bool) -> dict[str, Any]:
-    """Return what a partial folder is made from: config, headers, sizes and times of the files, and the options."""
-    stats = {name: path.stat() for name, path in reader.source.paths.items() if path is not None}
-    about = {
-        "config": dict(reader.hugging_face),
-        "tensors": {key: [list(e.shape), str(e.dtype)] for key, e in reader.source.entries.items()},
-        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-    }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    given = None if dtype is None else str(np.dtype(dtype))
-    return {"format": FORMAT, "source": digest, "dtype": given, "allow_nonfinite": allow_nonfinite}
-
-
-def _has_fingerprint(partial: Path, fingerprint: dict[str, Any]) -> bool:
-    """Return whether a partial folder was begun from the same source with the same options."""
-    try:
-        return read_object(partial, _FINGERPRINT, CheckpointError) == fingerprint
-    except CheckpointError:
-        return False
 
 
 def parse_dtype(dtype: Any) -> np.dtype:

@@ -1,26 +1,34 @@
-"""Read the files of an untrusted folder, and write a folder that is either complete or absent.
+"""Read the files of an untrusted folder.
 
 A model folder comes from strangers. Its JSON is parsed strictly, and its files must lie inside it: a link out of the
 folder could make ``moejax convert`` copy one of the user's private files into a model that is then published. One kind
 of link out of the folder is allowed, because every download has it: in the Hugging Face cache, the files of
 ``models--name/snapshots/revision`` are links into ``models--name/blobs``. For such a folder, files may lie anywhere
-inside ``models--name``. The folder itself may be a link, since the user named it.
+inside ``models--name``. The folder itself may be a link, since the user named it. What is under a file's name must be a
+regular file: to open a pipe would wait for ever.
 """
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moejax.errors import CheckpointError, MoejaxError
+from moejax.writing import write_file
+
+MANIFEST = "moejax.json"
+"""The file of a folder of ours that says from what it was made, and the checksums of its files."""
 
 _SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".spm", ".bpe")
 _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_NO_SIDE_FILES = ("config.json", "adapter_config.json")
+_NO_SIDE_FILES = ("config.json", "adapter_config.json", MANIFEST)
 _NO_SIDE_SUFFIXES = (".index.json", ".partial")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
+"""Ends of the names of weights and code, which no tokenizer is read from."""
+
+_TEMPLATES = "additional_chat_templates"
+"""The subfolder with further chat templates that transformers reads."""
+
 _MAX_JSON = 100_000_000
 """Most bytes of a JSON file."""
 
@@ -99,23 +107,62 @@ def inside(folder: Path, name: str) -> Path | None:
     """Return the path of the file ``name`` directly in ``folder``, or ``None`` if there is no such file.
 
     Raises:
-        CheckpointError: ``name`` has path separators, is not a regular file, or is a link that leaves the folder.
+        CheckpointError: ``name`` has path separators, is not a regular file, or is a link that leaves the folder or
+            leads nowhere.
     """
     if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
         raise CheckpointError(
             f"{folder}: {name!r:.80} is not the name of a file in the folder; the checkpoint is hostile."
         )
     path = folder / name
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    real = path.resolve()
+    _check_kind(path, folder)
+    return path
+
+
+def _check_kind(path: Path, folder: Path) -> None:
+    """Raise ``CheckpointError`` unless ``path`` is a regular file, or a link to one that counts as inside."""
+    real = Path(os.path.realpath(path))
     if not real.is_file():
-        raise CheckpointError(f"{path}: not a regular file.")
+        raise CheckpointError(f"{path}: not a regular file{_leads(path, real)}.")
+    _check_place(path, real, folder)
+
+
+def _leads(path: Path, real: Path) -> str:
+    """Return where a link leads that does not end at a file; empty for what is no link."""
+    return f", but a link to {real}" if path.is_symlink() else ""
+
+
+def _check_place(path: Path, real: Path, folder: Path) -> None:
     if not real.is_relative_to(_boundary(folder.resolve())):
         raise CheckpointError(
-            f"{path}: a link that leaves its folder, to {real}. If you trust the file, copy it into the folder."
+            f"{path}: a link that leaves its folder, to {real}. If you trust it, copy it into the folder."
         )
-    return path
+
+
+def walk(folder: Path, name: str) -> list[Path]:
+    """Return the files of the subfolder ``name`` of ``folder`` and of the folders in it, sorted.
+
+    Raises:
+        CheckpointError: something in it is neither folder nor regular file, or is a link that leaves ``folder``.
+    """
+    found: list[Path] = []
+    todo, seen = [folder / name], set[Path]()
+    while todo:
+        current = todo.pop()
+        real = Path(os.path.realpath(current))
+        _check_place(current, real, folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        for path in current.iterdir():
+            if path.is_dir():
+                todo.append(path)
+            else:
+                _check_kind(path, folder)
+                found.append(path)
+    return sorted(found)
 
 
 def _boundary(folder: Path) -> Path:
@@ -125,22 +172,39 @@ def _boundary(folder: Path) -> Path:
     return repository if cached else folder
 
 
-def copy_side_files(source: Path, destination: Path) -> None:
-    """Copy what a model folder holds beside config and weights: tokenizer, chat templates, notes, licence.
-
-    Code and weights of other kinds are left out, and so is what the destination has already.
-    """
-    for name in side_files(source):
-        if (path := inside(source, name)) is not None and not (destination / name).exists():
-            shutil.copyfile(path, destination / name)
-
-
 def side_files(folder: Path) -> list[str]:
-    """Return the names of the files beside config and weights."""
-    return sorted(path.name for path in folder.iterdir() if _is_side_file(path.name) and path.is_file())
+    """Return the names of the files beside config and weights: tokenizer, chat templates, notes, licence.
+
+    Code and weights of other kinds are not among them.
+
+    Raises:
+        CheckpointError: one of them is not a regular file, or is a link that leaves the folder.
+    """
+    names = sorted(name for name in os.listdir(folder) if is_side_file(name))
+    return [name for name in names if not _is_folder_of_licences(folder / name) and inside(folder, name)]
 
 
-def _is_side_file(name: str) -> bool:
+def _is_folder_of_licences(path: Path) -> bool:
+    """Return whether this is a folder as the REUSE convention has it, whose name is no file's."""
+    return path.is_dir() and not path.name.endswith(_SIDE_SUFFIXES)
+
+
+def check_read_by_others(folder: Path) -> None:
+    """Check every file that another library may read when it is given a model folder, weights excepted.
+
+    Raises:
+        CheckpointError: one of them is not a regular file, or is a link that leaves the folder.
+    """
+    for name in sorted(os.listdir(folder)):
+        is_plain_folder = (folder / name).is_dir() and not name.endswith(_SIDE_SUFFIXES)
+        if not is_plain_folder and not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES):
+            inside(folder, name)
+    if (folder / _TEMPLATES).is_dir():
+        walk(folder, _TEMPLATES)
+
+
+def is_side_file(name: str) -> bool:
+    """Return whether a file of this name stands beside config and weights."""
     if name.startswith(".") or name in _NO_SIDE_FILES or name.endswith(_NO_SIDE_SUFFIXES):
         return False
     return name.endswith(_SIDE_SUFFIXES) or name.upper().startswith(_SIDE_NAMES)
@@ -161,44 +225,6 @@ def adapter_message(folder: Path) -> str:
     )
 
 
-def write_object(path: Path, value: dict[str, Any]) -> None:
+def write_object(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object to the file ``path``, which appears only when it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def refuse_existing(destination: Path) -> None:
-    """Raise ``CheckpointError`` if ``destination`` exists already, or if its parent is not a folder."""
-    if "\0" in str(destination):
-        raise CheckpointError(f"cannot write {destination}: a path has no NUL.")
-    if destination.exists() or destination.is_symlink():
-        raise CheckpointError(f"{destination} exists already; remove it, or choose another destination.")
-    if not destination.absolute().parent.is_dir():
-        raise CheckpointError(f"cannot write {destination}: its parent is not a folder.")
-
-
-def need_room(folder: Path, size: int) -> None:
-    """Raise ``CheckpointError`` if the disk of ``folder`` has fewer than ``size`` bytes left."""
-    if (free := shutil.disk_usage(folder).free) < size:
-        raise CheckpointError(f"{folder}: {size:,} bytes are needed, but the disk has only {free:,} left.")
-
-
-@contextmanager
-def staged(destination: Path, *, keep: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
-    """Yield the folder ``<destination>.partial``, and rename it to ``destination`` when the block ends without error.
-
-    Args:
-        destination: the folder to make.
-        keep: tells whether a partial folder that an earlier run left may be continued; otherwise it is removed first.
-
-    Raises:
-        CheckpointError: the destination exists or cannot be made.
-    """
-    refuse_existing(destination)
-    partial = destination.with_name(destination.name + ".partial")
-    if partial.exists() and not keep(partial):
-        shutil.rmtree(partial)
-    partial.mkdir(exist_ok=True)
-    yield partial
-    os.rename(partial, destination)
+    write_file(path, json.dumps(value, indent=2) + "\n")

@@ -7,15 +7,16 @@
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoints.files import MARK, adapter_message, read_object
+from moejax.checkpoints.files import MARK, adapter_message, read_object, side_files
 from moejax.checkpoints.hub import Hub, is_cached
 from moejax.checkpoints.safetensors import SafetensorsFolder
+from moejax.checkpoints.stamps import Stamps
 from moejax.errors import CheckpointError, ConfigError
 from moejax.models.kinds import check_generation, check_sizes
 
@@ -42,12 +43,14 @@ class ModelFolder:
         kind: how its weights are stored.
         hugging_face: the fields of ``config.json``, without the mark that ``moejax convert`` adds.
         mark: that mark as it stands in the file, unchecked; ``None`` for Hugging Face files.
+        stamps: its files as they were before the first was read.
     """
 
     path: Path
     kind: FolderKind
     hugging_face: Mapping[str, Any]
     mark: Any = None
+    stamps: Stamps = field(kw_only=True, repr=False, compare=False)
 
     @classmethod
     def read(cls, path: Path) -> "ModelFolder":
@@ -57,6 +60,7 @@ class ModelFolder:
             ConfigError: the file is missing or not a JSON object, or one of its sizes is not a positive integer.
             CheckpointError: the file is a link that leaves the folder.
         """
+        stamps = Stamps(path)
         config = read_object(path, "config.json", ConfigError, _MAX_CONFIG)
         if config is None:
             adapter = (path / "adapter_config.json").is_file()
@@ -64,12 +68,17 @@ class ModelFolder:
         check_sizes(config, f"{path}/config.json")
         kind = FolderKind.ORBAX if MARK in config else FolderKind.HUGGING_FACE
         mark = config.pop(MARK, None)
-        return cls(path, kind, config, mark)
+        return cls(path, kind, config, mark, stamps=stamps)
 
     @property
     def is_orbax(self) -> bool:
         """True if ``moejax convert`` wrote the folder."""
         return self.kind is FolderKind.ORBAX
+
+    @cached_property
+    def side_files(self) -> list[str]:
+        """The names of the files beside config and weights (:func:`moejax.checkpoints.files.side_files`)."""
+        return side_files(self.path)
 
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:

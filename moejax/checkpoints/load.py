@@ -189,13 +189,16 @@ def load_folder(
 
     Raises:
         ConfigError: the configuration is not supported, or the sharding rules do not fit it or the mesh.
-        CheckpointError: the weights do not fit the configuration, or ``keep_packed`` is given for a converted folder.
+        CheckpointError: the weights do not fit the configuration, or change while they are read; or ``keep_packed`` is
+            given for a converted folder.
     """
     opened = folder if isinstance(folder, ModelFolder) else ModelFolder.read(folder)
     if not opened.is_orbax:
         source = opened.tensors()
         options = {"mesh": mesh, "rules": rules, "keep_packed": keep_packed, "experts": experts, "errors": errors}
-        return load_decoder(opened.hugging_face, source, dtype, **options)
+        decoder = load_decoder(opened.hugging_face, source, dtype, **options)
+        opened.stamps.check()
+        return decoder
     packed = _packed_format(keep_packed, experts)
     if packed and FORMATS[packed].is_published:
         raise CheckpointError(
@@ -203,7 +206,9 @@ def load_folder(
         )
     stored = OrbaxFolder(opened)
     goal = _Goal.of(stored.abstract.config, packed, mesh, rules)
-    return goal.filled(stored.read(dtype, goal.stored_placed, goal.quantiser.paths, goal.quantiser), errors)
+    decoder = goal.filled(stored.read(dtype, goal.stored_placed, goal.quantiser.paths, goal.quantiser), errors)
+    opened.stamps.check()
+    return decoder
 
 
 def load_torch(

@@ -13,6 +13,9 @@ import asyncio
 import contextlib
 import logging
 import math
+import sys
+import time
+import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from moejax.checkpoints.files import MANIFEST
 from moejax.checkpoints.folder import ModelFolder
+from moejax.checkpoints.manifest import Manifest
 from moejax.checkpoints.old_formats import READABLE
 from moejax.checkpoints.plan import leaf_paths, parts, report
 from moejax.checkpoints.safetensors import Entry
@@ -39,6 +44,12 @@ WEIGHTS = "weights"
 _CHUNK = 64 << 20
 """Most bytes of a chunk. glibc returns copies above 32 MiB to the system at once, but keeps smaller ones per thread."""
 
+_LAST_WRITES = 0.5
+"""Seconds in which writes end that are on their way when another has failed."""
+
+_METADATA = 1 << 20
+"""Most bytes of a file of metadata."""
+
 Shardings = Mapping[str, jax.sharding.Sharding]
 """From the paths of leaves to their places on devices."""
 
@@ -47,18 +58,26 @@ def save_part(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
     """Write some leaves as the Orbax checkpoint ``path``, which appears when it is complete.
 
     The leaves are hardly copied: this takes little memory beyond the leaves themselves.
+
+    Raises:
+        CheckpointError: they cannot be written, or read back differently.
     """
     # imported late: the import takes a second, and loading Hugging Face files never needs it
     import orbax.checkpoint as ocp
 
-    with _quiet():
+    with quiet():
         handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=False,  # OCDBT gathers a copy of everything that it will write
             use_compression=False,
             type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, _writer())),
         )
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path.absolute(), ocp.args.PyTreeSave(dict(leaves)), force=True)
+        try:
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(path.absolute(), ocp.args.PyTreeSave(dict(leaves)), force=True)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be written: {first_line(error)}") from error
+    if not path.is_dir():
+        raise CheckpointError(f"{path} was not written: of several processes, Orbax has the first alone write.")
 
 
 def _writer() -> Any:
@@ -71,27 +90,48 @@ def _writer() -> Any:
 
         def __init__(self) -> None:
             super().__init__(deepcopy_host_arrays=False)
-            self._turn = asyncio.Lock()
+            self._turn, self._failed = asyncio.Lock(), False
 
         async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+            async with self._turn:
+                if self._failed:
+                    return
+                # if the next write fails, nothing else may be on its way when Orbax closes the loop
+                self._failed = True
+                await self._write(value, tspec, ts_context)
+                self._failed = False
+
+        async def _write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
             rows = _chunk_rows(value) if value.ndim else 1
             tspec["metadata"]["chunks"] = [max(size, 1) for size in (rows, *value.shape[1:])][: value.ndim]
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             if not value.ndim:
                 await store.write(value)
+                _compare(value, await store.read())
                 return
-            async with self._turn:
-                # one buffer for all chunks of a transposed leaf, since the heap would keep the memory of many buffers
-                buffer = None if value.flags.c_contiguous else np.empty((rows, *value.shape[1:]), value.dtype)
-                for start in range(0, len(value), rows):
-                    piece = value[start : start + rows]
-                    if buffer is not None:
-                        buffer[: len(piece)] = piece
-                        piece = buffer[: len(piece)]
-                    # the chunk is on disk when this returns
-                    await store[start : start + len(piece)].write(piece, can_reference_source_data_indefinitely=True)
+            # one buffer for all chunks of a transposed leaf, since the heap would keep the memory of many buffers
+            buffer = None if value.flags.c_contiguous else np.empty((rows, *value.shape[1:]), value.dtype)
+            for start in range(0, len(value), rows):
+                piece = value[start : start + rows]
+                if buffer is not None:
+                    buffer[: len(piece)] = piece
+                    piece = buffer[: len(piece)]
+                # the chunk is on disk when this returns
+                place = store[start : start + len(piece)]
+                await place.write(piece, can_reference_source_data_indefinitely=True)
+                _compare(piece, await place.read())
 
     return OneByOne()
+
+
+def _compare(written: np.ndarray, read: np.ndarray) -> None:
+    """Raise ``OSError`` unless two arrays have the same bytes."""
+    # sums take no memory for a mask, and NaN is like NaN
+    first, second = (
+        zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data) for array in (written, read)
+    )
+    if first != second:
+        raise OSError("a chunk reads back differently from what was written")
 
 
 def _chunk_rows(value: np.ndarray) -> int:
@@ -117,13 +157,14 @@ class OrbaxFolder:
     """
 
     def __init__(self, folder: ModelFolder) -> None:
+        folder.stamps.add(WEIGHTS)
         mark = folder.mark
         written = mark.get("format") if isinstance(mark, dict) else None
         if written != FORMAT and written not in READABLE:
             raise ConfigError(
                 f"{folder.path}: written in a format that this version does not read ({mark!r:.80}); convert it again."
             )
-        self.folder = folder
+        self.folder, self._manifest = folder, Manifest.read(folder.path)
         self.abstract = Decoder.abstract(family(folder.hugging_face.get("model_type")).config(folder.hugging_face))
         wanted = dict(leaf_paths(self.abstract))
         self._stored_paths = {
@@ -143,6 +184,8 @@ class OrbaxFolder:
             if not self._part(part).is_dir():
                 problems.append(f"missing part {part}")
             else:
+                # metadata first: of damaged ones the libraries raise anything
+                self._check_sums(part, _METADATA)
                 stored |= _entries(self._part(part))
         if not problems:
             expected = {self._stored_paths[path]: leaf.shape for path, leaf in wanted.items()}
@@ -175,21 +218,33 @@ class OrbaxFolder:
             The leaves by their paths in the decoder.
 
         Raises:
-            CheckpointError: the files are damaged.
+            CheckpointError: the files are damaged, or change meanwhile.
         """
         import orbax.checkpoint as ocp
 
+        self._check_sums(part)
         names = {path: self._stored_paths[path] for path in parts(self.leaves)[part]}
         args = {
             name: self._restore_args(path, None if path in exact else dtype, (shardings or {}).get(path))
             for path, name in names.items()
         }
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             try:
                 restored = checkpointer.restore(self._part(part).absolute(), ocp.args.PyTreeRestore(restore_args=args))
             except (ValueError, OSError) as error:
-                raise CheckpointError(f"{self.folder.path}: {part} cannot be read: {_first_line(error)}") from error
+                raise CheckpointError(f"{self.folder.path}: {part} cannot be read: {first_line(error)}") from error
+        self.folder.stamps.check(WEIGHTS)
         return {path: restored[name] for path, name in names.items()}
+
+    def _check_sums(self, part: str, largest: int | None = None) -> None:
+        """Compare the files of a part, up to ``largest`` bytes, with the manifest, if the folder has one."""
+        if self._manifest is None:
+            return
+        if problems := self._manifest.damaged(self.folder.path, f"{WEIGHTS}/{part}/", largest):
+            raise CheckpointError(
+                f"{self.folder.path}: {part} is damaged: {problems[0]}. Convert the model again. (If you changed it on "
+                f"purpose, remove {MANIFEST}.)"
+            )
 
     def _restore_args(self, path: str, dtype: np.dtype | None, sharding: jax.sharding.Sharding | None) -> Any:
         import orbax.checkpoint as ocp
@@ -240,12 +295,12 @@ def _entries(path: Path) -> dict[str, Entry]:
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path.absolute())
             tree = metadata.item_metadata.tree
             return {name: Entry(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {first_line(error)}") from error
 
 
 def load_orbax(
@@ -276,17 +331,30 @@ def load_orbax(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the messages that Orbax logs for every part."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Suppress what Orbax logs for every part, and the tracebacks that it logs of errors which it raises as well."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def without_loops(said: Any) -> None:
+        if "Event loop is closed" not in str(said.exc_value):
+            hook(said)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = without_loops
     try:
         yield
+    except Exception:
+        # Orbax closes its loop after the first error, and the other writes complain when they are done
+        time.sleep(_LAST_WRITES)
+        raise
     finally:
-        logger.setLevel(before)
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if there is no message."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -5,12 +5,16 @@ models, so that a hostile one is refused before it takes time and memory. The te
 without overlaps and without gaps.
 """
 
+import contextlib
+import io
 import math
+import os
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +28,7 @@ from moejax.checkpoints.files import (
     parse_object,
     read_object,
 )
+from moejax.checkpoints.stamps import changed, stamp
 from moejax.errors import CheckpointError, one_line
 
 DTYPES: dict[str, np.dtype] = {
@@ -95,8 +100,10 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        size = path.stat().st_size
-        header, self._start = _header(path, size)
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            size, self._stamp = status.st_size, stamp(status)
+            header, self._start = _header(path, file, size)
         header.pop("__metadata__", None)
         tensors = {key: _entry(path, key, item) for key, item in header.items()}
         self._path, self._spans = path, {key: span for key, (_, span) in tensors.items()}
@@ -108,7 +115,22 @@ class SafetensorsFile:
         entry, (begin, _) = self.entries[key], self._spans[key]
         if math.prod(entry.shape) == 0:
             return np.zeros(entry.shape, entry.dtype)
-        return np.memmap(self._path, entry.dtype, "r", self._start + begin, entry.shape)
+        with self._open() as file:
+            return np.memmap(file, entry.dtype, "r", self._start + begin, entry.shape)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[io.FileIO]:
+        """Open the file again.
+
+        Raises:
+            CheckpointError: it is another one than before, or was written to, now or at the end of the block.
+        """
+        with self._path.open("rb", buffering=0) as file:
+            if stamp(os.fstat(file.fileno())) != self._stamp:
+                raise changed(self._path)
+            yield file
+            if stamp(os.fstat(file.fileno())) != self._stamp:
+                raise changed(self._path)
 
     def copy_to(self, key: str, out: np.ndarray) -> None:
         """Fill the flat array ``out`` with the values of a tensor, cast to the dtype of ``out``.
@@ -116,34 +138,42 @@ class SafetensorsFile:
         The file is read, not mapped, because the system decides how long mapped pages count as the process's memory.
 
         Raises:
-            CheckpointError: the file has become shorter since its header was read.
+            CheckpointError: the file has changed since its header was read.
         """
         entry, step = self.entries[key], _PIECE // self.entries[key].dtype.itemsize
-        with self._path.open("rb", buffering=0) as file:
+        with self._open() as file:
             file.seek(self._start + self._spans[key][0])
             for first in range(0, out.size, step):
                 target = out[first : first + step]
                 piece = target if target.dtype == entry.dtype else np.empty(target.shape, entry.dtype)
                 if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
-                    raise CheckpointError(f"{self._path}: became shorter while it was read.")
+                    raise changed(self._path)
                 if piece is not target:
                     with np.errstate(over="ignore"):  # values that overflow become infinite; callers test for these
                         target[...] = piece
 
+    def checksum(self, key: str) -> int:
+        """Return the CRC-32 of a tensor's bytes."""
+        (begin, end), crc = self._spans[key], 0
+        with self._open() as file:
+            file.seek(self._start + begin)
+            for first in range(begin, end, _PIECE):
+                crc = zlib.crc32(file.read(min(_PIECE, end - first)), crc)
+        return crc
 
-def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+
+def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """Read the header of a file of ``size`` bytes; return it with the position at which the data begins."""
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = int.from_bytes(first, "little")
-        if is_lfs_pointer(first + file.read(len(LFS_MARK) - 8)):
-            raise CheckpointError(f"{path}: {LFS_MEND}")
-        file.seek(8)
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header of {length}).")
-        if length > _MAX_HEADER:
-            raise CheckpointError(f"{path}: claims a header of {length} bytes; at most {_MAX_HEADER} are allowed.")
-        data = file.read(length)
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if is_lfs_pointer(first + file.read(len(LFS_MARK) - 8)):
+        raise CheckpointError(f"{path}: {LFS_MEND}")
+    file.seek(8)
+    if size < 8 or length > size - 8:
+        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header of {length}).")
+    if length > _MAX_HEADER:
+        raise CheckpointError(f"{path}: claims a header of {length} bytes; at most {_MAX_HEADER} are allowed.")
+    data = file.read(length)
     if sum(map(data.count, (b",", b"{", b"["))) > _MAX_VALUES:
         raise CheckpointError(f"{path}: its header lists more than {_MAX_VALUES} values; it is damaged or hostile.")
     return parse_object(data, f"{path}: not a safetensors file: its header", CheckpointError), 8 + length

@@ -23,6 +23,7 @@ class Conversion:
         peak_bytes: the most host memory that the process has held at any time, in bytes.
         parts: the number of parts of the model.
         resumed: the number of parts that an earlier run had already written.
+        already: whether an earlier run had finished it, so that nothing was done.
     """
 
     destination: Path
@@ -31,12 +32,15 @@ class Conversion:
     peak_bytes: int
     parts: int
     resumed: int
+    already: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dictionary that can be written as JSON."""
         return asdict(self) | {"destination": str(self.destination)}
 
     def __str__(self) -> str:
+        if self.already:
+            return f"{self.destination}: already written, from the same source with the same options; nothing was done"
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6
         resumed = f" ({self.resumed} of {self.parts} parts were there already)" if self.resumed else ""
         return (
@@ -52,8 +56,7 @@ def peak_bytes() -> int:
         # on Linux, getrusage counts the memory before exec too, when the process was a copy of its parent
         lines = (line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return next((int(kibibytes) * 1024 for _, kibibytes, _ in lines), 0)
-    # imported here: Windows has no such module
-    import resource
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,5 +1,6 @@
 """The tokenizer of a model: an adapter over whatever its folder, or the caller, has."""
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -8,7 +9,7 @@ from typing import Any, Self
 
 import tokenizers
 
-from moejax.checkpoints.files import inside, read_object
+from moejax.checkpoints.files import check_read_by_others, inside, read_object
 from moejax.errors import CheckpointError, PromptError
 from moejax.hugging_face import auto_tokenizer
 
@@ -65,6 +66,7 @@ class Tokenizer:
         Raises:
             CheckpointError: a file cannot be read, or is a link that leaves the folder.
         """
+        check_read_by_others(folder)
         path = inside(folder, "tokenizer.json")
         config = read_object(folder, "tokenizer_config.json", CheckpointError) or {}
         if path is None:
@@ -73,10 +75,7 @@ class Tokenizer:
             return cls(auto_tokenizer(folder), folder)
         if _adds_to_file(config, folder):
             return cls(auto_tokenizer(folder), folder)
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{path}: not a tokenizer file: {error}") from error
+        backend = _read_file(path)
         backend.no_padding()
         backend.no_truncation()
         return cls(backend, folder)
@@ -195,12 +194,33 @@ class Tokenizer:
             place += len(piece)
         return ids, ends
 
+    @cached_property
+    def digest(self) -> str:
+        """What tells this tokenizer from another: a digest of its file, or its class and size where it has none."""
+        fast = getattr(self.backend, "backend_tokenizer", self.backend)
+        text = fast.to_str() if hasattr(fast, "to_str") else f"{type(self.backend)} {self.vocab_size}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer into a folder."""
         if isinstance(self.backend, tokenizers.Tokenizer):
             self.backend.save(str(folder / "tokenizer.json"))
         elif hasattr(self.backend, "save_pretrained"):
             self.backend.save_pretrained(str(folder))
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ``CheckpointError`` if the ``tokenizer.json`` of a folder cannot be read; without one, do nothing."""
+    if (path := inside(folder, "tokenizer.json")) is not None:
+        _read_file(path)
+
+
+def _read_file(path: Path) -> tokenizers.Tokenizer:
+    """Read a ``tokenizer.json``."""
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{path}: not a tokenizer file: {error}") from error
 
 
 def _ids(encoded: Any) -> list[int]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoints.export import export
+from moejax.checkpoints.files import check_read_by_others
 from moejax.checkpoints.folder import ModelFolder, open_folder
 from moejax.checkpoints.load import load_folder
 from moejax.checkpoints.plan import count_nonfinite, leaf_paths
@@ -150,6 +151,7 @@ def _run_transformers(
     import torch
     import transformers
 
+    check_read_by_others(folder.path)
     options: dict[str, Any] = {}
     if (folder.hugging_face.get("quantization_config") or {}).get("quant_method") == "mxfp4":
         options["quantization_config"] = getattr(transformers, "Mxfp4Config")(dequantize=True)  # noqa: B009 (exists at run time only)

@@ -3,6 +3,7 @@
 import logging
 import sys
 
+_FOLDER = "jax_compilation_cache_dir"
 _LOADED, _COMPILED = "jax._src.compiler", "jax._src.interpreters.pxla"
 """JAX's loggers that hear of a program that is not kept yet, and of every program."""
 
@@ -16,7 +17,7 @@ def tell_of_compiling() -> None:
 
     if not sys.stderr.isatty():
         return
-    name = _LOADED if jax.config.jax_compilation_cache_dir else _COMPILED
+    name = _LOADED if getattr(jax.config, _FOLDER) else _COMPILED
     logger = logging.getLogger(name)
     logger.addHandler(_Teller(logging.DEBUG))
     logger.setLevel(logging.DEBUG)

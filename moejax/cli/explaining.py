@@ -88,7 +88,7 @@ def _show(
         pictured.save_html(html)
     name, out = plot
     if name is not None and out is not None:
-        report.plot(name, pictured.to_dict()).savefig(out, bbox_inches="tight")
+        report.save_figure(report.plot(name, pictured.to_dict()), out, bbox_inches="tight")
     say_json(relevance.to_dict()) if as_json else report.render(pictured.to_dict())
 
 

@@ -34,6 +34,9 @@ def train(
     logger: Annotated[
         str | None, typer.Option(help="Log there too, if it is installed: wandb (Weights & Biases).")
     ] = None,
+    fall_back: Annotated[
+        bool, typer.Option(help="Set damaged states aside and go on from the newest that is whole.")
+    ] = True,
     plugin: Plugin = None,
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +52,7 @@ def train(
     if data is not None:
         settings = replace(settings, heldout=None)
     check_folder(out)
-    run = Run(settings if moe_name is None else settings.with_moe(moe_name), out)
+    run = Run(settings if moe_name is None else settings.with_moe(moe_name), out, falls_back=fall_back)
     if run.is_done:
         print(f"already done: {run.saved_step} steps; --steps of more goes on.", file=sys.stderr)
     else:

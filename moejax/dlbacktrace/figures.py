@@ -12,6 +12,7 @@ from moejax.dlbacktrace.relevance_trace import TraceEntry, all_wt
 from moejax.errors import MoejaxError
 from moejax.lm import LM
 from moejax.report import backtrace as report
+from moejax.report import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,5 +127,5 @@ def plain_graph(graph: Mapping[str, Any], stack: Sequence[str], path: str | Path
 def _saved(figure: "Figure", path: str | Path | None) -> "Figure":
     if path is not None:
         path = Path(path)
-        figure.savefig(path if path.suffix else path.with_suffix(".svg"))
+        save_figure(figure, path if path.suffix else path.with_suffix(".svg"))
     return figure

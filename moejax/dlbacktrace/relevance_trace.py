@@ -10,6 +10,7 @@ import numpy as np
 from moejax.dlbacktrace.nodes import EXPERT_SUFFIX
 from moejax.dlbacktrace.propagation import StepRelevance
 from moejax.errors import MoejaxError
+from moejax.writing import replacing
 
 POLICIES = ("full", "summary", "disk", "none")
 
@@ -58,7 +59,8 @@ class RelevanceTrace:
             entry["summary"] = summary(relevance)
         if self.policy == "disk":
             entry["path"] = str(self._folder / f"step_{step:05}.npz")
-            np.savez_compressed(entry["path"], **relevance.nodes, **relevance.experts)  # type: ignore[arg-type]
+            with replacing(Path(entry["path"])) as temporary:
+                np.savez_compressed(temporary, **relevance.nodes, **relevance.experts)  # type: ignore[arg-type]
         self.entries.append(entry)
 
 

@@ -13,6 +13,7 @@ from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
 from moejax.report.numbers import finite, listed, number
 from moejax.report.schema import SCHEMA, RelevanceReport
+from moejax.writing import write_file
 
 
 class Candidate(NamedTuple):
@@ -257,10 +258,10 @@ class Relevance(Attribution):
         return report.render(self.to_dict(), scale=scale)
 
     def save_html(self, path: str | Path) -> None:
-        """Write the report as a self-contained page."""
+        """Write the report as a self-contained page; one that is there is replaced once the new one is complete."""
         from moejax import report
 
-        Path(path).write_text(report.to_html(self.to_dict()), encoding="utf-8")
+        write_file(Path(path), report.to_html(self.to_dict()))
 
     def __repr__(self) -> str:
         """Model, rule, targets, sizes and the ledger's largest residual."""

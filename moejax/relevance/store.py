@@ -19,6 +19,7 @@ from moejax.errors import MoejaxError
 from moejax.relevance.experts import ExpertRelevance
 from moejax.relevance.ledger import Ledger
 from moejax.relevance.result import Candidate, Relevance
+from moejax.writing import write_file
 
 FORMAT = "moejax.Relevance"
 """The key of the header in the file's metadata."""
@@ -91,13 +92,10 @@ def save(rel: Relevance, path: str | Path) -> None:
     if jax.process_index():
         return
     path = Path(path).expanduser()
-    # a run that stops while it writes leaves no half of a file under the name
-    part = path.with_name(f"{path.name}.part")
     try:
-        part.write_bytes(
-            to_bytes({n: np.ascontiguousarray(t) for n, t in tensors.items()}, {FORMAT: json.dumps(header)})
+        write_file(
+            path, to_bytes({n: np.ascontiguousarray(t) for n, t in tensors.items()}, {FORMAT: json.dumps(header)})
         )
-        part.replace(path)
     except (OSError, SafetensorError) as error:
         raise MoejaxError(f"{path}: the result cannot be written: {error}") from error
 

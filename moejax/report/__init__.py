@@ -5,8 +5,19 @@ machine without a model. Plots are found by name: ``report.plot("experts", relev
 """
 
 from moejax.report.aggregate import summary_line
+from moejax.report.figure_file import save_figure
 from moejax.report.html import to_html, to_notebook
 from moejax.report.plots import PLOTS, figure, plot, register_plot
 from moejax.report.terminal import render
 
-__all__ = ["PLOTS", "figure", "plot", "register_plot", "render", "summary_line", "to_html", "to_notebook"]
+__all__ = [
+    "PLOTS",
+    "figure",
+    "plot",
+    "register_plot",
+    "render",
+    "save_figure",
+    "summary_line",
+    "to_html",
+    "to_notebook",
+]

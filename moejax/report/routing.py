@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from moejax.report.figure_file import save_figure
 from moejax.report.plots.routing import KIND_NAMES, routing_figures
 from moejax.report.schema import LayerEntry, ProbeEntry, RoutingReport
 from moejax.report.visible import PlainTable, cell, visible
+from moejax.writing import LOCK, locked, write_file
 
 _TABLES = {
     "router": {
@@ -77,14 +79,19 @@ def write_routing(report: RoutingReport, folder: Path) -> list[Path]:
 
     Returns:
         The paths of the files.
+
+    Raises:
+        BusyError: another run is writing into the folder.
+        OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "statistics.json", folder / "layers.csv"]
-    written[0].write_text(json.dumps(report, allow_nan=False), "utf-8")
-    written[1].write_text(layers_csv(report), "utf-8")
-    for name, figure in routing_figures(report).items():
-        written.append(folder / f"{name}.png")
-        figure.savefig(written[-1])
+    with locked(folder / LOCK, folder):
+        written = [folder / "statistics.json", folder / "layers.csv"]
+        write_file(written[0], json.dumps(report, allow_nan=False))
+        write_file(written[1], layers_csv(report))
+        for name, figure in routing_figures(report).items():
+            written.append(folder / f"{name}.png")
+            save_figure(figure, written[-1])
     return written
 
 

@@ -1,6 +1,8 @@
 """A training run: steps, metrics, held-out losses and saved states, from a file of settings to a model that loads."""
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from functools import cache, cached_property
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from moejax.checkpoints import save_folder
+from moejax.checkpoints.files import read_object
 from moejax.checkpoints.folder import BUNDLED
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, MoejaxError
@@ -20,11 +23,13 @@ from moejax.models import Decoder
 from moejax.program import Program
 from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus
-from moejax.training.logs import MetricsLog, check_logger
+from moejax.training.loggers import check_logger
+from moejax.training.logs import METRICS, MetricsLog
 from moejax.training.losses import cross_entropy
 from moejax.training.state_store import StateStore, newest_step
 from moejax.training.step import TrainState, TrainSteps, make_train_steps
 from moejax.training.texts import find_text
+from moejax.writing import LOCK, locked, remove_temporaries, write_file
 
 Row = dict[str, Any]
 """Metrics of one or more steps: a number, or a list with one number for each mixture layer."""
@@ -36,6 +41,9 @@ _OLD_DEFAULTS = {"balance_loss_coef": 0.01, "router_z_loss_coef": 0.001}
 
 _STATES = "checkpoints"
 
+_NAMES = (_STATES, METRICS, "tensorboard", "model")
+"""What a run writes beside its settings."""
+
 _DEFAULT_TOKENIZER = BUNDLED / "tiny-olmoe"
 
 
@@ -44,6 +52,10 @@ class Run:
 
     The folder holds ``config.json`` (the settings), ``checkpoints/`` (the newest states), ``metrics.jsonl`` and
     ``tensorboard/`` (the metrics) and, at the end, ``model/`` (the trained model, which :func:`moejax.load` loads).
+
+    Args:
+        falls_back: whether damaged states are set aside, with a warning that names their steps, and the run goes on
+            from the newest that is whole; otherwise a damaged newest state is an error.
 
     Attributes:
         config: the settings.
@@ -54,18 +66,29 @@ class Run:
         decoder: the trained decoder; set at the end of the iteration.
 
     Raises:
-        ConfigError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
+        ConfigError: the settings do not fit each other, the data, the devices, or the run that the folder holds; or the
+            folder holds something else.
         MoejaxError: the data cannot be read.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        self.config, self.folder, self.started_from = config, folder, 0
+    def __init__(self, config: TrainConfig, folder: Path, *, falls_back: bool = True) -> None:
+        self.config, self.folder, self.started_from, self._falls_back = config, folder, 0, falls_back
         self.stopped, self._shall_stop = False, False
         config.architecture(self.vocab_size)
-        path, new = folder / "config.json", json.loads(self._settings())
-        # a run that was never saved is none: whoever mends its settings shall not need another folder
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Find the newest state, and check that the folder's run, if it has one, has these settings."""
+        folder, new = self.folder, json.loads(self._settings())
         self.saved_step = newest_step(folder / _STATES)
-        old = json.loads(path.read_text()) if path.exists() and self.saved_step else new
+        old = read_object(folder, "config.json", ConfigError) if folder.is_dir() else None
+        if old is None and (there := [name for name in _NAMES if os.path.lexists(folder / name)]):
+            raise ConfigError(f"{folder} holds {there[0]}, but no config.json of a run; choose another folder.")
+        if old is not None and not old.keys() <= new.keys():
+            raise ConfigError(f"{folder / 'config.json'}: not the settings of a run; choose another folder.")
+        if old is None or not self.saved_step:
+            # a run that was never saved is none: whoever mends its settings shall not need another folder
+            old = new
         # versions before 0.2 wrote these numbers where nothing was set
         old |= {name: None for name, usual in _OLD_DEFAULTS.items() if new[name] is None and old.get(name) == usual}
         if changed := [name for name in new if name not in _MAY_CHANGE and old.get(name) != new[name]]:
@@ -165,20 +188,31 @@ class Run:
 
         Raises:
             MoejaxError: the loss or a router's logits are no longer finite; the message names the step and the layer.
+            CheckpointError: no saved state can be read, or a state or the model cannot be written.
+            BusyError: another run is training in the folder.
+            OSError: a file cannot be written.
         """
-        c, mesh = self.config, self.config.device_mesh()
         self.check()
+        # nothing is written before here, so that a mistake leaves no folder behind
+        self.folder.mkdir(parents=True, exist_ok=True)
+        is_first = jax.process_index() == 0
+        with locked(self.folder / LOCK, self.folder) if is_first else contextlib.nullcontext():
+            self._check_folder()  # again: another run may have been here
+            remove_temporaries(self.folder)
+            write_file(self.folder / "config.json", self._settings() + "\n")
+            yield from self._train()
+
+    def _train(self) -> Iterator[Row]:
+        """Train in a folder whose lock is held."""
+        c, mesh = self.config, self.config.device_mesh()
         train, heldout = self.corpora
         tokens = jnp.asarray(train.tokens)
         decoder = c.decoder(c.architecture(self.vocab_size), jax.random.key(c.seed), mesh)
         state = TrainState.start(decoder, c.optimiser())
-        # nothing is written before here, so that a mistake leaves no folder behind
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(self._settings() + "\n")
         store = StateStore(self.folder / _STATES)
-        if (restored := store.restore(state)) is not None:
+        if (restored := store.restore(state, falls_back=self._falls_back)) is not None:
             state = restored
-        self.started_from = step = int(state.step)
+        self.started_from = self.saved_step = step = int(state.step)
         train_steps = cache(self._train_steps)
 
         with MetricsLog(self.folder, step, c.logger, json.loads(self._settings())) as log:
@@ -190,11 +224,14 @@ class Run:
                 seconds = (time.perf_counter() - start) / count
                 step = int(state.step)
                 row = summarise(jax.device_get(metrics), step) | {"seconds_per_step": seconds}
-                if step // c.save_every > (step - count) // c.save_every or step == c.steps:
+                is_saved = step // c.save_every > (step - count) // c.save_every or step == c.steps
+                if is_saved:
                     row["heldout"] = held_out(state.decoder, heldout.tokens[: c.heldout_tokens], c.length)
+                # the row first: a run that is killed in between does the step again, and no row is lost
+                log.write(row)
+                if is_saved:
                     store.save(state)
                     self.saved_step = step
-                log.write(row)
                 yield row
             if step > self.saved_step:
                 store.save(state)

@@ -42,7 +42,7 @@ def write_format_2(source: Path, folder: Path) -> Path:
     """Convert a folder, then rename its leaves back as format 2 had them."""
     moejax.convert(source, folder.with_name("current"), progress=False)
     stored = OrbaxFolder(open_folder(folder.with_name("current")))
-    shutil.copytree(folder.with_name("current"), folder, ignore=shutil.ignore_patterns("weights"))
+    shutil.copytree(folder.with_name("current"), folder, ignore=shutil.ignore_patterns("weights", "moejax.json"))
     (folder / "weights").mkdir()
     for part in parts(stored.leaves):
         leaves = {old_path(path, stored.folder.hugging_face): leaf for path, leaf in stored.restore(part).items()}

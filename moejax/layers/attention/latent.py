@@ -26,6 +26,7 @@ from moejax.layers.norm import RMSNorm
 from moejax.layers.parts import ActivationSizes, Aux, Axes, Call, PartConfig, Sizes
 from moejax.layers.rotary import Rotary, turn
 from moejax.ops.rope import Rope
+from moejax.rules import Reading
 
 LATENT_EPS = 1e-6
 """Epsilon of the norms of latents, which no published config changes."""
@@ -77,6 +78,7 @@ class LatentAttentionConfig(PartConfig):
     def axes(self) -> Mapping[str, Axes]:
         return {
             "query_latent.weight": (None, "model"),
+            "query_up.weight": ("heads", None, None),
             "query.weight": ("heads", None, "model"),
             "latent.weight": (None, "model"),
             "key_value.weight": ("heads", None, None),
@@ -86,10 +88,19 @@ class LatentAttentionConfig(PartConfig):
     def init(self, key: PRNGKeyArray, dtype: DTypeLike) -> "LatentAttention":
         c, (k1, k2, k3, k4, k5) = self, jax.random.split(key, 5)
         linear = partial(Linear.init, dtype=dtype)
+        rows = c.num_heads, c.plain_dim + c.rotary_dim
+        if c.query_dim is None:
+            queries = None, None, None, linear(k1, c.model_dim, rows, bias=False)
+        else:
+            down = linear(k5, c.model_dim, c.query_dim, bias=c.bias)
+            queries = (
+                down,
+                RMSNorm.init(c.query_dim, LATENT_EPS, dtype),
+                linear(k1, c.query_dim, rows, bias=False),
+                None,
+            )
         return LatentAttention(
-            linear(k5, c.model_dim, c.query_dim, bias=c.bias) if c.query_dim is not None else None,
-            RMSNorm.init(c.query_dim, LATENT_EPS, dtype) if c.query_dim is not None else None,
-            linear(k1, c.query_dim or c.model_dim, (c.num_heads, c.plain_dim + c.rotary_dim), bias=False),
+            *queries,
             linear(k2, c.model_dim, c.latent_dim + c.rotary_dim, bias=c.bias),
             RMSNorm.init(c.latent_dim, LATENT_EPS, dtype),
             linear(k3, c.latent_dim, (c.num_heads, c.plain_dim + c.value_dim), bias=False),
@@ -120,7 +131,8 @@ class LatentAttention(nnx.Module):
 
     query_latent: Linear | None = nnx.data()
     query_norm: RMSNorm | None = nnx.data()
-    query: Linear = nnx.data()
+    query_up: Linear | None = nnx.data()
+    query: Linear | None = nnx.data()
     latent: Linear = nnx.data()
     latent_norm: RMSNorm = nnx.data()
     key_value: Linear = nnx.data()
@@ -132,10 +144,7 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Latents, Aux]:
         """The output, the latents of all tokens so far, and nothing to tell."""
         c, reading = self.config, call.reading
-        source = x
-        if self.query_latent is not None and self.query_norm is not None:
-            source = self.query_norm(self.query_latent(x, reading), reading)
-        plain, turning = jnp.split(self.query(source, reading), [c.plain_dim], axis=-1)
+        plain, turning = jnp.split(self._queries(x, reading), [c.plain_dim], axis=-1)
         turning = turn(turning, call.rotation)
         latent, rotated = jnp.split(self.latent(x, reading), [c.latent_dim], axis=-1)
         latents = Latents(self.latent_norm(latent, reading), turn(rotated[:, :, None], call.rotation)[:, :, 0])
@@ -147,6 +156,15 @@ class LatentAttention(nnx.Module):
         heads = (self._absorbed if decodes else self._heads)(plain, turning, latents, call, cache is None)
         heads = reading.gate("heads", heads)
         return self.output(heads.reshape(*x.shape[:2], -1), reading), latents, Aux()
+
+    def _queries(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T H N+R"]:
+        """The queries, from the stream or from a latent of their own."""
+        if self.query is not None:
+            return self.query(x, reading)
+        assert self.query_latent is not None
+        assert self.query_norm is not None
+        assert self.query_up is not None
+        return self.query_up(self.query_norm(self.query_latent(x, reading), reading), reading)
 
     def _heads(
         self, plain: Float[Array, "B T H N"], turning: Float[Array, "B T H R"], latents: Latents, call: Call, own: bool

@@ -12,10 +12,8 @@ from moejax.models.kinds import ACTIVATION, number
 _OURS = "layers.{layer}.attention."
 
 LATENT: KeyTable = {
-    _OURS + "query.weight": [
-        merged_heads(ATTENTION + "q_b_proj.weight"),
-        merged_heads(ATTENTION + "q_proj.weight"),
-    ],
+    _OURS + "query_up.weight": [merged_heads(ATTENTION + "q_b_proj.weight")],
+    _OURS + "query.weight": [merged_heads(ATTENTION + "q_proj.weight")],
     _OURS + "query_norm.weight": [whole(ATTENTION + "q_a_layernorm.weight")],
     _OURS + "latent_norm.weight": [whole(ATTENTION + "kv_a_layernorm.weight")],
     _OURS + "key_value.weight": [merged_heads(ATTENTION + "kv_b_proj.weight")],

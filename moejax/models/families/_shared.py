@@ -131,8 +131,8 @@ def sigmoid_router(
     The numbers are defaults: of the counts, of the groups and how many of them are selected, and of the factor. A count
     without a default must be in the config.
     """
-    count = {"default": experts} if experts else {}
-    slots = {"default": selected} if selected else {}
+    count: dict[str, Any] = {"default": experts} if experts else {}
+    slots: dict[str, Any] = {"default": selected} if selected else {}
     return RouterConfig(
         num_experts=fields.size("n_routed_experts", alias="num_experts", **count),
         num_selected=fields.size("num_experts_per_tok", **slots),

@@ -4,6 +4,8 @@ Norms before and behind each part; heads are multiplied by a sigmoid gate; layer
 the others have no positions; sigmoid routing with a bias in the selection.
 """
 
+from typing import Any
+
 from moejax.layers import GLU, BlockConfig, MixtureConfig, MLPConfig, RouterConfig, WideRMSNorm
 from moejax.models.config import Config
 from moejax.models.families._shared import (
@@ -67,7 +69,7 @@ def config(fields: Fields) -> Config:
     dense, first = MLPConfig(dim, fields.size("intermediate_size"), glu), fields("num_dense_layers", COUNT, 1)
 
     def block(i: int, kind: str) -> BlockConfig:
-        positions = {"window": window} if kind == "sliding_attention" else {"rope": None}
+        positions: dict[str, Any] = {"window": window} if kind == "sliding_attention" else {"rope": None}
         attention = grouped_query(
             fields,
             eps,
