@@ -10,6 +10,7 @@ regular file: to open a pipe would wait for ever.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 

@@ -76,12 +76,12 @@ def grouped_query(
     )
 
 
-def softmax_router(fields: Fields, *, experts: int, selected: int) -> RouterConfig:
-    """Softmax over all experts, renormalised over the selected if ``norm_topk_prob``; the numbers are defaults."""
+def softmax_router(fields: Fields, *, experts: int, selected: int, renormalised: bool = False) -> RouterConfig:
+    """Softmax over all experts, renormalised over the selected if ``norm_topk_prob``; the arguments are defaults."""
     return RouterConfig(
         num_experts=fields.size("num_experts", experts, alias="num_local_experts"),
         num_selected=fields.size("num_experts_per_tok", selected),
-        weigh="renormalised" if fields.flag("norm_topk_prob", False) else "raw",
+        weigh="renormalised" if fields.flag("norm_topk_prob", renormalised) else "raw",
     )
 
 

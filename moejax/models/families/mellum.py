@@ -22,7 +22,7 @@ def config(fields: Fields) -> Config:
     # layers that predict further tokens are left out
     fields.without_effect("num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types")
     glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
-    router = softmax_router(fields, experts=64, selected=8)
+    router = softmax_router(fields, experts=64, selected=8, renormalised=True)
     moe = MixtureConfig(dim, fields.size("moe_intermediate_size", 896), router, glu)
     dense = MLPConfig(dim, fields.size("intermediate_size"), glu)
 

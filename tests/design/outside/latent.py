@@ -171,10 +171,10 @@ KEYS: KeyTable = {
     _OURS + "feed_forward.router.weight": [whole(_MLP + "gate.weight")],
     _OURS + "feed_forward.router.selection_bias": [whole(_MLP + "gate.e_score_correction_bias")],
     _OURS + "feed_forward.experts.gate_up": [
-        merged_halves(_MLP + "experts.gate_up_proj"),
         per_expert(_ONE + "gate_proj.weight", _ONE + "up_proj.weight"),
+        merged_halves(_MLP + "experts.gate_up_proj"),
     ],
-    _OURS + "feed_forward.experts.down": [whole(_MLP + "experts.down_proj"), per_expert(_ONE + "down_proj.weight")],
+    _OURS + "feed_forward.experts.down": [per_expert(_ONE + "down_proj.weight"), whole(_MLP + "experts.down_proj")],
     _OURS + "feed_forward.shared.mlp.gate_up": [
         stacked(_MLP + "shared_experts.gate_proj.weight", _MLP + "shared_experts.up_proj.weight")
     ],
