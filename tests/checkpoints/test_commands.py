@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny.hugging_face import FAMILIES
 from typer.testing import CliRunner
 
 import moejax
@@ -177,16 +178,7 @@ def test_model_config() -> None:
 
 
 def test_supported_models() -> None:
-    assert set(moejax.list_supported_models()) == {
-        "olmoe",
-        "qwen3_moe",
-        "qwen2_moe",
-        "mixtral",
-        "gpt_oss",
-        "jetmoe",
-        "llama",
-        "moejax",
-    }
+    assert set(moejax.list_supported_models()) == {*FAMILIES, "moejax"}
 
 
 def test_published_sizes() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny.hugging_face import every_family
 
 import moejax
 from moejax.checkpoints import load_folder, load_orbax, load_torch, save_folder, to_tensors
@@ -34,6 +35,7 @@ def test_bytes_and_leaves_survive(published: Path, tmp_path: Path) -> None:
     assert same_leaves(before.decoder, after.decoder)
 
 
+@pytest.mark.parametrize("published", every_family(), indirect=True)
 def test_transformers_loads_what_is_exported(published: Path, tmp_path: Path) -> None:
     moejax.export(moejax.load(published), tmp_path / "again", progress=False)
     folders, auto = (published, tmp_path / "again"), transformers.AutoModelForCausalLM

@@ -48,6 +48,17 @@ COMMON: dict[str, Any] = {
 
 
 FAMILIES = sorted(CONFIGS)
+KINDS = ["afmoe", "deepseek_v3", "gpt_oss", "granitemoeshared", "jetmoe", "olmoe", "qwen2_moe"]
+"""Families that together have every piece."""
+
+
+def every_family(often: list[str] = KINDS) -> list[Any]:
+    """All families as parameters of a test; those that are not to be run often are slow."""
+    import pytest
+
+    return [pytest.param(name, marks=[] if name in often else [pytest.mark.slow]) for name in FAMILIES]
+
+
 _WITHOUT_FUSED_EXPERTS = {"granitemoe", "granitemoeshared", "jetmoe", "llama", "mistral", "phi3", "qwen2", "qwen3"}
 
 
