@@ -137,9 +137,8 @@ def _leads(path: Path, real: Path) -> str:
 
 def _check_place(path: Path, real: Path, folder: Path) -> None:
     if not real.is_relative_to(_boundary(folder.resolve())):
-        raise CheckpointError(
-            f"{path}: a link that leaves its folder, to {real}. If you trust it, copy it into the folder."
-        )
+        # the mend is to put the file itself there, if it is to be trusted
+        raise CheckpointError(f"{path}: a link out of its folder, to {real}; copy it in.")
 
 
 def walk(folder: Path, name: str) -> list[Path]:

@@ -242,7 +242,7 @@ class TestFolders:
         (folder / "model.safetensors").unlink()
         outside = Path(shutil.move(folder / "data", folder.parent / "data"))
         (folder / "model.safetensors").symlink_to(outside)
-        assert f"a link that leaves its folder, to {outside}" in refused(folder)
+        assert f"a link out of its folder, to {outside}" in refused(folder)
 
     def test_export_keeps_every_side_file(self, folder: Path, tmp_path: Path) -> None:
         kept = ["vocab.json", "merges.txt", "chat_template.jinja", "preprocessor_config.json", "README.md", "LICENSE"]
@@ -250,7 +250,7 @@ class TestFolders:
             (folder / name).write_text("{}")
         moejax.export(folder, tmp_path / "out", progress=False)
         there = {path.name for path in (tmp_path / "out").iterdir()}
-        assert there == {*kept, "generation_config.json", "config.json", "model.safetensors"}
+        assert there == {*kept, "generation_config.json", "config.json", "model.safetensors", "moejax.json"}
 
     @pytest.mark.parametrize("dtype", ["int8", "int32", "float8_e4m3fn", "complex64", "nonsense"])
     def test_only_floats_are_weights(self, folder: Path, dtype: str) -> None:
