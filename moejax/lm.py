@@ -314,8 +314,7 @@ def load(
 
     Weights keep the checkpoint's dtype on accelerators. On CPUs, which compute in float32 anyway, they are float32 if
     that fits in free memory; :func:`moejax.export` writes the checkpoint's own dtype back. JAX is told to use most of a
-    GPU's memory (:func:`moejax.ops.memory.reserve_memory`) and to keep compiled programs on disk
-    (:mod:`moejax.compilation_cache`).
+    GPU's memory (:mod:`moejax.ops.memory`) and to keep compiled programs on disk (:mod:`moejax.compilation_cache`).
 
     Args:
         dtype: cast the weights to it.
@@ -324,14 +323,13 @@ def load(
             an explanation, interventions.
         sharding: the mesh axis of each logical axis of the weights: ``moejax.EXPERT`` splits experts over the mesh axis
             ``"expert"``, ``moejax.TENSOR`` heads, hidden units and vocabulary over ``"tensor"``,
-            ``moejax.EXPERT_TENSOR`` does both. By default as many of them as the mesh has axes for.
+            ``moejax.EXPERT_TENSOR`` does both. By default as many as the mesh has axes for. ``rules`` is its old name.
         keep_packed: experts that are published as MXFP4 stay packed on the device, at 4.25 bits a value, and are
             unpacked when a step uses them; the same numbers for less memory.
         experts: ``"int8"`` rounds the experts' matrices alone to 8 bits a value, with a scale for each output channel;
             results are those of the rounded model. ``"mxfp4"`` is ``keep_packed``.
         tokenizer: in place of the folder's: of transformers, of ``tokenizers``, or any with ``encode`` and ``decode``.
         revision, token, cache_dir: branch, tag or commit of a hub id; access token; folder of the hub's cache.
-        rules: the earlier name of ``sharding``.
         check_weights: read them once more, and raise if any is NaN or infinite.
 
     Raises:
