@@ -30,6 +30,7 @@ from moejax.models.activations import checked_apply
 from moejax.models.finite import check_leaves
 from moejax.models.padding import left_pad, padded_length, warn_beyond_context
 from moejax.ops.memory import reserve_memory
+from moejax.processes import to_host
 from moejax.prompts import Chat, EncodedPrompt, as_prompt, checked_ids, is_single
 from moejax.rules import Edits, Gates, Reading
 from moejax.rules.gates import TokenIds
@@ -156,8 +157,8 @@ class LM:
             return []
         rows, asked, reading = self._asked(prompts, options)
         found, watcher = self._generate(rows, asked, reading, return_scores=False)
-        tokens, lengths = np.asarray(found.tokens).tolist(), np.asarray(found.lengths).tolist()
-        return [watcher.cut(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+        tokens, lengths = to_host((found.tokens, found.lengths))
+        return [watcher.cut(row[:n]) for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
     def generate_tokens(self, prompts: Prompts, *, return_scores: bool = False, **options: Any) -> Generation:
         """Continue each prompt; returns arrays, with the scores of every token if ``return_scores``.

@@ -16,6 +16,7 @@ from moejax.checkpoints.staging import Staging, is_made, making, need_room, stag
 from moejax.checkpoints.summary import Conversion, peak_bytes, progress_bar
 from moejax.checkpoints.tokenizer import check_tokenizer
 from moejax.errors import CheckpointError
+from moejax.processes import need_one_process
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 """The dtypes that weights can be converted to."""
@@ -45,6 +46,7 @@ def convert(
             disk is full.
         BusyError: another run is making the destination.
     """
+    need_one_process("converting a model")
     start, folder, target = time.perf_counter(), open_folder(source), Path(destination)
     if folder.is_orbax:
         raise CheckpointError(f"{folder.path} is converted already; `moejax export` writes Hugging Face files from it.")

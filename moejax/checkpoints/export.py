@@ -29,6 +29,7 @@ from moejax.checkpoints.tokenizer import check_tokenizer
 from moejax.errors import CheckpointError
 from moejax.models import Decoder, family
 from moejax.models.keys import KeyTable
+from moejax.processes import need_one_process
 from moejax.writing import LOCK, TEMPORARY, locked
 
 _INDEX = "model.safetensors.index.json"
@@ -77,6 +78,7 @@ def export(
             else; its partial folder is not ours; or the disk is full.
         BusyError: another run is making the destination.
     """
+    need_one_process("exporting a model")
     start, target = time.perf_counter(), Path(destination)
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: must be at least 1.")

@@ -36,9 +36,11 @@ def making(destination: Path) -> Iterator[None]:
     """Hold the lock of a folder that is to be made.
 
     Raises:
-        CheckpointError: its parent is not a folder.
+        CheckpointError: its parent is not a folder, or its path has a NUL.
         BusyError: another run is making it.
     """
+    if "\0" in str(destination):
+        raise CheckpointError(f"cannot write {destination}: a path has no NUL.")
     if not destination.absolute().parent.is_dir():
         raise CheckpointError(f"cannot write {destination}: its parent is not a folder.")
     with locked(lock_beside(destination), destination):

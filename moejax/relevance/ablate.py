@@ -13,6 +13,7 @@ from moejax.errors import MoejaxError
 from moejax.lm import LM, Prompt
 from moejax.models import Config, FlatDecoder, unflatten
 from moejax.models.data_parallel import num_shards, placed, placements, shard_map_data
+from moejax.processes import to_host
 from moejax.program import Program
 from moejax.relevance.engine import checked_chunk
 from moejax.relevance.question import ResolvedTarget, hidden_per_sequence, read_first_rows_tokens, repeat_rows
@@ -136,7 +137,7 @@ def ablate(
         # passes without a switch fill up the last chunk, so that it needs no program of its own
         part = {name: _filled(s[start : start + rows], rows) for name, s in switches.items()}
         values.append(_values(lm.flat, tokens, resolved.seeds, part, held))
-    parts = [np.asarray(intact, np.float64) - np.asarray(changed, np.float64) for intact, changed in values]
+    parts = [np.asarray(intact, np.float64) - np.asarray(changed, np.float64) for intact, changed in to_host(values)]
     changes = np.concatenate([np.zeros((0, len(resolved.terms[0]))), *parts])[: len(interventions)]
     return changes.sum(-1, keepdims=True) if resolved.target.joint else changes
 

@@ -16,6 +16,7 @@ from moejax.lm import LM, Prompt
 from moejax.models.finite import first_not_finite
 from moejax.models.node_table import checked_edits, from_first_token
 from moejax.ops.memory import free_bytes
+from moejax.processes import to_host
 from moejax.relevance.budget import Footprint
 from moejax.relevance.engine import Readout, Slots, checked_chunk, explained_shape, per_device, relevance
 from moejax.relevance.experts import ExpertRelevance
@@ -167,7 +168,7 @@ def _explain(lm: LM, prompts: Sequence[Prompt], target: Target, options: PassOpt
         joint=target.joint,
         rematerialised_layers=layers or 0,
     )
-    out, likely = jax.device_get((replace(out, logits=None), _likely(out.logits)))
+    out, likely = to_host((replace(out, logits=None), _likely(out.logits)))
     _check_finite(resolved, out, options)
     return [_result(resolved, row, repr(options.rule), out, likely) for row in range(len(prompts))]
 

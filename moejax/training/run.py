@@ -20,6 +20,7 @@ from moejax.checkpoints.folder import BUNDLED
 from moejax.checkpoints.tokenizer import Tokenizer
 from moejax.errors import ConfigError, MoejaxError
 from moejax.models import Decoder
+from moejax.processes import need_one_process
 from moejax.program import Program
 from moejax.training.config import TrainConfig
 from moejax.training.data import Corpus
@@ -123,6 +124,7 @@ class Run:
         Raises:
             ConfigError, MoejaxError: as the class says.
         """
+        need_one_process("training")
         check_logger(self.config.logger)
         self.config.device_mesh()
         _ = self.corpora

@@ -23,7 +23,17 @@ KERNEL_LINES = 80
 KERNELS = "moejax/ops/experts/"
 """Folder whose functions may have ``KERNEL_LINES``: bodies of GPU kernels are one sequence of steps."""
 
-COMMON = {"_version", "errors", "compilation_cache", "hugging_face", "program", "registry", "writing", "xla"}
+COMMON = {
+    "_version",
+    "errors",
+    "compilation_cache",
+    "hugging_face",
+    "processes",
+    "program",
+    "registry",
+    "writing",
+    "xla",
+}
 """Files that every room may import; they import each other alone."""
 
 FLOORS: dict[str, float] = {

@@ -157,7 +157,7 @@ class LatentAttention(nnx.Module):
         heads = reading.gate("heads", heads)
         return self.output(heads.reshape(*x.shape[:2], -1), reading), latents, Aux()
 
-    def _queries(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T H N+R"]:
+    def _queries(self, x: Float[Array, "B T D"], reading: Reading) -> Float[Array, "B T H Y"]:
         """The queries, from the stream or from a latent of their own."""
         if self.query is not None:
             return self.query(x, reading)

@@ -4,8 +4,6 @@ Norms before and behind each part; heads are multiplied by a sigmoid gate; layer
 the others have no positions; sigmoid routing with a bias in the selection.
 """
 
-from typing import Any
-
 from moejax.layers import GLU, BlockConfig, MixtureConfig, MLPConfig, RouterConfig, WideRMSNorm
 from moejax.models.config import Config
 from moejax.models.families._shared import (
@@ -68,8 +66,10 @@ def config(fields: Fields) -> Config:
     moe = MixtureConfig(dim, fields.size("moe_intermediate_size", 1408), router, glu, shared=shared)
     dense, first = MLPConfig(dim, fields.size("intermediate_size"), glu), fields("num_dense_layers", COUNT, 1)
 
+    rope = fields.rope()
+
     def block(i: int, kind: str) -> BlockConfig:
-        positions: dict[str, Any] = {"window": window} if kind == "sliding_attention" else {"rope": None}
+        is_windowed = kind == "sliding_attention"
         attention = grouped_query(
             fields,
             eps,
@@ -79,7 +79,8 @@ def config(fields: Fields) -> Config:
             gated=True,
             bias=bias,
             output_bias=bias,
-            **positions,
+            window=window if is_windowed else None,
+            rope=rope if is_windowed else None,
         )
         return BlockConfig(attention, dense if i < first else moe, eps, tuple(_NORMS), WideRMSNorm)
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 
+from moejax.processes import to_host
 from moejax.relevance.engine import Readout, relevance
 from moejax.relevance.question import ResolvedTarget
 from moejax.relevance.seeds import LogitSeeds
@@ -21,4 +21,4 @@ def read_activations(resolved: ResolvedTarget, nodes: tuple[str, ...] = ()) -> R
         last, one = jnp.full((1, 1), length - 1), jnp.ones((1, 1, 1), lm.decoder.accumulation_dtype)
         seeds = LogitSeeds.of(last, jnp.zeros(one.shape, jnp.int32), one)
     out = relevance(lm.flat, resolved.tokens(), None, seeds, Gates(), rule=Activations(), nodes=nodes, joint=True)
-    return jax.device_get(replace(out, logits=None)).cut(length)
+    return to_host(replace(out, logits=None)).cut(length)
