@@ -212,7 +212,7 @@ class TestRulesAreStatic:
         assert Gamma().leaks == {"softmax", "bias"}
         assert Proportional().leaks == {"bias"}
         assert CPLRP(router="uniform").leaks == {"bias", "router"}
-        assert Plain().leaks == {"norm", "activation", "clamp", "softmax", "router", "bias"}
+        assert Plain().leaks == {"norm", "activation", "clamp", "softmax", "router", "gate", "bias"}
 
     def test_by_name(self):
         assert by_name("gim") == GIM()
