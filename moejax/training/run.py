@@ -73,6 +73,7 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, folder: Path, *, falls_back: bool = True) -> None:
+        need_one_process("training")
         self.config, self.folder, self.started_from, self._falls_back = config, folder, 0, falls_back
         self.stopped, self._shall_stop = False, False
         config.architecture(self.vocab_size)
@@ -124,7 +125,6 @@ class Run:
         Raises:
             ConfigError, MoejaxError: as the class says.
         """
-        need_one_process("training")
         check_logger(self.config.logger)
         self.config.device_mesh()
         _ = self.corpora

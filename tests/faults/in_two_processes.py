@@ -33,7 +33,7 @@ def main(rank: int, port: str, folder: Path) -> None:
         attempt(f"{axis} ablate", lambda lm=lm, cells=cells: moejax.ablate(lm, PROMPTS[0], cells=cells).shape)
     attempt("convert", lambda: moejax.convert("tiny-olmoe", folder / f"out{rank}", progress=False))
     attempt("export", lambda: moejax.export("tiny-olmoe", folder / f"exported{rank}", progress=False))
-    attempt("train", lambda: list(Run(folder / f"run{rank}", TrainConfig({}, "a.txt"))))
+    attempt("train", lambda: Run(TrainConfig({}, "a.txt"), folder / f"run{rank}"))
 
 
 def attempt(name: str, run: Callable[[], Any]) -> None:
@@ -41,8 +41,8 @@ def attempt(name: str, run: Callable[[], Any]) -> None:
     try:
         run()
         state = "ok"
-    except moejax.MoejaxError:
-        state = "refused"
+    except moejax.MoejaxError as error:
+        state = "refused" if "process" in str(error) else f"failed: {error}"
     except Exception as error:
         state = f"failed: {error!r:.200}"
     print(f"{name}: {state}", flush=True)
