@@ -90,9 +90,9 @@ def test_bfloat16_stays_close(make_olmoe: Callable, torch_logits: Callable, toy_
 class PerHeadNorm(RMSNorm):
     """The mistake of normalising each head by itself, as most other families do."""
 
-    def _normalise(self, x: jax.Array, reading: moejax.rules.Reading) -> jax.Array:
+    def _normed(self, x: jax.Array, reading: moejax.rules.Reading, dtype: Any) -> jax.Array:
         heads = x.reshape(*x.shape[:-1], -1, 6)
-        return super()._normalise(heads, reading).reshape(x.shape)
+        return super()._normed(heads, reading, dtype).reshape(x.shape)
 
 
 def with_config(decoder: Decoder, config: Config) -> Decoder:

@@ -125,11 +125,12 @@ def sigmoid_router(
     selected: int = 0,
     groups: tuple[int, int] = (1, 1),
     scale: float = 1.0,
+    renormalised: bool = True,
 ) -> RouterConfig:
     """DeepSeek-V3's router: sigmoid scores, a bias in the selection, groups, a factor on the weights.
 
-    The numbers are defaults: of the counts, of the groups and how many of them are selected, and of the factor. A count
-    without a default must be in the config.
+    The arguments are defaults: of the counts, of the groups and how many of them are selected, of the factor, and of
+    ``norm_topk_prob``. A count without a default must be in the config.
     """
     count: dict[str, Any] = {"default": experts} if experts else {}
     slots: dict[str, Any] = {"default": selected} if selected else {}
@@ -137,7 +138,7 @@ def sigmoid_router(
         num_experts=fields.size("n_routed_experts", alias="num_experts", **count),
         num_selected=fields.size("num_experts_per_tok", **slots),
         score="sigmoid",
-        weigh="renormalised" if fields.flag("norm_topk_prob", True) else "raw",
+        weigh="renormalised" if fields.flag("norm_topk_prob", renormalised) else "raw",
         scale=fields("routed_scaling_factor", NUMBER, scale),
         selection_bias=True,
         num_groups=fields.size("n_group", groups[0]),

@@ -27,7 +27,7 @@ def config(fields: Fields) -> Config:
     dim, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
     eps, bias = fields("rms_norm_eps", EPSILON, 1e-6), fields.flag("attention_bias", False)
     glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
-    router = sigmoid_router(fields)
+    router = sigmoid_router(fields, renormalised=False)
     moe = MixtureConfig(
         dim, fields.size("moe_intermediate_size", 1408), router, glu, shared=ungated_shared(fields, glu, default=0)
     )
