@@ -97,7 +97,8 @@ def _olmoe(options: tuple[tuple[str, Any], ...], seed: int) -> Any:
 
 def published(family: str, **changes: Any) -> Any:
     """A model of three layers in bfloat16, as most models are published. The caller may change it."""
-    return copy.deepcopy(torch_model(family, **{"num_hidden_layers": 3} | changes)).bfloat16()
+    kinds = {name: kind[:3] for name, kind in CONFIGS[family].items() if isinstance(kind, list) and len(kind) == 4}
+    return copy.deepcopy(torch_model(family, **kinds | {"num_hidden_layers": 3} | changes)).bfloat16()
 
 
 def publish(family: str, folder: Path) -> Path:
