@@ -60,6 +60,7 @@ class Fields(ObjectFields):
     (:mod:`moejax.models.kinds`). At the end, :meth:`finish` raises an error if the config has further fields that may
     change the model:
 
+        >>> from moejax.models.kinds import EPSILON
         >>> fields = Fields({"hidden_size": 64, "num_local_experts": 8, "residual_multiplier": 0.22})
         >>> fields.size("hidden_size")
         64
@@ -124,7 +125,9 @@ class Fields(ObjectFields):
         if kind is not None and kind in given:
             given = OBJECT.read(f"rope_parameters.{kind}", given[kind])
         original = self("original_max_position_embeddings", CONTEXT, None)
-        positions = self.size("max_position_embeddings", self._class_defaults().get("max_position_embeddings"))
+        positions = self.size("max_position_embeddings", None)
+        if positions is None:  # only then, since the class's defaults need an import of transformers
+            positions = self._class_defaults().get("max_position_embeddings")
         theta = self("rope_theta", BASE, default_theta)
         type_ = given.get("rope_type") or given.get("type") or "default"
         fields = ObjectFields(given, f"rotary positions of type {type_!r:.40}")
@@ -273,8 +276,10 @@ class Fields(ObjectFields):
         """
         if "quantization_config" not in self._read:
             self.packed_as(None)
-        declared = self._declared()
         unread = {k: v for k, v in self._unread().items() if k not in _WITHOUT_EFFECT}
+        if not unread:
+            return
+        declared = self._declared()
         notes = [k for k, v in unread.items() if k not in (declared or unread) and v is not False]
         tell_of(notes, "the config has fields that change nothing in this family")
         refuse({k: v for k, v in unread.items() if _may_change(k, v, declared)})

@@ -31,6 +31,7 @@ def source(tmp_path: Path) -> Path:
     return write_model(tmp_path / "source", random_tensors(olmoe_shapes(_LONG)), _LONG)
 
 
+@pytest.mark.slow
 def test_killed_conversion_is_resumed(source: Path, tmp_path: Path) -> None:
     destination, partial = tmp_path / "killed", tmp_path / "killed.partial"
     command = [sys.executable, "-m", "moejax", "convert", str(source), str(destination)]
@@ -74,6 +75,7 @@ def _interrupted(source: Path, destination: Path, parts: int, **options) -> None
     assert not destination.exists()
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_middle_of_a_part(source: Path, tmp_path: Path) -> None:
     _interrupted(source, tmp_path / "out", 3)
     stale = tmp_path / "out.partial" / "weights" / "layers.2.orbax-checkpoint-tmp-17"

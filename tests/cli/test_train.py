@@ -35,6 +35,7 @@ def config(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path / "config.json"
 
 
+@pytest.mark.slow
 def test_own_layer_is_trained_analysed_and_explained(
     moejax_command: Callable[..., Any], config: Path, tmp_path: Path
 ) -> None:

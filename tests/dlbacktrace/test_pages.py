@@ -100,6 +100,7 @@ def test_lengths_may_count_the_prompt(sampler: DLBAutoSampler) -> None:
         sampler.generate([PROMPT], num_beams=3, temperature=0.7)
 
 
+@pytest.mark.slow
 def test_beams_are_explained_as_they_are_returned() -> None:
     """The trace is that of the answer, whatever the search did on its way."""
     found = run(num_beams=3, num_return_sequences=2, early_stopping=True)

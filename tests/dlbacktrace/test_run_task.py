@@ -55,6 +55,7 @@ def test_padding_changes_nothing() -> None:
                     assert_close(value[row, columns], expected["expert_relevance"][name], f"{where} {name}")
 
 
+@pytest.mark.slow
 def test_a_row_that_ended_has_no_relevance() -> None:
     free = run("gpt_oss", PADDED["left"])
     longer, (first, *_) = free["generated_ids"][:, 7:].tolist()

@@ -141,7 +141,7 @@ def outcome(config: dict[str, Any]) -> str:
         try:
             kind = family(config.get("model_type"))
             read = kind.config(config)
-            make_plan(Decoder.abstract(read), kind.keys, entries(kind.model_type))
+            make_plan(Decoder.abstract(read), kind, entries(kind.model_type))
             found = "loads as before" if read == kind.config(base(kind.model_type)) else "loads as another model"
         except MoejaxError as error:
             check_message(str(error))

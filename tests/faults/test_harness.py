@@ -31,7 +31,9 @@ def attack(command: str, seed: int, tmp_path: Path, **counts: int) -> None:
     assert not {name: found[name] for name in BAD if found.get(name)}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.slow] if name == "train" else []) for name in COMMANDS]
+)
 def test_a_few(command: str, tmp_path: Path) -> None:
     attack(command, 1, tmp_path, **FEW)
 

@@ -49,6 +49,7 @@ def test_what_an_added_vector_takes_is_its_effect_on_a_linear_path(x64: None) ->
     np.testing.assert_allclose(found.ledger.leaks["edits"].sum(), share, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_batches_and_refusals(x64: None) -> None:
     lm, edits = mixture_lm(), Edits().add("middle.0", 0.5, tokens=[1]).scale("feed_forward.1", 0.5)
     batch = explain_batch(lm, [PROMPT, PROMPT[:4]], edits=edits, target=Contrast(5, 60))

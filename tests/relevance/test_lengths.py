@@ -124,6 +124,7 @@ def test_baselines(lm, monkeypatch, name):
         np.testing.assert_allclose(got.feed_forward.slots, want.feed_forward.slots, **CLOSE)
 
 
+@pytest.mark.slow
 def test_generation(lm):
     def greedily(ids: list[int]) -> list[int]:
         for _ in range(4):

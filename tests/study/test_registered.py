@@ -67,6 +67,7 @@ def seen_by_experts(lm: LM, layer: int, windows: Windows) -> tuple[np.ndarray, A
     return np.asarray(routes.feed_forward.info["seen"], np.float64), routes.feed_forward.routing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smoe_tcmoe", "smoe_plus_plus"])
 def test_outputs_of_experts(name: str, windows: Windows) -> None:
     """Against numpy: SwiGLU of every expert that a token selected, without the special ones and the null routes."""

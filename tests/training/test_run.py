@@ -164,7 +164,7 @@ def test_file_that_is_no_corpus(tmp_path: Path) -> None:
 
 def test_matrices_alone_are_decayed() -> None:
     """Biases are not decayed, although biases of heads and of experts have several axes."""
-    model = {"vocab_size": 53, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "moe": "smoe"}
+    model = {"vocab_size": 53, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "moe": "smoe"}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
     config = model | heads | {"moe_args": {"expert_bias": True}, "num_experts": 4, "num_experts_per_tok": 2}
     decoder = jax.tree.map(jnp.ones_like, Decoder.init(family("moejax").config(config), jax.random.key(0)))

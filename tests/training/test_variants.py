@@ -62,6 +62,7 @@ def stepped(accumulate: int, tokens: jax.Array, state: TrainState | None = None)
     return one_step(accumulate)(balanced() if state is None else state, tokens)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch(tokens):
     (whole, metrics), (parts, other) = stepped(1, tokens), stepped(2, tokens)
     for (path, x), y in zip(

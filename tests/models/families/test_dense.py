@@ -104,6 +104,7 @@ def test_every_view_shows_layers_without_experts(kind: str) -> None:
         assert all(top[layer] for layer in (0, 2, 3))
 
 
+@pytest.mark.slow
 def test_heads_and_parts_are_switched_off_and_experts_are_not() -> None:
     lm = loaded("llama")
     gates = Gates.ones(lm.config, PROMPT)
@@ -129,6 +130,7 @@ def test_heads_and_parts_are_switched_off_and_experts_are_not() -> None:
         assert BASELINES[method](lm, PROMPT).feed_forward is None
 
 
+@pytest.mark.slow
 def test_backtrace_tells_of_no_experts() -> None:
     model = moejax.Backtrace(loaded("llama"), model_type="llama")
     assert "dense" in repr(model)

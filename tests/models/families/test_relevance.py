@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny.hugging_face import FAMILIES, loaded, random_batch
+from tiny.hugging_face import FAMILIES, KINDS, loaded, random_batch
 
 import moejax
 from moejax.rules import CPLRP, AttnLRP, Gates, Proportional, Rule
@@ -42,7 +42,7 @@ def test_ledger_closes(family: str, rule: Rule) -> None:
     assert np.abs(ledger.residual / ledger.target).max() <= 1e-5
 
 
-@families_and_rules({MAIN[0]: FAMILIES} | {rule: ["gpt_oss", "jetmoe"] for rule in MAIN[1:]})
+@families_and_rules({MAIN[0]: KINDS} | {rule: ["gpt_oss", "jetmoe"] for rule in MAIN[1:]})
 def test_ledger_closes_in_float64(family: str, rule: Rule) -> None:
     with jax.enable_x64(True):
         decoder = jax.tree.map(lambda p: p.astype(jnp.float64), loaded(family).decoder)

@@ -83,6 +83,7 @@ def test_generation(family: str, layout: str, settings: dict) -> None:
         assert len(set(np.asarray(theirs.lengths).tolist())) > 1, "devices take different numbers of steps"
 
 
+@pytest.mark.slow
 def test_generation_with_a_time_limit() -> None:
     """The loop then visits the host; devices do not share rows."""
     want = single("olmoe").generate_ids(PROMPTS, max_new_tokens=6)
@@ -146,6 +147,7 @@ def test_interventions(family: str, layout: str) -> None:
     close(in_parts, theirs)
 
 
+@pytest.mark.slow
 def test_nothing_is_waited_for() -> None:
     """Devices that share what is independent exchange nothing, neither values nor weights."""
     weights = spread("olmoe", "data").flat
@@ -281,6 +283,7 @@ def test_devices_that_the_caller_maps_over(layout: str) -> None:
     jax.tree.map(close, found, want)
 
 
+@pytest.mark.slow
 def test_sequences_that_compete_stay_together() -> None:
     """Devices share seeds and interventions, which do not, and each makes the forward pass of all sequences."""
     fields = hugging_face("moejax", moe="expert_choice", moe_args={})
@@ -311,6 +314,7 @@ def test_what_broadcasts_over_sequences() -> None:
         generate_tokens(ours.flat, rows, of_some, jax.random.key(0), max_new_tokens=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["generation", "multi-class classification"])
 def test_backtrace(task: str) -> None:
     """Seeds of any kind: a logit of each new token, and given relevance of all logits as one."""
@@ -323,6 +327,7 @@ def test_backtrace(task: str) -> None:
         jax.tree.map(close, mine["all_wt"], other["all_wt"])
 
 
+@pytest.mark.slow
 def test_one_start_is_one_pass_back() -> None:
     """Given relevance of logits at many positions, which is what Backtrace starts from, is one target."""
     for model in (single("olmoe"), spread("olmoe", "data")):

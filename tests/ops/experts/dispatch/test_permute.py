@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.layers.feed_forward.activation import GLU
-from moejax.layers.feed_forward.experts import Experts, combine
+from moejax.layers.feed_forward.expert_stack import combine
+from moejax.layers.feed_forward.experts import Experts
 from moejax.ops.experts import assign, permute, unpermute
 from moejax.ops.experts.matmul.registry import MATMULS
 from moejax.rules import AttnLRP, Gates, Proportional, Reading
