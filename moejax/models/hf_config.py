@@ -125,11 +125,11 @@ class Fields(ObjectFields):
         if kind is not None and kind in given:
             given = OBJECT.read(f"rope_parameters.{kind}", given[kind])
         original = self("original_max_position_embeddings", CONTEXT, None)
-        positions = self.size("max_position_embeddings", None)
-        if positions is None:  # only then, since the class's defaults need an import of transformers
-            positions = self._class_defaults().get("max_position_embeddings")
         theta = self("rope_theta", BASE, default_theta)
         type_ = given.get("rope_type") or given.get("type") or "default"
+        positions = self.size("max_position_embeddings", None)
+        if positions is None and type_ != "default":  # else transformers is imported for nothing
+            positions = self._class_defaults().get("max_position_embeddings")
         fields = ObjectFields(given, f"rotary positions of type {type_!r:.40}")
         fields.without_effect(*self._own_rope_keys)
         if "partial_rotary_factor" not in self._own_rope_keys:
