@@ -11,7 +11,8 @@ from jax.experimental.compilation_cache import compilation_cache
 SETTING = "MOEJAX_COMPILATION_CACHE"
 """The environment variable that is ``off`` where compiled programs shall not be kept."""
 
-_FOLDER = "jax_compilation_cache_dir"
+FOLDER = "jax_compilation_cache_dir"
+"""JAX's own setting of the folder."""
 
 _LARGEST = 2 << 30
 """Bytes of compiled programs that are kept; the programs that were not used for the longest time go first."""
@@ -19,7 +20,7 @@ _LARGEST = 2 << 30
 
 def cache_folder() -> Path | None:
     """Return where compiled programs are kept: JAX's own setting, else a folder of the user's; ``None`` for nowhere."""
-    if given := getattr(jax.config, _FOLDER):
+    if given := getattr(jax.config, FOLDER):
         return Path(given)
     if os.environ.get(SETTING, "").lower() in ("off", "0", "no", "false"):
         return None
@@ -38,14 +39,14 @@ def keep_programs(*, small: bool = False) -> Path | None:
     """
     try:
         folder = cache_folder()
-        if folder is None or getattr(jax.config, _FOLDER):
+        if folder is None or getattr(jax.config, FOLDER):
             return folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             return None
     except (OSError, RuntimeError):  # a user without a home
         return None
-    jax.config.update(_FOLDER, str(folder))
+    jax.config.update(FOLDER, str(folder))
     jax.config.update("jax_compilation_cache_max_size", _LARGEST)
     if small:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -17,8 +17,8 @@ def need_one_process(what: str) -> None:
     """
     if jax.process_count() > 1:
         raise MoejaxError(
-            f"{what} works in one process only; this is process {jax.process_index()} of {jax.process_count()}. "
-            "Do it before the processes are started."
+            f"{what} works in one process only, and this is process {jax.process_index()} of {jax.process_count()}; "
+            "run it without jax.distributed."
         )
 
 

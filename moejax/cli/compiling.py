@@ -3,7 +3,6 @@
 import logging
 import sys
 
-_FOLDER = "jax_compilation_cache_dir"
 _LOADED, _COMPILED = "jax._src.compiler", "jax._src.interpreters.pxla"
 """JAX's loggers that hear of a program that is not kept yet, and of every program."""
 
@@ -15,9 +14,11 @@ def tell_of_compiling() -> None:
     """
     import jax
 
+    from moejax.compilation_cache import FOLDER
+
     if not sys.stderr.isatty():
         return
-    name = _LOADED if getattr(jax.config, _FOLDER) else _COMPILED
+    name = _LOADED if getattr(jax.config, FOLDER) else _COMPILED
     logger = logging.getLogger(name)
     logger.addHandler(_Teller(logging.DEBUG))
     logger.setLevel(logging.DEBUG)

@@ -75,7 +75,7 @@ def deepseek(
 ) -> Config:
     """A decoder of latent attention and mixtures; ``dense`` names the layers without experts, the rest are defaults."""
     glu = GLU(fields("hidden_act", ACTIVATION, "silu"))
-    fields.without_effect("pretraining_tp")
+    fields.without_effect("pretraining_tp", "aux_loss_alpha", "seq_aux", "ep_size")  # training only
     size = fields.size("moe_intermediate_size", expert_dim)
     moe = MixtureConfig(attention.model_dim, size, router, glu, shared=ungated_shared(fields, glu, default=shared))
     plain = MLPConfig(attention.model_dim, fields.size("intermediate_size"), glu)

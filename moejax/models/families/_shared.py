@@ -112,6 +112,9 @@ def shared_experts(name: str = "shared_experts") -> KeyTable:
     }
 
 
+PREDICTION_LAYER = ("model.layers.{num_layers}.*",)
+"""Tensors of the layer that predicts the token after the next, which only training and drafting use."""
+
 SELECTION_BIAS: KeyTable = {
     "layers.{layer}.feed_forward.router.selection_bias": [whole(MLP + "gate.e_score_correction_bias")]
 }

@@ -12,7 +12,6 @@ from moejax.models.hf_config import Fields
 from moejax.models.kinds import COUNT, EPSILON, NUMBER, one_of
 
 _METHODS = ("greedy", "group_limited_greedy")
-_TRAINING = ("aux_loss_alpha", "seq_aux", "ep_size")
 
 
 @register_family("deepseek_v2", KEYS)
@@ -22,7 +21,6 @@ def config(fields: Fields) -> Config:
     fields.must_be("moe_layer_freq", 1)
     fields.must_be("scoring_func", "softmax")
     fields.must_be("norm_topk_prob", False)  # transformers never renormalises, whatever it says
-    fields.without_effect(*_TRAINING)
     method = fields("topk_method", one_of(_METHODS), "greedy")
     groups, best = (fields.size(name, 1) for name in ("n_group", "topk_group"))
     limits = {"num_groups": groups, "num_selected_groups": best} if method == "group_limited_greedy" else {}

@@ -6,22 +6,18 @@ renormalised and scaled.
 
 from moejax.models.config import Config
 from moejax.models.families._latent import KEYS, deepseek, latent_attention
-from moejax.models.families._shared import SELECTION_BIAS, sigmoid_router
+from moejax.models.families._shared import PREDICTION_LAYER, SELECTION_BIAS, sigmoid_router
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.kinds import COUNT, EPSILON
 
-LEFT_OUT = ("model.layers.{num_layers}.*",)
-"""Tensors of the layer that predicts the token after the next, which only training and drafting use."""
 
-
-@register_family("deepseek_v3", {**KEYS, **SELECTION_BIAS}, left_out=LEFT_OUT)
+@register_family("deepseek_v3", {**KEYS, **SELECTION_BIAS}, left_out=PREDICTION_LAYER)
 def config(fields: Fields) -> Config:
     """Map the fields of ``DeepseekV3Config``."""
     fields.without_effect("num_nextn_predict_layers")  # those layers are left out
     for name, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         fields.must_be(name, only)
-    fields.without_effect("aux_loss_alpha", "seq_aux", "ep_size")  # training only
     layers, first = fields.size("num_hidden_layers"), fields("first_k_dense_replace", COUNT, 3)
     return deepseek(
         fields,

@@ -9,6 +9,7 @@ from moejax.models.families._shared import (
     DENSE,
     GROUPED_QUERY,
     OUTER,
+    PREDICTION_LAYER,
     SELECTION_BIAS,
     experts,
     grouped_query,
@@ -22,11 +23,9 @@ from moejax.models.keys import KeyTable
 from moejax.models.kinds import ACTIVATION, COUNT, EPSILON
 
 KEYS: KeyTable = {**OUTER, **GROUPED_QUERY, **DENSE, **experts(), **shared_experts(), **SELECTION_BIAS}
-LEFT_OUT = ("model.layers.{num_layers}.*",)
-"""Tensors of the layer that predicts the token after the next, which only training and drafting use."""
 
 
-@register_family("glm4_moe", KEYS, left_out=LEFT_OUT)
+@register_family("glm4_moe", KEYS, left_out=PREDICTION_LAYER)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Glm4MoeConfig``."""
     dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")

@@ -2,16 +2,13 @@
 
 from moejax.models.config import Config
 from moejax.models.families._latent import KEYS, deepseek, latent_attention
-from moejax.models.families._shared import SELECTION_BIAS, sigmoid_router
+from moejax.models.families._shared import PREDICTION_LAYER, SELECTION_BIAS, sigmoid_router
 from moejax.models.family import register_family
 from moejax.models.hf_config import Fields
 from moejax.models.kinds import EPSILON, list_of, one_of
 
-LEFT_OUT = ("model.layers.{num_layers}.*",)
-"""Tensors of the layer that predicts the token after the next, which only training and drafting use."""
 
-
-@register_family("glm4_moe_lite", {**KEYS, **SELECTION_BIAS}, left_out=LEFT_OUT)
+@register_family("glm4_moe_lite", {**KEYS, **SELECTION_BIAS}, left_out=PREDICTION_LAYER)
 def config(fields: Fields) -> Config:
     """Map the fields of ``Glm4MoeLiteConfig``."""
     fields.without_effect("num_nextn_predict_layers")  # those layers are left out

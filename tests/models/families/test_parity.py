@@ -194,8 +194,8 @@ def test_mistakes_are_seen(family: str, mistake: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "minimax_m2", "afmoe"])
-def test_a_bias_enters_the_selection_alone(family: str) -> None:
-    """Without it other experts are selected; with it in the weights, too, their weights are other ones."""
+def test_a_bias_of_the_selection_matters(family: str) -> None:
+    """Without it other experts are selected, so that the parity of logits is one with the bias."""
     tokens, valid = random_batch()
     lm = loaded(family)
     right = np.asarray(lm(tokens, valid=valid))[valid]
